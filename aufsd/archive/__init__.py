@@ -1,0 +1,1 @@
+"""Layer content as a stream: tar in, tar out, and what differs."""

@@ -1,0 +1,1 @@
+"""The kernel's interfaces: the only ctypes in the project."""

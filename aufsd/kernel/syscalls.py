@@ -1,0 +1,253 @@
+"""System calls that Python lacks, under their man-page names and argument order.
+
+Each raises OSError(errno, strerror, path). Paths are str, encoded as the file system is. Nothing
+here decides anything; constants carry the header they come from.
+"""
+
+import ctypes
+import os
+from typing import Final, NamedTuple
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# <sys/mount.h>
+MS_RDONLY: Final = 0x1
+MS_NOSUID: Final = 0x2
+MS_NODEV: Final = 0x4
+MS_NOEXEC: Final = 0x8
+MS_REMOUNT: Final = 0x20
+MS_BIND: Final = 0x1000
+MS_REC: Final = 0x4000
+MS_PRIVATE: Final = 0x40000
+MS_SLAVE: Final = 0x80000
+MNT_DETACH: Final = 0x2
+UMOUNT_NOFOLLOW: Final = 0x8
+
+# <linux/sched.h>
+CLONE_FS: Final = 0x200
+CLONE_NEWNS: Final = 0x20000
+CLONE_NEWIPC: Final = 0x8000000
+CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWNET: Final = 0x40000000
+
+# <linux/fcntl.h>, <linux/mount.h>
+AT_FDCWD: Final = -100
+AT_EMPTY_PATH: Final = 0x1000
+AT_RECURSIVE: Final = 0x8000
+AT_SYMLINK_NOFOLLOW: Final = 0x100
+OPEN_TREE_CLONE: Final = 0x1
+OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+MOUNT_ATTR_RDONLY: Final = 0x1
+MOUNT_ATTR_NOSUID: Final = 0x2
+MOUNT_ATTR_NODEV: Final = 0x4
+MOUNT_ATTR_NOEXEC: Final = 0x8
+RENAME_NOREPLACE: Final = 0x1
+RENAME_EXCHANGE: Final = 0x2
+
+# <linux/magic.h>; aufs: include/uapi/linux/aufs_type.h (AUFS_SUPER_MAGIC)
+AUFS_SUPER_MAGIC: Final = 0x61756673
+BTRFS_SUPER_MAGIC: Final = 0x9123683E
+ECRYPTFS_SUPER_MAGIC: Final = 0xF15F
+EXT_SUPER_MAGIC: Final = 0xEF53
+FUSE_SUPER_MAGIC: Final = 0x65735546
+NFS_SUPER_MAGIC: Final = 0x6969
+OVERLAYFS_SUPER_MAGIC: Final = 0x794C7630
+TMPFS_MAGIC: Final = 0x01021994
+XFS_SUPER_MAGIC: Final = 0x58465342
+ZFS_SUPER_MAGIC: Final = 0x2FC12FC1
+
+# <linux/prctl.h>, <linux/capability.h>
+PR_SET_PDEATHSIG: Final = 1
+PR_SET_DUMPABLE: Final = 4
+PR_CAPBSET_DROP: Final = 24
+PR_SET_NO_NEW_PRIVS: Final = 38
+CAP_CHOWN: Final = 0
+CAP_DAC_OVERRIDE: Final = 1
+CAP_DAC_READ_SEARCH: Final = 2
+CAP_FOWNER: Final = 3
+CAP_FSETID: Final = 4
+CAP_SYS_ADMIN: Final = 21
+CAP_SYS_RESOURCE: Final = 24
+CAP_MKNOD: Final = 27
+CAP_SETFCAP: Final = 31
+_LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
+
+# numbers of calls that glibc 2.31 does not wrap; the same on every architecture since Linux 5.1
+# (include/uapi/asm-generic/unistd.h)
+_SYS_open_tree: Final = 428
+_SYS_move_mount: Final = 429
+_SYS_mount_setattr: Final = 442
+
+
+def _check(result: int, path: str | None = None) -> int:
+    if result == -1:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), path)
+    return result
+
+
+def mount(source: str, target: str, fstype: str, flags: int, data: str = "") -> None:
+    """mount(2). The kernel cuts `data` at one page without a word: the caller checks its length."""
+    _check(
+        _libc.mount(
+            os.fsencode(source),
+            os.fsencode(target),
+            os.fsencode(fstype) if fstype else None,
+            ctypes.c_ulong(flags),
+            os.fsencode(data) if data else None,
+        ),
+        target,
+    )
+
+
+def umount2(target: str, flags: int = 0) -> None:
+    """umount2(2)."""
+    _check(_libc.umount2(os.fsencode(target), flags), target)
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """pivot_root(2)."""
+    _check(_libc.pivot_root(os.fsencode(new_root), os.fsencode(put_old)), new_root)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2); os.unshare exists from Python 3.12 only."""
+    _check(_libc.unshare(flags))
+
+
+def setns(fd: int, nstype: int) -> None:
+    """setns(2); os.setns exists from Python 3.12 only."""
+    _check(_libc.setns(fd, nstype))
+
+
+def open_tree(dirfd: int, path: str, flags: int) -> int:
+    """open_tree(2): the caller owns the descriptor, and a cloned tree goes when it is closed."""
+    return _check(_libc.syscall(_SYS_open_tree, dirfd, os.fsencode(path), flags), path)
+
+
+def move_mount(from_dirfd: int, from_path: str, to_dirfd: int, to_path: str, flags: int) -> None:
+    """move_mount(2)."""
+    source, target = os.fsencode(from_path), os.fsencode(to_path)
+    _check(_libc.syscall(_SYS_move_mount, from_dirfd, source, to_dirfd, target, flags), to_path)
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = (
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    )
+
+
+def mount_setattr(
+    dirfd: int, path: str, flags: int, *, attr_set: int = 0, propagation: int = 0
+) -> None:
+    """mount_setattr(2) (Linux 5.12)."""
+    attr = _MountAttr(attr_set, 0, propagation, 0)
+    _check(
+        _libc.syscall(
+            _SYS_mount_setattr,
+            dirfd,
+            os.fsencode(path),
+            flags,
+            ctypes.byref(attr),
+            ctypes.c_size_t(ctypes.sizeof(attr)),
+        ),
+        path,
+    )
+
+
+def renameat2(old_dirfd: int, old: str, new_dirfd: int, new: str, flags: int) -> None:
+    """renameat2(2)."""
+    result = _libc.renameat2(old_dirfd, os.fsencode(old), new_dirfd, os.fsencode(new), flags)
+    _check(result, old)
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2): every dirty page and inode of the file system that `fd` lies on."""
+    _check(_libc.syncfs(fd))
+
+
+def prctl(option: int, argument: int) -> None:
+    """prctl(2) with one argument."""
+    zero = ctypes.c_ulong(0)
+    _check(_libc.prctl(option, ctypes.c_ulong(argument), zero, zero, zero))
+
+
+class _Statfs(ctypes.Structure):
+    # glibc's struct statfs on 64-bit; only the first two fields and the flags are read, the spare
+    # covers the rest on every 64-bit architecture
+    _fields_ = (("f_type", ctypes.c_long), ("rest", ctypes.c_long * 20))
+
+
+def statfs_type(path: str | int) -> int:
+    """f_type of statfs(2) or fstatfs(2): the magic number of the file system at `path`."""
+    found = _Statfs()
+    if isinstance(path, int):
+        _check(_libc.fstatfs(path, ctypes.byref(found)))
+    else:
+        _check(_libc.statfs(os.fsencode(path), ctypes.byref(found)), path)
+    return int(found.f_type) & 0xFFFFFFFF
+
+
+# <linux/stat.h>
+_STATX_ATTR_MOUNT_ROOT: Final = 0x2000
+_AT_STATX_DONT_SYNC: Final = 0x4000
+_AT_NO_AUTOMOUNT: Final = 0x800
+
+
+class _Statx(ctypes.Structure):
+    _fields_ = (
+        ("stx_mask", ctypes.c_uint32),
+        ("stx_blksize", ctypes.c_uint32),
+        ("stx_attributes", ctypes.c_uint64),
+        ("stx_nlink", ctypes.c_uint32),
+        ("stx_uid", ctypes.c_uint32),
+        ("stx_gid", ctypes.c_uint32),
+        ("stx_mode", ctypes.c_uint16),
+        ("spare0", ctypes.c_uint16),
+        ("stx_ino", ctypes.c_uint64),
+        ("stx_size", ctypes.c_uint64),
+        ("stx_blocks", ctypes.c_uint64),
+        ("stx_attributes_mask", ctypes.c_uint64),
+        ("rest", ctypes.c_uint64 * 24),
+    )
+
+
+class MountRoot(NamedTuple):
+    """What statx(2) says of a path: is it the root of a mount, and does this kernel tell."""
+
+    known: bool
+    mounted: bool
+
+
+def statx_mount_root(path: str) -> MountRoot:
+    """STATX_ATTR_MOUNT_ROOT (Linux 5.8) of `path`, without asking a network or FUSE server."""
+    found = _Statx()
+    flags = AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
+    _check(_libc.statx(AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)), path)
+    known = bool(found.stx_attributes_mask & _STATX_ATTR_MOUNT_ROOT)
+    return MountRoot(known, bool(found.stx_attributes & _STATX_ATTR_MOUNT_ROOT))
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = (("version", ctypes.c_uint32), ("pid", ctypes.c_int))
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = (
+        ("effective", ctypes.c_uint32),
+        ("permitted", ctypes.c_uint32),
+        ("inheritable", ctypes.c_uint32),
+    )
+
+
+def capset(capabilities: frozenset[int]) -> None:
+    """capset(2): these capabilities permitted and effective, none inheritable, nothing else."""
+    bits = sum(1 << capability for capability in capabilities)
+    low, high = bits & 0xFFFFFFFF, bits >> 32
+    header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
+    data = (_CapData * 2)(_CapData(low, low, 0), _CapData(high, high, 0))
+    _check(_libc.capset(ctypes.byref(header), data))

@@ -1,0 +1,1 @@
+"""Living with systemd and monitoring."""

@@ -1,0 +1,1 @@
+"""Union file systems: one module each, behind the Protocol of backend.py."""

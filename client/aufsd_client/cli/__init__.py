@@ -1,0 +1,1 @@
+"""aufsctl, the command line over the client library (extra: cli)."""
