@@ -1,0 +1,141 @@
+"""The state machine of one layer's active mount: pure decisions, nothing performed.
+
+    absent --get--> MOUNTING --ok--> MOUNTED(n) --last put--> UNMOUNTING --ok--> absent
+                       | failed: as before          ^ busy: MOUNTED(0)   |
+                       v                            +--------------------+
+
+A layer without parents is never mounted: its entry is MOUNTED with `union` false, and only counts.
+`mounts.py` performs what is decided here, and tells the outcome back, in the same task as the
+system call and with no await between, so that a count changes only with the mount it stands for.
+"""
+
+from dataclasses import dataclass, replace
+from enum import Enum, StrEnum
+from typing import Literal
+
+Hold = Literal["manual", "process"]
+
+
+class State(StrEnum):
+    """Where an entry stands; an id without an entry is absent."""
+
+    MOUNTING = "mounting"
+    MOUNTED = "mounted"
+    UNMOUNTING = "unmounting"
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """One `get` that has not been put.
+
+    `start` is the process's start time in clock ticks since boot (proc_pid_stat(5), field 22):
+    with the pid it names a process for good. `since` is seconds since the epoch.
+    """
+
+    pid: int
+    uid: int
+    comm: str
+    hold: Hold
+    since: float
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of the active-mount table."""
+
+    state: State
+    union: bool
+    references: tuple[Reference, ...] = ()
+    label: str = ""
+    read_only: bool = False
+    since: float = 0.0
+    backend: str = ""
+
+
+class OnGet(Enum):
+    """What a `get` has to do next."""
+
+    WAIT = "the id is in transition: wait for it, ask again"
+    COUNT = "only count"
+    MOUNT = "mount, then count"
+    CONFLICT = "mounted with another label"
+
+
+class OnPut(Enum):
+    """What a `put` has to do next."""
+
+    WAIT = "the id is in transition: wait for it, ask again"
+    NOTHING = "no reference, and nothing mounted"
+    COUNT = "drop one reference, others stay"
+    UNMOUNT = "drop the last one and unmount"
+    REFUSED = "only other processes' references are left"
+
+
+def on_get(entry: Entry | None, *, label: str, live: bool) -> OnGet:
+    """`live`: whether the kernel has it mounted now (true for a layer that is never mounted)."""
+    if entry is None:
+        return OnGet.MOUNT
+    if entry.state is not State.MOUNTED:
+        return OnGet.WAIT
+    if not entry.union:
+        return OnGet.COUNT
+    if not live:
+        # unmounted behind our back: mount again, the references stand
+        return OnGet.MOUNT
+    # one superblock has one label; a mount that no one references is still that superblock
+    return OnGet.COUNT if entry.label == label else OnGet.CONFLICT
+
+
+def mounting(entry: Entry | None, *, label: str, read_only: bool, backend: str) -> Entry:
+    """A mount has been started."""
+    references = entry.references if entry else ()
+    return Entry(State.MOUNTING, True, references, label, read_only, 0.0, backend)
+
+
+def mounted(entry: Entry, *, since: float) -> Entry:
+    """The mount stands; nothing has been counted yet."""
+    return replace(entry, state=State.MOUNTED, since=since)
+
+
+def counted(entry: Entry, reference: Reference) -> Entry:
+    """One reference more."""
+    return replace(entry, references=(*entry.references, reference))
+
+
+def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, Reference | None]:
+    """What to do, and which reference goes: the caller's own `process` one, else a manual one."""
+    if entry is None:
+        # nothing is counted; what the kernel still has mounted there is taken down all the same
+        return (OnPut.UNMOUNT, None) if live else (OnPut.NOTHING, None)
+    if entry.state is not State.MOUNTED:
+        return OnPut.WAIT, None
+    chosen = _reference_to_drop(entry, pid)
+    if chosen is None and entry.references:
+        return OnPut.REFUSED, None
+    if len(entry.references) > 1:
+        return OnPut.COUNT, chosen
+    return OnPut.UNMOUNT, chosen
+
+
+def _reference_to_drop(entry: Entry, pid: int) -> Reference | None:
+    own = [ref for ref in entry.references if ref.hold == "process" and ref.pid == pid]
+    manual = [ref for ref in entry.references if ref.hold == "manual"]
+    return (own or manual or [None])[-1]
+
+
+def dropped(entry: Entry, reference: Reference) -> Entry:
+    """One reference less: exactly one, also where an equal one stands beside it."""
+    references = list(entry.references)
+    references.remove(reference)
+    return replace(entry, references=tuple(references))
+
+
+def unmounting(entry: Entry) -> Entry:
+    """An unmount has been started; no reference is left, whatever becomes of it."""
+    return replace(entry, state=State.UNMOUNTING, references=())
+
+
+def busy(entry: Entry) -> Entry:
+    """The unmount failed: the mount stands, without a reference."""
+    return replace(entry, state=State.MOUNTED)

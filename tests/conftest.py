@@ -1,0 +1,67 @@
+"""Tiers: which tests this machine can run is found out by trying, said in the report header, and held to.
+
+The whole run moves into a private mount namespace before any test, so that nothing a test mounts can
+stay behind on the host. An ordinary user gets a user namespace first, as `make demo` does.
+`AUFSD_REQUIRE="mounts service"` turns a tier that is off into an error; CI sets it.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel import syscalls
+
+ROOT_IN_HOST = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == [
+    "0",
+    "0",
+    "4294967295",
+]
+
+
+def _enter_namespace() -> str:
+    """Why real mounts are off; "" if the run now stands in a mount namespace of its own."""
+    try:
+        if os.geteuid() == 0:
+            syscalls.unshare(syscalls.CLONE_NEWNS)
+        else:
+            uid, gid = os.geteuid(), os.getegid()
+            syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+            Path("/proc/self/setgroups").write_text("deny")
+            Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
+            Path("/proc/self/gid_map").write_text(f"0 {gid} 1")
+        syscalls.mount("none", "/", "", syscalls.MS_REC | syscalls.MS_SLAVE)
+    except OSError as error:
+        return f"no private mount namespace: {error}"
+    return ""
+
+
+def _aufs() -> str:
+    if "\taufs\n" in Path("/proc/filesystems").read_text():
+        return ""
+    return "this kernel has no aufs (make test-vm KERNEL=... runs this tier)"
+
+
+OFF: dict[str, str] = {"mounts": _enter_namespace()}
+OFF["service"] = OFF["mounts"] or ("" if ROOT_IN_HOST else "needs root")
+OFF["aufs"] = OFF["mounts"] or _aufs()
+
+
+def pytest_report_header() -> list[str]:
+    return [
+        "tier pure: on",
+        *(f"tier {tier}: {'off, ' + why if why else 'on'}" for tier, why in OFF.items()),
+    ]
+
+
+def pytest_configure() -> None:
+    required = os.environ.get("AUFSD_REQUIRE", "").split()
+    missing = [f"{tier} ({OFF[tier]})" for tier in required if OFF[tier]]
+    if missing:
+        raise pytest.UsageError(f"AUFSD_REQUIRE asks for tiers that are off: {', '.join(missing)}")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for tier, why in OFF.items():
+        if why and item.get_closest_marker(tier):
+            pytest.skip(why)
