@@ -40,7 +40,7 @@ def boot_id() -> str:
 
 
 def read(path: str, root: str) -> dict[LayerId, Entry]:
-    """The table as the last line that is whole leaves it; empty after a reboot or for another root."""
+    """The table as the last whole line leaves it; empty after a reboot or for another root."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except FileNotFoundError:

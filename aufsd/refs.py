@@ -39,6 +39,10 @@ class Reference:
     since: float
     start: int
 
+    def is_of(self, pid: int, start: int) -> bool:
+        """Whether this reference ends with that process."""
+        return (self.hold, self.pid, self.start) == ("process", pid, start)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -119,9 +123,13 @@ def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, Referen
 
 
 def _reference_to_drop(entry: Entry, pid: int) -> Reference | None:
-    own = [ref for ref in entry.references if ref.hold == "process" and ref.pid == pid]
-    manual = [ref for ref in entry.references if ref.hold == "manual"]
-    return (own or manual or [None])[-1]
+    chosen = None
+    for reference in entry.references:
+        if reference.hold == "process" and reference.pid == pid:
+            return reference
+        if reference.hold == "manual":
+            chosen = reference
+    return chosen
 
 
 def dropped(entry: Entry, reference: Reference) -> Entry:

@@ -1,7 +1,7 @@
-"""Tiers: which tests this machine can run is found out by trying, said in the report header, and held to.
+"""Tiers: what this machine can run is found out by trying, said in the report header, and held to.
 
-The whole run moves into a private mount namespace before any test, so that nothing a test mounts can
-stay behind on the host. An ordinary user gets a user namespace first, as `make demo` does.
+The whole run moves into a private mount namespace before any test, so that nothing a test mounts
+can stay behind on the host. An ordinary user gets a user namespace first, as `make demo` does.
 `AUFSD_REQUIRE="mounts service"` turns a tier that is off into an error; CI sets it.
 """
 

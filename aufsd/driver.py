@@ -1,0 +1,358 @@
+"""What each operation of the graph driver means; reads like the table in api.md.
+
+Ids and labels that arrive here are parsed. Every method either does all of what it says or raises
+one of aufsd_client.errors and has done nothing; what cancellation leaves is said where it differs.
+"""
+
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+import trio
+from msgspec import UNSET
+
+from aufsd import __version__, answers
+from aufsd.archive.jobs import Jobs
+from aufsd.archive.requests import Branch
+from aufsd.kernel import holders as kernel_holders
+from aufsd.mounts import Mounts
+from aufsd.peer import Peer
+from aufsd.refs import Reference
+from aufsd.status import Overview
+from aufsd.store import check as store_check
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+from aufsd.threads import Disk
+from aufsd.union import dialect as dialects
+from aufsd.union.backend import Backend
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import (
+    ConversionNeeded,
+    InvalidParams,
+    LayerHasChildren,
+    LayerInUse,
+    ParentNotFound,
+    TooManyLayers,
+)
+
+log = structlog.get_logger(__name__)
+
+API = 1
+FEATURES = ("batches", "descriptors", "digests", "hold-process", "naive-diff")
+
+
+@dataclass(slots=True)
+class Driver:
+    """The operations over one store. Owns nothing: `open_driver` puts the rooms together."""
+
+    store: Store
+    backend: Backend
+    unions: Mounts
+    jobs: Jobs
+    disk: Disk
+    overview: Overview
+    render_metrics: Callable[[], answers.Metrics]
+    convert_policy: Literal["auto", "never"]
+    # set to have removed layers deleted in the background
+    erase: trio.Event
+
+    # --- questions that touch memory only -----------------------------------------------------
+
+    def version(self) -> answers.Version:
+        """What this daemon is, and which API it speaks."""
+        return answers.Version(__version__, API, self.backend.name, list(FEATURES))
+
+    def status(self) -> answers.Status:
+        """Docker's four rows, and more of what an operator asks first."""
+        return self.overview.status()
+
+    def health(self) -> answers.Health:
+        """What a monitoring script polls."""
+        return self.overview.health()
+
+    def metrics(self) -> answers.Metrics:
+        """Prometheus text exposition."""
+        return self.render_metrics()
+
+    def exists(self, id: LayerId) -> answers.Exists:
+        """Whether there is such a layer."""
+        return answers.Exists(self.store.exists(id))
+
+    def layers(self, *, after: str, limit: int) -> answers.Layers:
+        """The layers by id, one page."""
+        ids = sorted(id for id in (*self.store.parent, *self.store.damaged) if id > after)
+        page = ids[:limit]
+        more = page[-1] if len(ids) > limit else ""
+        return answers.Layers([self._row(id) for id in page], more)
+
+    def _row(self, id: LayerId) -> answers.LayerRow:
+        entry = self.unions.table.entries.get(id)
+        return answers.LayerRow(
+            id=id,
+            parent=self.store.parent.get(id) or "",
+            depth=0 if id in self.store.damaged else len(self.store.chain(id)),
+            references=len(entry.references) if entry else 0,
+            mounted=bool(entry and entry.union),
+        )
+
+    def mounts(self) -> answers.MountTable:
+        """The active-mount table."""
+        return answers.MountTable(
+            [
+                answers.MountRow(
+                    id=id,
+                    path=self._path(id, union=entry.union),
+                    backend=entry.backend,
+                    references=len(entry.references),
+                    mounted=entry.union,
+                    read_only=entry.read_only,
+                    label=entry.label,
+                    since=entry.since,
+                    holders=[
+                        answers.Reference(ref.pid, ref.uid, ref.comm, ref.hold, ref.since)
+                        for ref in entry.references
+                    ],
+                )
+                for id, entry in sorted(self.unions.table.entries.items())
+            ]
+        )
+
+    def _path(self, id: LayerId, *, union: bool) -> str:
+        layout = self.store.layout
+        return layout.mount_point(id) if union else layout.content(id)
+
+    # --- layers -------------------------------------------------------------------------------
+
+    async def create(
+        self,
+        id: LayerId,
+        *,
+        parent: LayerId | None,
+        mount_label: str,
+        storage_opt: Mapping[str, str],
+    ) -> answers.Created:
+        """Make an empty layer on top of `parent`. All or nothing, and durable."""
+        for key in storage_opt:
+            raise InvalidParams(f"the {self.backend.name} backend has no storage option {key!r}")
+        warnings = []
+        if mount_label:
+            # moby b937aa8e69: the aufs driver takes a label at Get and not at Create
+            warnings.append("mount_label counts at get; create does not keep it")
+        async with self.unions.table.creating(id, parent):
+            chain = self.store.chain(id)
+            if len(chain) > self.backend.max_branches:
+                raise TooManyLayers(
+                    f"layer {id} would be the {len(chain)}th of its chain; "
+                    f"{self.backend.name} takes {self.backend.max_branches} here",
+                    id=id,
+                    limit=self.backend.max_branches,
+                )
+            entry = self.unions.table.entries.get(parent) if parent else None
+            if entry and entry.union and not entry.read_only and self.backend.live_lower_warning:
+                warnings.append(f"parent {parent}: {self.backend.live_lower_warning}")
+            xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
+            await self.disk.run(self.store.create_on_disk, id, chain[1:], xattrs)
+        return answers.Created(warnings)
+
+    async def remove(self, id: LayerId, *, force: bool) -> answers.Removed:
+        """Remove a layer that nothing stands on and nobody references."""
+        if not self.store.exists(id):
+            return answers.Removed(False, "not-found")
+        try:
+            async with self.unions.removing(id, force=force):
+                left = await self.disk.run(self.store.remove_on_disk, id)
+                self.store.forget(id)
+        except LayerInUse as error:
+            references = error.data["references"]
+            assert isinstance(references, int)
+            return answers.Removed(False, "in-use", references)
+        for error in left:
+            log.warning("content of a removed layer stays until the next start", error=str(error))
+        self.erase.set()
+        return answers.Removed(True)
+
+    async def get_metadata(self, id: LayerId) -> answers.Metadata:
+        """Where everything of a layer is, as strings."""
+        chain = self.store.chain(id)
+        entry = self.unions.table.entries.get(id)
+        dialect = await self.disk.run(self._dialect, id)
+        union = len(chain) > 1
+        found = {
+            "id": id,
+            "parents": " ".join(chain[1:]),
+            "content": self.store.layout.content(id),
+            "path": self._path(id, union=union),
+            "backend": self.backend.name,
+            "dialect": str(dialect),
+            "references": str(len(entry.references) if entry else 0),
+            "mounted": "true" if entry and entry.union else "false",
+        }
+        if entry and entry.union:
+            found["label"] = entry.label
+            found["read_only"] = "true" if entry.read_only else "false"
+        return answers.Metadata(found)
+
+    # --- mounts -------------------------------------------------------------------------------
+
+    async def get(
+        self,
+        id: LayerId,
+        *,
+        peer: Peer,
+        mount_label: str,
+        hold: Literal["manual", "process"],
+    ) -> answers.Got:
+        """Count one reference, and mount on the first."""
+        reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
+        entry = await self.unions.get(id, reference, label=mount_label)
+        return answers.Got(
+            path=self._path(id, union=entry.union),
+            references=len(entry.references),
+            mounted=entry.union,
+            read_only=entry.read_only,
+        )
+
+    async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
+        """Drop one reference, and unmount after the last."""
+        entry = await self.unions.put(id, pid=peer.pid)
+        if entry is None:
+            return answers.Put(0, False)
+        return answers.Put(len(entry.references), entry.union)
+
+    async def cleanup(self) -> answers.Cleanup:
+        """Unmount every mount of the store, whatever its count."""
+        done, failed = await self.unions.cleanup()
+        rows = []
+        for id, error in failed.items():
+            holders = (await self.holders(id)).holders
+            number = os.strerror(error.errno or 0) if isinstance(error, OSError) else "EBUSY"
+            rows.append(answers.FailedUnmount(id, number, holders))
+        return answers.Cleanup(list(done), rows)
+
+    async def holders(self, id: LayerId) -> answers.Holders:
+        """Who keeps the layer's mount busy."""
+        self.store.require(id)
+        target = self.store.layout.mount_point(id)
+        return answers.Holders(await self.disk.run(kernel_holders.holders, target))
+
+    # --- content ------------------------------------------------------------------------------
+
+    async def diff(
+        self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
+    ) -> answers.Streamed:
+        """Write what the layer changed to `out`, which stays the caller's. Cancelled: cut short."""
+        async with self._compared(id, parent) as (chain, against):
+            return await self.jobs.diff(chain, out, against=against, digest=digest)
+
+    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> answers.Size:
+        """Bytes of the layer's own regular files."""
+        async with self._compared(id, parent) as (chain, against):
+            return answers.Size(await self.jobs.diff_size(chain, against=against))
+
+    async def changes(
+        self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
+    ) -> answers.Changes:
+        """What the layer changed, path by path, one page."""
+        async with self._compared(id, parent) as (chain, against):
+            below = chain[1:] if against is None else against
+            return await self.jobs.changes(chain, against=below, after=after, limit=limit)
+
+    async def apply_diff(
+        self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
+    ) -> answers.Streamed:
+        """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
+        self._require_parent(id, parent)
+        async with self.unions.table.changing(id):
+            chain = await self.disk.run(self._branches, self.store.chain(id))
+            empty = await self.disk.run(self._is_empty, id)
+            if empty:
+                # nothing to keep: written as the backend reads it, so that it never converts
+                chain = (Branch(id, self.backend.dialect), *chain[1:])
+            xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
+            staged = await self.disk.run(self.store.stage, id, xattrs)
+            try:
+                if not empty:
+                    await self.jobs.clone(id, staged)
+                result = await self.jobs.apply(chain, staged, source, digest=digest)
+                await self.disk.run(self.store.swap_in, id, staged)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self.disk.run(self.store.discard, staged)
+                self.erase.set()
+        return result
+
+    async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
+        """Rewrite the layer's whiteouts for another union file system."""
+        async with self.unions.table.changing(id):
+            return answers.Converted(await self.jobs.convert(id, to))
+
+    async def prepare(self, chain: tuple[LayerId, ...]) -> None:
+        """Bring every branch of a chain that is about to be mounted into the backend's dialect."""
+        wanted = self.backend.dialect
+        for branch in await self.disk.run(self._branches, chain):
+            id = LayerId(branch.id)
+            if branch.dialect is wanted:
+                continue
+            if self.convert_policy == "never":
+                command = f"aufsctl convert {id} --to {wanted}"
+                raise ConversionNeeded(
+                    f"layer {id} is written for {branch.dialect}, {self.backend.name} needs "
+                    f"{wanted}, and converting is off: run `{command}`",
+                    id=id,
+                    command=command,
+                )
+            async with self.unions.converting(id, owned=id == chain[0]):
+                if await self.jobs.convert(id, wanted):
+                    log.info("branch converted", id=id, dialect=str(wanted))
+
+    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
+        """Hold layers/, diff/, mnt/ and the kernel against each other."""
+        mounted = set(self.unions.table.entries)
+        found = await self.disk.run(
+            store_check.check, self.store, id=id, deep=deep, repair=repair, mounted=mounted
+        )
+        return answers.Check(found)
+
+    # --- what these share ---------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _compared(
+        self, id: LayerId, parent: LayerId | None
+    ) -> AsyncIterator[tuple[tuple[Branch, ...], tuple[Branch, ...] | None]]:
+        """The two chains of a comparison, claimed for reading; None for the layer's own parent."""
+        chain = self.store.chain(id)
+        self._require_parent(id, parent)
+        own = chain[1] if len(chain) > 1 else None
+        against = None if parent is None or parent == own else self.store.chain(parent)
+        async with self.unions.table.reading((*chain, *(against or ()))):
+            yield (
+                await self.disk.run(self._branches, chain),
+                None if against is None else await self.disk.run(self._branches, against),
+            )
+
+    def _require_parent(self, id: LayerId, parent: LayerId | None) -> None:
+        if parent is not None and not self.store.exists(parent):
+            raise ParentNotFound(f"there is no layer {parent}", id=id, parent=parent)
+
+    def _branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
+        return tuple(Branch(id, self._dialect(id)) for id in chain)
+
+    def _dialect(self, id: LayerId) -> Dialect:
+        return dialects.read_dialect(self.store.layout.content(id), self.store.xattr_namespace)
+
+    def _is_empty(self, id: LayerId) -> bool:
+        with os.scandir(self.store.layout.content(id)) as entries:
+            return next(entries, None) is None
+
+
+async def erase_removed(driver: Driver) -> None:
+    """Delete removed layers whenever there are any; a background task, endless."""
+    while True:
+        await driver.erase.wait()
+        driver.erase = trio.Event()
+        for error in await driver.disk.run(driver.store.erase_removed):
+            log.warning("removed content could not be deleted", error=str(error))

@@ -1,0 +1,464 @@
+"""What the table decides is performed here: mounts, unmounts, and references as they come and go.
+
+`refs.py` decides, `table.py` remembers, this module makes the system calls, all of them in the one
+mount thread and none under the lock. A count changes right after the system call that it stands
+for, in the same task, with no await between.
+"""
+
+import errno
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import structlog
+import trio
+
+from aufsd import refs
+from aufsd.kernel import holders as kernel_holders
+from aufsd.kernel import mountinfo
+from aufsd.peer import process
+from aufsd.refs import Entry, OnGet, OnPut, Reference, State
+from aufsd.replay import replay, rows_in_kernel
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+from aufsd.table import Table
+from aufsd.threads import MountThread
+from aufsd.union.backend import Backend, Union
+from aufsd_client.errors import (
+    AufsdError,
+    LabelConflict,
+    LayerHasChildren,
+    MountFailed,
+    UnmountBusy,
+)
+
+log = structlog.get_logger(__name__)
+
+# umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
+BUSY_TRIES = 5
+BUSY_PAUSE = 0.1  # seconds
+# a mount that stayed busy without a reference is tried again this often, in the background
+BUSY_RETRY = 30.0  # seconds
+
+Prepare = Callable[[tuple[LayerId, ...]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Counters:
+    """What happened since the start; read by metrics."""
+
+    mounts: int = 0
+    unmounts: int = 0
+    busy_retries: int = 0
+    failed_mounts: int = 0
+    vanished_mounts: int = 0
+    processes_ended: int = 0
+
+
+@dataclass(slots=True)
+class Mounts:
+    """The mounts of one store; `open_mounts` makes it.
+
+    `prepare` is called with a chain before it is mounted, while its ids are settled: it may convert
+    branches (`converting`).
+    """
+
+    store: Store
+    backend: Backend
+    table: Table
+    prepare: Prepare
+    nursery: trio.Nursery
+    thread: MountThread = field(default_factory=MountThread)
+    counters: Counters = field(default_factory=Counters)
+    _watched: set[tuple[int, int]] = field(default_factory=set)
+
+    # --- get ----------------------------------------------------------------------------------
+
+    async def get(self, id: LayerId, reference: Reference, *, label: str) -> Entry:
+        """Count one reference and mount on the first; the entry as it is then.
+
+        Raises LayerNotFound, LayerDamaged, LabelConflict, MountFailed, and what `prepare` raises.
+        Cancelled or failed: the count is as before, and nothing is left mounted.
+        """
+        table = self.table
+        while True:
+            with table.locked():
+                self.store.require(id)
+                entry = table.entries.get(id)
+                if entry is None and self.store.parent[id] is None:
+                    # never mounted: its content directory is the root file system
+                    entry = Entry(State.MOUNTED, union=False, since=time.time())
+                step = refs.on_get(entry, label=label, live=self._live(id, entry))
+                waiting = table.moving(id)
+                if waiting is None and entry is not None:
+                    if step is OnGet.COUNT:
+                        return self._count(id, entry, reference)
+                    if step is OnGet.CONFLICT:
+                        raise LabelConflict(
+                            f"layer {id} is mounted with the label {entry.label!r}; put it first",
+                            id=id,
+                            label=entry.label,
+                        )
+                if waiting is None:
+                    chain = self.store.chain(id)
+                    waiting = table.moving(*chain)
+                if waiting is None:
+                    table.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            return await self._mount(id, chain, reference, label)
+        finally:
+            table.end(id)
+
+    async def _mount(
+        self, id: LayerId, chain: tuple[LayerId, ...], reference: Reference, label: str
+    ) -> Entry:
+        """Mount an id whose transition the caller holds, and count."""
+        table = self.table
+        before = table.entries.get(id)
+        if before is not None:
+            self.counters.vanished_mounts += 1
+            log.warning("mount vanished", id=id, references=len(before.references))
+        mounting = refs.mounting(
+            before,
+            label=label,
+            read_only=bool(self.store.children_of(id)),
+            backend=self.backend.name,
+        )
+        table.enter(id, mounting)
+        try:
+            await self.prepare(chain)
+            await self.thread.run(self._mount_in_thread, self._union(id, chain, mounting))
+        except BaseException:
+            with table.locked():
+                self.counters.failed_mounts += 1
+                if before is None:
+                    table.leave(id)
+                else:
+                    table.enter(id, before)
+            raise
+        with table.locked():
+            self.counters.mounts += 1
+            return self._count(id, refs.mounted(mounting, since=time.time()), reference)
+
+    def _union(self, id: LayerId, chain: tuple[LayerId, ...], mounting: Entry) -> Union:
+        layout = self.store.layout
+        return Union(
+            id=id,
+            top=layout.content(id),
+            lowers=tuple(layout.content(parent) for parent in chain[1:]),
+            target=layout.mount_point(id),
+            work=layout.work(id),
+            label=mounting.label,
+            read_only=mounting.read_only,
+        )
+
+    def _mount_in_thread(self, union: Union) -> None:
+        try:
+            foreign = mountinfo.is_mount_point(union.target)
+        except FileNotFoundError:
+            os.makedirs(union.target, 0o755)
+            foreign = False
+        if foreign:
+            raise MountFailed(
+                f"something that aufsd did not mount is at {union.target}; unmount it first",
+                id=union.id,
+                errno="EBUSY",
+            )
+        self.backend.mount(union)
+
+    def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
+        entry = refs.counted(entry, reference)
+        self.table.enter(id, entry)
+        self.table.record(id)
+        if reference.hold == "process":
+            self.watch(reference)
+        return entry
+
+    # --- put ----------------------------------------------------------------------------------
+
+    async def put(self, id: LayerId, *, pid: int) -> Entry | None:
+        """Drop one reference and unmount after the last; the entry as it is then, None if none.
+
+        Raises LayerInUse if only other processes' references are left, UnmountBusy if the mount
+        stays busy: then no reference is left and the mount stands. Cancelled: likewise.
+        """
+        table = self.table
+        while True:
+            with table.locked():
+                entry = table.entries.get(id)
+                if not self.store.exists(id):
+                    return None
+                live = self._live(id, entry)
+                step, reference = refs.on_put(entry, pid=pid, live=live)
+                waiting = table.moving(id)
+                if waiting is None:
+                    if step is OnPut.NOTHING:
+                        return None
+                    if step is OnPut.REFUSED:
+                        raise table.in_use(id)
+                    if step is OnPut.COUNT and entry is not None and reference is not None:
+                        return self._drop(id, entry, reference)
+                    table.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            await self._unmount(id)
+        finally:
+            table.end(id)
+        return None
+
+    def _drop(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
+        entry = refs.dropped(entry, reference)
+        self.table.enter(id, entry)
+        self.table.record(id)
+        return entry
+
+    async def _unmount(self, id: LayerId) -> None:
+        """Unmount an id whose transition the caller holds, and drop its entry and references."""
+        table = self.table
+        with table.locked():
+            # no entry: the kernel has it mounted, and nobody counted it
+            entry = table.entries.get(id) or Entry(
+                State.MOUNTED, union=True, since=time.time(), backend=self.backend.name
+            )
+            if not entry.union:
+                table.leave(id)
+                table.record(id)
+                return
+            table.enter(id, refs.unmounting(entry))
+        try:
+            await self._unmount_retrying(id)
+        except BaseException:
+            with table.locked():
+                table.enter(id, refs.busy(refs.unmounting(entry)))
+                table.record(id)
+            raise
+        with table.locked():
+            self.counters.unmounts += 1
+            table.leave(id)
+            table.record(id)
+
+    async def _unmount_retrying(self, id: LayerId) -> None:
+        target = self.store.layout.mount_point(id)
+        for attempt in range(1, BUSY_TRIES + 1):
+            try:
+                return await self.thread.run(self.backend.unmount, target)
+            except OSError as error:
+                if error.errno in (errno.EINVAL, errno.ENOENT):
+                    return None  # not mounted (any more), which is what was wanted
+                if error.errno != errno.EBUSY:
+                    raise
+            if attempt < BUSY_TRIES:
+                self.counters.busy_retries += 1
+                await trio.sleep(BUSY_PAUSE)
+        found = await self.thread.run(kernel_holders.holders, target)
+        named = ", ".join(f"{holder.comm} ({holder.pid})" for holder in found[:5])
+        raise UnmountBusy(
+            f"layer {id} stays mounted, it is busy: {named or 'nobody could be named'}; "
+            f"end what uses it, then put or cleanup",
+            id=id,
+            errno="EBUSY",
+            holders=[
+                {"pid": holder.pid, "comm": holder.comm, "uses": holder.uses} for holder in found
+            ],
+        )
+
+    # --- what other operations need unmounted -------------------------------------------------
+
+    @asynccontextmanager
+    async def removing(self, id: LayerId, *, force: bool) -> AsyncIterator[None]:
+        """Claim a layer for removal, unmounted.
+
+        Raises LayerNotFound, LayerHasChildren, LayerInUse (with `references`), UnmountBusy.
+        """
+        table = self.table
+
+        def refuse(id: LayerId) -> None:
+            if id not in self.store.damaged:
+                self.store.require(id)
+            children = sorted(self.store.children_of(id))
+            if children:
+                raise LayerHasChildren(
+                    f"layer {id} has {len(children)} layers standing on it; remove those first",
+                    id=id,
+                    children=children[:20],
+                )
+            entry = table.entries.get(id)
+            if (entry and entry.references and not force) or table.is_read(id):
+                raise table.in_use(id)
+
+        await table.claim(id, refuse)
+        try:
+            if id in table.entries or (id not in self.store.damaged and self._live(id, None)):
+                await self._unmount(id)
+            yield
+        finally:
+            table.end(id)
+
+    @asynccontextmanager
+    async def converting(self, id: LayerId, *, owned: bool) -> AsyncIterator[None]:
+        """Claim a branch for conversion on behalf of a mount that has begun.
+
+        Other layers that stand on it may be about to mount too: they wait here. One that another
+        backend than ours has mounted (before a restart) is refused with LayerInUse, and so is a
+        branch that is read. `owned`: the transition is the caller's already.
+        """
+        table = self.table
+
+        def refuse(id: LayerId) -> None:
+            if table.is_read(id):
+                raise table.in_use(id)
+            for other, entry in table.entries.items():
+                foreign = entry.union and entry.backend != self.backend.name
+                if foreign and id in self.store.chain(other):
+                    raise table.in_use(other)
+
+        if owned:
+            refuse(id)
+        else:
+            await table.claim(id, refuse)
+        try:
+            yield
+        finally:
+            if not owned:
+                table.end(id)
+
+    async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, UnmountBusy | OSError]]:
+        """Unmount every mount of the store, as the kernel has them; what was, and what was not."""
+        done: list[LayerId] = []
+        failed: dict[LayerId, UnmountBusy | OSError] = {}
+        for id in await self.thread.run(self._mounted_in_kernel):
+            await self.table.claim(id, _allow)
+            try:
+                await self._unmount(id)
+                done.append(id)
+            except (UnmountBusy, OSError) as error:
+                failed[id] = error
+            finally:
+                self.table.end(id)
+        return done, failed
+
+    async def retry_busy(self) -> None:
+        """Try again, now and then, to unmount what stayed busy with no reference left. Endless."""
+        while True:
+            await trio.sleep(BUSY_RETRY)
+            for id in self.table.busy():
+                # it may have been got or moved while another one was tried
+                if self.table.moving(id) or id not in self.table.busy():
+                    continue
+                self.table.begin(id)
+                try:
+                    await self._unmount(id)
+                    log.info("busy mount unmounted", id=id)
+                except (UnmountBusy, OSError) as error:
+                    log.debug("mount is still busy", id=id, error=str(error))
+                finally:
+                    self.table.end(id)
+
+    # --- processes that hold references -------------------------------------------------------
+
+    def watch(self, reference: Reference) -> None:
+        """Put the `process` references of this process when it ends."""
+        key = (reference.pid, reference.start)
+        if key not in self._watched:
+            self._watched.add(key)
+            self.nursery.start_soon(self._watch, *key)
+
+    async def _watch(self, pid: int, start: int) -> None:
+        try:
+            # pidfd_open(2): readable when the process has ended
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            pass
+        else:
+            try:
+                # the pid may have gone to another process before the descriptor was there
+                if process(pid)[1] == start:
+                    await trio.lowlevel.wait_readable(fd)
+            finally:
+                os.close(fd)
+        self._watched.discard((pid, start))
+        self.counters.processes_ended += 1
+        for id in self.table.holding(pid, start):
+            log.info("process ended, its references are put", id=id, pid=pid)
+            try:
+                await self._put_all(id, pid, start)
+            except (AufsdError, OSError) as error:
+                log.warning("put for an ended process failed", id=id, pid=pid, error=str(error))
+
+    async def _put_all(self, id: LayerId, pid: int, start: int) -> None:
+        """Drop every reference of an ended process to one layer."""
+        table = self.table
+        while True:
+            with table.locked():
+                entry = table.entries.get(id)
+                own = [ref for ref in entry.references if ref.is_of(pid, start)] if entry else []
+                waiting = table.moving(id)
+                if waiting is None:
+                    if entry is None or not own:
+                        return
+                    if len(entry.references) > 1:
+                        self._drop(id, entry, own[0])
+                        continue
+                    table.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            await self._unmount(id)
+        finally:
+            table.end(id)
+
+    # --- the kernel's side --------------------------------------------------------------------
+
+    def _live(self, id: LayerId, entry: Entry | None) -> bool:
+        """Whether the kernel has it mounted: one statx(2), which does not block."""
+        if entry is not None and not entry.union:
+            return True
+        target = self.store.layout.mount_point(id)
+        if entry is None or entry.backend == self.backend.name:
+            return self.backend.is_mounted(target)
+        try:
+            return mountinfo.is_mount_point(target)
+        except FileNotFoundError:
+            return False
+
+    def _mounted_in_kernel(self) -> list[LayerId]:
+        return sorted(id for id in rows_in_kernel(self.store) if self.store.exists(id))
+
+    async def breathe(self) -> None:
+        """Return once the lock can be taken and the mount thread answers, for the watchdog."""
+        with self.table.locked():
+            pass
+        await self.thread.run(_nothing)
+
+
+def _allow(_: LayerId) -> None:
+    pass
+
+
+def _nothing() -> None:
+    pass
+
+
+@asynccontextmanager
+async def open_mounts(
+    table: Table, backend: Backend, prepare: Prepare, recorded: dict[LayerId, Entry]
+) -> AsyncIterator[Mounts]:
+    """The mounts of a store, with their background tasks; what is mounted stays so after."""
+    async with trio.open_nursery() as nursery:
+        mounts = Mounts(table.store, backend, table, prepare, nursery)
+        for id, note in await mounts.thread.run(replay, table, recorded):
+            log.warning("table and kernel did not agree", id=id, note=note)
+        for entry in list(table.entries.values()):
+            for reference in entry.references:
+                if reference.hold == "process":
+                    mounts.watch(reference)
+        nursery.start_soon(mounts.retry_busy)
+        try:
+            yield mounts
+        finally:
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,129 @@
+"""What the daemon says of itself: `status` and `health`. From memory and statfs(2); no walk."""
+
+import os
+import platform
+from dataclasses import dataclass, field
+
+from aufsd import answers
+from aufsd.archive.jobs import Jobs
+from aufsd.kernel import syscalls
+from aufsd.mounts import Mounts
+from aufsd.store.layers import Store
+from aufsd.union.backend import Backend
+
+# <linux/magic.h>, the names that Docker shows (moby daemon/graphdriver/driver_linux.go)
+_FS_NAMES = {
+    syscalls.AUFS_SUPER_MAGIC: "aufs",
+    syscalls.BTRFS_SUPER_MAGIC: "btrfs",
+    syscalls.ECRYPTFS_SUPER_MAGIC: "ecryptfs",
+    syscalls.EXT_SUPER_MAGIC: "extfs",
+    syscalls.NFS_SUPER_MAGIC: "nfs",
+    syscalls.OVERLAYFS_SUPER_MAGIC: "overlayfs",
+    syscalls.TMPFS_MAGIC: "tmpfs",
+    syscalls.XFS_SUPER_MAGIC: "xfs",
+    syscalls.ZFS_SUPER_MAGIC: "zfs",
+}
+# below this share of free blocks or inodes the store is degraded; without any it is failing
+_LOW = 0.05
+
+
+def filesystem_name(path: str) -> str:
+    """The kind of file system at a path, in Docker's words."""
+    magic = syscalls.statfs_type(path)
+    return _FS_NAMES.get(magic, f"unknown (0x{magic:x})")
+
+
+@dataclass(slots=True)
+class Overview:
+    """Looks at the rooms, owns none. `facts` are what the backend's probe found."""
+
+    store: Store
+    backend: Backend
+    unions: Mounts
+    jobs: Jobs
+    facts: dict[str, str]
+    # what start-up could not put right, in words; `health` shows it until the next start
+    notes: list[str] = field(default_factory=list)
+
+    def status(self) -> answers.Status:
+        """Docker's rows first (moby aufs.go, Status), then more."""
+        root = self.store.layout.root
+        entries = self.unions.table.entries
+        mounted = sum(1 for entry in entries.values() if entry.union)
+        references = sum(len(entry.references) for entry in entries.values())
+        layers = len(self.store.parent)
+        health = self.health()
+        rows = [
+            ("Root Dir", root),
+            ("Backing Filesystem", filesystem_name(root)),
+            ("Dirs", str(layers + len(self.store.damaged))),
+            ("Dirperm1 Supported", self.facts.get("dirperm1", "false")),
+            ("Backend", self.backend.name),
+            ("Kernel", platform.release()),
+            ("Maximum Branches", str(self.backend.max_branches)),
+            ("Mounts", str(mounted)),
+            ("References", str(references)),
+            ("Quarantined", str(len(self.store.damaged))),
+            ("Running Archives", str(len(self.jobs.running()))),
+        ]
+        rows += [(name, value) for name, value in self.facts.items() if name != "dirperm1"]
+        return answers.Status(
+            driver="aufsd",
+            status=rows,
+            backend=self.backend.name,
+            kernel=platform.release(),
+            layers=layers,
+            mounts=mounted,
+            references=references,
+            jobs=self.jobs.running(),
+            degraded=[check.detail for check in health.checks if check.status != "ok"],
+        )
+
+    def health(self) -> answers.Health:
+        """One line a concern; the whole is as bad as the worst."""
+        checks = [
+            self._space(),
+            self._busy(),
+            self._quarantine(),
+            self._start(),
+        ]
+        worst = max((check.status for check in checks), key=_SEVERITY.index)
+        return answers.Health(worst, checks)
+
+    def _space(self) -> answers.HealthCheck:
+        try:
+            found = os.statvfs(self.store.layout.root)
+        except OSError as error:
+            return answers.HealthCheck("space", "failing", f"the store: {error.strerror}")
+        blocks = found.f_bavail / found.f_blocks if found.f_blocks else 1.0
+        # btrfs has no inode count and says 0
+        inodes = found.f_favail / found.f_files if found.f_files else 1.0
+        free = found.f_bavail * found.f_frsize
+        detail = f"{free >> 20} MiB ({blocks:.0%}) and {inodes:.0%} of the inodes are free"
+        if not free or not inodes:
+            return answers.HealthCheck("space", "failing", detail)
+        low = min(blocks, inodes) < _LOW
+        return answers.HealthCheck("space", "degraded" if low else "ok", detail)
+
+    def _busy(self) -> answers.HealthCheck:
+        busy = sorted(self.unions.table.busy())
+        if not busy:
+            return answers.HealthCheck("mounts", "ok", "no mount stands without a reference")
+        named = ", ".join(busy[:5])
+        detail = f"{len(busy)} mounts are busy though no reference is left: {named}"
+        return answers.HealthCheck("mounts", "degraded", detail)
+
+    def _quarantine(self) -> answers.HealthCheck:
+        damaged = sorted(self.store.damaged)
+        if not damaged:
+            return answers.HealthCheck("layers", "ok", "no layer is in quarantine")
+        detail = f"{len(damaged)} layers are in quarantine: {', '.join(damaged[:5])}"
+        return answers.HealthCheck("layers", "degraded", detail)
+
+    def _start(self) -> answers.HealthCheck:
+        if not self.notes:
+            return answers.HealthCheck("start", "ok", "nothing is left open from the start")
+        return answers.HealthCheck("start", "degraded", "; ".join(self.notes))
+
+
+_SEVERITY = ("ok", "degraded", "failing")

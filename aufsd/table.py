@@ -1,0 +1,206 @@
+"""The active-mount table behind THE lock: entries, transitions, and what a layer is used for.
+
+The lock guards the table and is never held across an await, so taking it never waits;
+`acquire_nowait` would raise where that rule is broken. An id that is being mounted, unmounted or
+changed is in transition: whoever meets it waits for that id only, then asks again. Which system
+calls an entry stands for is the business of `mounts.py`.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import trio
+
+from aufsd.journal import Journal
+from aufsd.refs import Entry, State
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+from aufsd_client.errors import LayerInUse, ParentNotFound
+
+
+@dataclass(slots=True)
+class Table:
+    """Who uses which layer. `entries` is for reading: it changes by `enter` and `leave` alone."""
+
+    store: Store
+    journal: Journal
+    entries: dict[LayerId, Entry] = field(default_factory=dict)
+    _lock: trio.Lock = field(default_factory=trio.Lock)
+    _moving: dict[LayerId, trio.Event] = field(default_factory=dict)
+    # how many entries stand on a layer, and how many jobs read it now
+    _pins: Counter[LayerId] = field(default_factory=Counter)
+    _readers: Counter[LayerId] = field(default_factory=Counter)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The table, for the length of a block without an await."""
+        self._lock.acquire_nowait()
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    # --- transitions --------------------------------------------------------------------------
+
+    def moving(self, *ids: LayerId) -> trio.Event | None:
+        """The event of the first of these that is in transition; None if all are settled."""
+        return next((self._moving[id] for id in ids if id in self._moving), None)
+
+    def begin(self, id: LayerId) -> None:
+        """Put a settled id into transition. Whoever does must `end` it, however it goes."""
+        self._moving[id] = trio.Event()
+
+    def end(self, id: LayerId) -> None:
+        """The transition is over: those who wait ask again."""
+        self._moving.pop(id).set()
+
+    async def claim(self, id: LayerId, refuse: Callable[[LayerId], None]) -> None:
+        """Begin a transition once the id is settled, unless `refuse` raises.
+
+        Raises LayerNotFound, LayerDamaged. Cancelled: nothing was begun.
+        """
+        while True:
+            with self.locked():
+                waiting = self.moving(id)
+                if waiting is None:
+                    refuse(id)
+                    self.begin(id)
+                    return
+            await waiting.wait()
+
+    # --- entries ------------------------------------------------------------------------------
+
+    def enter(self, id: LayerId, entry: Entry) -> None:
+        """Set an id's entry; a new one pins the layers below."""
+        if id not in self.entries:
+            self._pins.update(self.store.chain(id)[1:])
+        self.entries[id] = entry
+
+    def leave(self, id: LayerId) -> None:
+        """Take an id's entry out, and its pins; harmless if there is none."""
+        if self.entries.pop(id, None) is not None:
+            _subtract(self._pins, self.store.chain(id)[1:])
+
+    def record(self, id: LayerId) -> None:
+        """Write the id's entry, or that there is none, to the journal."""
+        self.journal.record(id, self.entries.get(id), self.entries)
+
+    def busy(self) -> list[LayerId]:
+        """Ids that stayed mounted although no reference is left."""
+        return [
+            id
+            for id, entry in self.entries.items()
+            if entry.union and entry.state is State.MOUNTED and not entry.references
+        ]
+
+    def holding(self, pid: int, start: int) -> list[LayerId]:
+        """Ids that this process holds `process` references to."""
+        return [
+            id
+            for id, entry in self.entries.items()
+            if any(reference.is_of(pid, start) for reference in entry.references)
+        ]
+
+    # --- what a layer is used for -------------------------------------------------------------
+
+    @asynccontextmanager
+    async def creating(self, id: LayerId, parent: LayerId | None) -> AsyncIterator[None]:
+        """Claim a new id: in the index at once, so that the parent cannot be removed meanwhile.
+
+        Raises LayerExists, ParentNotFound, LayerDamaged. Left by an exception or a cancellation,
+        the id is free again.
+        """
+        related = (id,) if parent is None else (id, parent)
+        while True:
+            with self.locked():
+                waiting = self.moving(*related)
+                if waiting is None:
+                    if parent is not None and not self.store.exists(id):
+                        if not self.store.exists(parent):
+                            raise ParentNotFound(
+                                f"there is no layer {parent}", id=id, parent=parent
+                            )
+                        self.store.require(parent)
+                    self.store.register(id, parent)
+                    self.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            yield
+        except BaseException:
+            self.store.forget(id)
+            raise
+        finally:
+            self.end(id)
+
+    @asynccontextmanager
+    async def changing(self, id: LayerId) -> AsyncIterator[None]:
+        """Claim a layer's content for writing.
+
+        Raises LayerNotFound, LayerDamaged; LayerInUse if it, or one that stands on it, is
+        referenced, mounted or read.
+        """
+
+        def refuse(id: LayerId) -> None:
+            self.store.require(id)
+            if id in self.entries or self._pins[id] or self._readers[id]:
+                raise self.in_use(id)
+
+        await self.claim(id, refuse)
+        try:
+            yield
+        finally:
+            self.end(id)
+
+    @asynccontextmanager
+    async def reading(self, ids: Iterable[LayerId]) -> AsyncIterator[None]:
+        """Claim layers for reading: none of them is changed, converted or removed meanwhile.
+
+        Raises LayerNotFound, LayerDamaged.
+        """
+        wanted = tuple(dict.fromkeys(ids))
+        while True:
+            with self.locked():
+                waiting = self.moving(*wanted)
+                if waiting is None:
+                    for id in wanted:
+                        self.store.require(id)
+                    self._readers.update(wanted)
+                    break
+            await waiting.wait()
+        try:
+            yield
+        finally:
+            _subtract(self._readers, wanted)
+
+    def is_read(self, id: LayerId) -> bool:
+        """Whether a job reads the layer now."""
+        return self._readers[id] > 0
+
+    def in_use(self, id: LayerId) -> LayerInUse:
+        """The error that says what a layer is used for."""
+        entry = self.entries.get(id)
+        references = entry.references if entry else ()
+        if references:
+            why = f"{len(references)} references to it are left"
+        elif self._readers[id]:
+            why = "it is being read"
+        elif entry:
+            why = "it is mounted"
+        else:
+            why = f"{self._pins[id]} layers in use stand on it"
+        return LayerInUse(
+            f"layer {id} is in use: {why}",
+            id=id,
+            references=len(references),
+            holders=[{"pid": ref.pid, "uid": ref.uid, "comm": ref.comm} for ref in references[:20]],
+        )
+
+
+def _subtract(counter: Counter[LayerId], ids: Iterable[LayerId]) -> None:
+    for id in ids:
+        counter[id] -= 1
+        if not counter[id]:
+            del counter[id]
