@@ -10,7 +10,7 @@ from msgspec import Struct
 
 
 class IdMap(Struct, frozen=True):
-    """`size` ids from `container_id` on, in the archive, are those from `host_id` on, on the host."""
+    """`size` ids from `container_id` on in the archive are those from `host_id` on, on the host."""
 
     container_id: int
     host_id: int
