@@ -1,15 +1,17 @@
-"""What a union file system must offer, and how one is chosen.
+"""What a union file system must offer.
 
 A backend plans mounts as plain data and runs them; it knows nothing of references, ids on the wire
-or archives. Everything here is synchronous and may block: `mounts.py` calls it in the mount thread.
+or archives. Everything here is synchronous and may block: `mounts.py` calls it in the mount thread,
+and nothing of one backend runs twice at a time. `choice.py` finds one that this host can serve.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
-from aufsd.store.layout import Layout
 from aufsd.union.branches import MountCall
 from aufsd.union.dialect import Dialect
+
+XattrNamespace = Literal["trusted", "user"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +33,29 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a probe found. `reason` is a sentence for a person when it cannot serve.
+    """Why a probe found that a backend cannot serve: a sentence for a person.
 
-    `incompatible` tells the store's file system (204) from the kernel or host (203). `facts` are
-    things found on the way that `status` and `aufsd probe` show, such as dirperm1 or the limit.
+    `incompatible` tells the store's file system (204) from the kernel or host (203).
     """
 
-    usable: bool
-    reason: str = ""
+    reason: str
     incompatible: bool = False
-    facts: tuple[tuple[str, str], ...] = ()
 
 
 class Backend(Protocol):
-    """One union file system."""
+    """One union file system, as its probe found it."""
 
     @property
     def name(self) -> str:
-        """As in the configuration: aufs, overlay."""
+        """As in the configuration: aufs, overlay. Also its type in mountinfo."""
 
     @property
     def dialect(self) -> Dialect:
         """How whiteouts must stand in the branches that it mounts, and how it writes them."""
+
+    @property
+    def namespace(self) -> XattrNamespace:
+        """Where the xattrs of the dialect live: `user` in a user namespace."""
 
     @property
     def max_branches(self) -> int:
@@ -62,23 +65,40 @@ class Backend(Protocol):
     def live_lower_warning(self) -> str:
         """What to tell who makes a child of a layer that is mounted read-write; "" if harmless."""
 
-    def probe(self, layout: Layout) -> Verdict:
-        """Mount for real on the store's own file system, and clean up. Sets what it learnt."""
+    @property
+    def facts(self) -> tuple[tuple[str, str], ...]:
+        """What the probe learnt, for `status` and `aufsd probe`; dirperm1 among it."""
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
-        """The mount calls for `union`, in order. Reads branch roots, changes nothing."""
+        """The mount calls for `union`, in order. Reads branch roots, changes nothing.
 
-    def mount(self, union: Union) -> None:
-        """Run the plan and verify the mount.
-
-        Raises MountFailed with errno, options and the likely cause; then nothing is left mounted.
+        Raises TooManyLayers.
         """
 
-    def unmount(self, union_target: str) -> None:
-        """Flush what must be flushed and unmount once, without MNT_DETACH.
+    def mount(self, union: Union) -> None:
+        """Run the plan and verify the mount. The branches are in the backend's dialect already.
+
+        Raises TooManyLayers, or MountFailed with errno, options and the likely cause; then nothing
+        is left mounted.
+        """
+
+    def flush(self, target: str) -> None:
+        """Make the writable branch of a mounted union complete by itself, as `diff` reads it.
+
+        Harmless if nothing is mounted there. Raises OSError if the branch cannot be written.
+        """
+
+    def unmount(self, target: str) -> None:
+        """Flush, and unmount once, without MNT_DETACH.
 
         Raises OSError as umount2(2) does, EBUSY among them; EINVAL means it was no mount point.
         """
 
     def is_mounted(self, target: str) -> bool:
         """Whether this backend's union is mounted at `target` now: O(1), no mountinfo."""
+
+    def is_whole(self, union: Union) -> bool:
+        """Whether what is mounted there has all the union's branches.
+
+        A process killed between two mount calls leaves the first ones; asked once at start-up.
+        """

@@ -1,0 +1,94 @@
+"""What is mounted: a pure parser of /proc/PID/mountinfo (proc(5)), and the cheap questions.
+
+Reading mountinfo costs what the whole host has mounted, so it is for start-up, `cleanup`, `check`
+and error paths. Whether one path is a mount point is asked of that path.
+"""
+
+import os
+import re
+import select
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from aufsd.kernel import syscalls
+
+# show_type() and mangle() in fs/proc_namespace.c escape these as three octal digits
+_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+_TRIES: Final = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Mount:
+    """One row; `device` is st_dev of the file system's root, options are as the kernel shows."""
+
+    id: int
+    parent: int
+    device: int
+    root: str
+    mount_point: str
+    options: tuple[str, ...]
+    fstype: str
+    source: str
+    super_options: str
+
+
+def parse(text: bytes) -> Iterator[Mount]:
+    """The rows of a mountinfo file, in its order. ValueError for a line that is not one."""
+    for line in text.splitlines():
+        # "36 35 98:0 /mnt1 /mnt2 rw,noatime shared:1 - ext3 /dev/root rw": any number of tags
+        # stand before the lone dash, and no field holds a space unescaped
+        head, dash, tail = line.partition(b" - ")
+        fields, rest = head.split(b" "), tail.split(b" ")
+        if not dash or len(fields) < 6 or len(rest) < 3:
+            raise ValueError(f"not a line of mountinfo: {line[:200]!r}")
+        major, minor = fields[2].split(b":")
+        yield Mount(
+            id=int(fields[0]),
+            parent=int(fields[1]),
+            device=os.makedev(int(major), int(minor)),
+            root=_text(fields[3]),
+            mount_point=_text(fields[4]),
+            options=tuple(_text(fields[5]).split(",")),
+            fstype=_text(rest[0]),
+            source=_text(rest[1]),
+            super_options=_text(rest[2]),
+        )
+
+
+def _text(field: bytes) -> str:
+    if b"\\" in field:
+        field = _ESCAPE.sub(lambda found: bytes((int(found[1], 8) & 0xFF,)), field)
+    return os.fsdecode(field)
+
+
+def read(pid: int | str = "self") -> list[Mount]:
+    """The mounts that this process sees, now.
+
+    One read(2) gives about a page of it, and a mount or unmount between two reads can make older
+    kernels skip a row that never changed (moby ae431b10a9). poll(2) tells that the table changed
+    since it was opened: then it is read again, a few times.
+    """
+    for _ in range(_TRIES):
+        with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
+            text = file.readall() or b""
+            poll = select.poll()
+            poll.register(file, select.POLLPRI)
+            if not poll.poll(0):
+                break
+    return list(parse(text))
+
+
+def mounted_under(prefix: str) -> list[Mount]:
+    """The mounts at or below a directory, in the order of mounting at each point."""
+    below = f"{prefix.rstrip('/')}/"
+    return [row for row in read() if row.mount_point == prefix or row.mount_point.startswith(below)]
+
+
+def is_mount_point(path: str) -> bool:
+    """Whether something is mounted at `path`. FileNotFoundError if nothing is there at all."""
+    found = syscalls.statx_mount_root(path)
+    if found.known:
+        return found.mounted
+    # before Linux 5.8: a union is always another device than the directory above its mount point
+    return os.lstat(path).st_dev != os.lstat(os.path.dirname(path)).st_dev

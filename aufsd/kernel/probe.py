@@ -1,0 +1,163 @@
+"""What this host can do, found by trying it.
+
+Facts of the kernel and of one directory's file system; what a union file system can do with them is
+tried by its own module in `union/`. Nothing is cached: a module may be loaded any time.
+"""
+
+import errno
+import os
+import secrets
+import stat
+import subprocess
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from aufsd.kernel import syscalls
+
+_MAGIC_NAMES: Final = {
+    syscalls.AUFS_SUPER_MAGIC: "aufs",
+    syscalls.BTRFS_SUPER_MAGIC: "btrfs",
+    syscalls.ECRYPTFS_SUPER_MAGIC: "ecryptfs",
+    syscalls.EXT_SUPER_MAGIC: "extfs",
+    syscalls.FUSE_SUPER_MAGIC: "fuse",
+    syscalls.NFS_SUPER_MAGIC: "nfs",
+    syscalls.OVERLAYFS_SUPER_MAGIC: "overlayfs",
+    syscalls.TMPFS_MAGIC: "tmpfs",
+    syscalls.XFS_SUPER_MAGIC: "xfs",
+    syscalls.ZFS_SUPER_MAGIC: "zfs",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """The kernel that we run on, and what we are on it."""
+
+    kernel: str
+    root: bool
+    user_namespace: bool
+    selinux: bool
+    filesystems: frozenset[str]
+    module_versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What one directory's file system offers to a store.
+
+    `xattrs` is the namespace that a union's own xattrs can live in, "" if neither. `kind` is the
+    name that Docker shows as Backing Filesystem.
+    """
+
+    path: str
+    magic: int
+    kind: str
+    xattrs: Literal["trusted", "user", ""]
+    d_type: bool
+    whiteout_devices: bool
+
+
+def host() -> Host:
+    """What the kernel says of itself."""
+    return Host(
+        kernel=os.uname().release,
+        root=os.geteuid() == 0,
+        user_namespace=in_user_namespace(),
+        selinux=has_selinux(),
+        filesystems=filesystems(),
+        module_versions=tuple(
+            (name, version) for name in ("aufs", "overlay") if (version := _module_version(name))
+        ),
+    )
+
+
+def ground(path: str) -> Ground:
+    """What the file system of the directory `path` offers. Makes a file in it, and removes it.
+
+    Raises OSError where the directory cannot be written at all.
+    """
+    magic = syscalls.statfs_type(path)
+    name = f"{path}/.aufsd-{secrets.token_hex(8)}"
+    with open(name, "xb"):
+        pass
+    try:
+        with os.scandir(path) as entries:
+            made = next(entry for entry in entries if entry.path == name)
+        xattrs = _xattr_namespace(name)
+    finally:
+        os.unlink(name)
+    return Ground(
+        path=path,
+        magic=magic,
+        kind=_MAGIC_NAMES.get(magic, f"0x{magic:x}"),
+        xattrs=xattrs,
+        # the name is gone: only an entry that came with its type can still know it
+        d_type=made.is_file(follow_symlinks=False),
+        whiteout_devices=_takes_whiteouts(name),
+    )
+
+
+def filesystems() -> frozenset[str]:
+    """The types in /proc/filesystems. Whole words: a name may be part of another."""
+    with open("/proc/filesystems", encoding="ascii") as file:
+        return frozenset(line.split("\t")[1].strip() for line in file if "\t" in line)
+
+
+def in_user_namespace() -> bool:
+    """Whether our root is not the host's: the map of the initial namespace is the identity."""
+    with open("/proc/self/uid_map", encoding="ascii") as file:
+        return file.read().split() != ["0", "0", "4294967295"]
+
+
+def has_selinux() -> bool:
+    """Whether SELinux is on and has a policy, so that a `context=` mount option is understood."""
+    return os.path.exists("/sys/fs/selinux/policyvers") and _read("/sys/fs/selinux/enforce") != ""
+
+
+def load_module(name: str) -> str:
+    """Have modprobe(8) load a module; "" or why it did not, in words."""
+    if os.geteuid() != 0 or in_user_namespace():
+        return "a module can be loaded by the host's root only"
+    try:
+        done = subprocess.run(
+            ["modprobe", "--", name], capture_output=True, text=True, timeout=30, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"modprobe {name} could not be run: {error}"
+    if done.returncode:
+        said = done.stderr.strip() or f"exit status {done.returncode}"
+        return f"modprobe {name} failed: {said}"
+    return ""
+
+
+def _xattr_namespace(path: str) -> Literal["trusted", "user", ""]:
+    namespaces: tuple[Literal["trusted", "user"], ...] = ("trusted", "user")
+    for namespace in namespaces:
+        try:
+            os.setxattr(path, f"{namespace}.overlay.aufsd", b"y")
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EACCES):
+                raise
+        else:
+            return namespace
+    return ""
+
+
+def _takes_whiteouts(name: str) -> bool:
+    try:
+        os.mknod(name, stat.S_IFCHR, os.makedev(0, 0))
+    except OSError:
+        return False
+    os.unlink(name)
+    return True
+
+
+def _module_version(name: str) -> str:
+    return _read(f"/sys/module/{name}/version")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return ""

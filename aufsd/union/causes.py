@@ -1,0 +1,74 @@
+"""Why a mount failed, in words: mount(2) gives one number for a dozen reasons."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator, Sequence
+
+from aufsd.kernel import probe, syscalls
+from aufsd.union.branches import MountCall
+
+
+def likely_cause(call: MountCall, error: OSError, kernel_log: Sequence[str]) -> str:
+    """One sentence: what is wrong with a branch or the host, else the kernel's own last line."""
+    found = next(_causes(call, error), None)
+    if found:
+        return found
+    said = [line for line in kernel_log if call.fstype in line]
+    return f"the kernel says: {said[-1]}" if said else (error.strerror or str(error))
+
+
+def _causes(call: MountCall, error: OSError) -> Iterator[str]:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        yield (
+            f"out of file descriptors, and each of {len(call.dirs)} directories needs one: "
+            "raise LimitNOFILE"
+        )
+    if not os.path.isdir(call.target):
+        yield f"the mount point {call.target} is missing or is no directory"
+    for path in call.dirs:
+        yield from _wrong_branch(call.fstype, path)
+    if call.fstype not in probe.filesystems():
+        yield f"this kernel has no {call.fstype}"
+    if error.errno == errno.EPERM:
+        yield (
+            "not permitted: CAP_SYS_ADMIN is missing, or this kernel does not allow "
+            f"{call.fstype} in a user namespace"
+        )
+    if 'context="' in call.data and not probe.has_selinux():
+        yield "a mount label was given, and this kernel has no SELinux or no policy loaded"
+    if error.errno == errno.ENOSPC and call.fstype != "aufs":
+        yield "too many mounts in this namespace (fs.mount-max), or no space for the work directory"
+    if error.errno == errno.EROFS:
+        yield "the file system of the writable branch, or of the work directory, is read-only"
+    if error.errno == errno.ESTALE:
+        yield "the writable branch was last mounted over other parents with index=on"
+    if error.errno == errno.E2BIG:
+        yield "too many options or branches for one call"
+
+
+def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
+    try:
+        found = os.lstat(path)
+    except OSError as error:
+        yield f"the branch {path} cannot be reached: {error.strerror}"
+        return
+    if not stat.S_ISDIR(found.st_mode):
+        yield f"the branch {path} is no directory"
+        return
+    reason = UNFIT.get((fstype, syscalls.statfs_type(path)))
+    if reason:
+        yield f"the branch {path} lies on {reason}"
+
+
+# by (union, f_type of the branch): what the trial mount of the probe cannot say in words
+UNFIT = {
+    ("aufs", syscalls.AUFS_SUPER_MAGIC): "aufs, which aufs refuses as a branch",
+    ("aufs", syscalls.ECRYPTFS_SUPER_MAGIC): "eCryptfs, whose names are too short for aufs",
+    ("aufs", syscalls.OVERLAYFS_SUPER_MAGIC): "overlayfs, which aufs refuses as a branch",
+    ("aufs", syscalls.FUSE_SUPER_MAGIC): "FUSE, which aufs takes read-only at most",
+    ("overlay", syscalls.AUFS_SUPER_MAGIC): "aufs, which overlayfs cannot write through",
+    ("overlay", syscalls.ECRYPTFS_SUPER_MAGIC): "eCryptfs, which overlayfs refuses",
+    ("overlay", syscalls.NFS_SUPER_MAGIC): "NFS, which overlayfs cannot write through",
+    ("overlay", syscalls.OVERLAYFS_SUPER_MAGIC): "overlayfs, which cannot be stacked so deep",
+}

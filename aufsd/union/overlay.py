@@ -1,0 +1,290 @@
+"""overlayfs: one mount call, always; whiteouts as devices, opaque directories by xattr.
+
+`index=off,metacopy=off,redirect_dir=nofollow`: a layer is whole by itself, and may be mounted over
+another copy of its parents (mkosi, containerd and Docker do the same). The price is that the
+kernel lets two mounts write one upper directory, so that is looked for here.
+"""
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Final, Literal
+
+from aufsd.kernel import probe as host
+from aufsd.kernel import syscalls
+from aufsd.kernel.log import KernelLog, open_log
+from aufsd.store.layout import Layout
+from aufsd.union import runner
+from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import MountFailed
+
+MAGIC: Final = syscalls.OVERLAYFS_SUPER_MAGIC
+# each with the module parameter that shows that the kernel knows it
+_OPTIONS: Final = (
+    ("index", "index=off"),
+    ("metacopy", "metacopy=off"),
+    ("redirect_dir", "redirect_dir=nofollow"),
+)
+# ovl_report_in_use() in fs/overlayfs/super.c
+_IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
+
+
+@dataclass(frozen=True, slots=True)
+class Overlay:
+    """The overlay backend as `probe` found it.
+
+    `in_use` is how a second mount over one upper directory is noticed: the kernel writes a line
+    into a log that we can read, or a trial mount is made before each writable one.
+    """
+
+    namespace: XattrNamespace
+    options: tuple[str, ...]
+    empty: str
+    scratch: str
+    log: KernelLog
+    in_use: Literal["log", "trial", "unseen"] = "unseen"
+    facts: tuple[tuple[str, str], ...] = ()
+    name: str = "overlay"
+    dialect: Dialect = Dialect.OVERLAY
+    max_branches: int = LOWERS_MAX
+    live_lower_warning: str = (
+        "the parent is mounted read-write, and overlayfs may not show later writes to it"
+    )
+
+    def plan(self, union: Union) -> tuple[MountCall, ...]:
+        """As Backend.plan: one call."""
+        branches = self._merged((union.top, *union.lowers))
+        # one directory alone is not a union to overlayfs, so an empty one stands below it
+        if len(branches) == 1:
+            branches = (*branches, self.empty)
+        if union.read_only:
+            call = plan_overlay(union.target, branches, options=self.options, label=union.label)
+        else:
+            call = plan_overlay(
+                union.target,
+                branches[1:],
+                upper=branches[0],
+                work=union.work,
+                options=self.options,
+                label=union.label,
+            )
+        return (call,)
+
+    def _merged(self, branches: tuple[str, ...]) -> tuple[str, ...]:
+        """The branches down to the first whose root is opaque.
+
+        The kernel looks at the marker when it looks a name up in a directory above, which a root
+        does not have: it would merge what lies below all the same.
+        """
+        for depth, branch in enumerate(branches, 1):
+            if _is_opaque(branch, self.namespace):
+                return branches[:depth]
+        return branches
+
+    def mount(self, union: Union) -> None:
+        """As Backend.mount. EBUSY: another live mount, maybe a detached one, writes its branch."""
+        calls = self.plan(union)
+        if union.read_only:
+            return runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        _clean_work(union.work)
+        if self.in_use == "log":
+            runner.run(union.id, calls, magic=MAGIC, log=self.log)
+            if not _says_in_use(self.log):
+                return None
+            # the line names no path, and another overlay mounted just now may have been meant
+            runner.undo(union.target)
+        if self.in_use != "unseen" and is_upper_in_use(union.top, self.scratch, self.namespace):
+            raise MountFailed(
+                f"the content of layer {union.id} is still written by another mount, one that was "
+                "detached or lives on in another mount namespace: end what uses it",
+                id=union.id,
+                errno="EBUSY",
+                options=calls[0].render(calls[0].dirs),
+                cause="the writable branch is in use by another mount",
+            )
+        return runner.run(union.id, calls, magic=MAGIC, log=self.log)
+
+    def flush(self, target: str) -> None:
+        """Nothing: overlayfs copies up a whole file before it is written."""
+
+    def unmount(self, target: str) -> None:
+        """As Backend.unmount."""
+        syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+
+    def is_mounted(self, target: str) -> bool:
+        """As Backend.is_mounted."""
+        return runner.is_mounted(target, MAGIC)
+
+    def is_whole(self, union: Union) -> bool:
+        """As Backend.is_whole: one call mounts all of it or nothing."""
+        return self.is_mounted(union.target)
+
+
+def probe(layout: Layout) -> Overlay | Verdict:
+    """Mount on the store's own file system, and look; what is made in `layout.probes` goes again.
+
+    Raises OSError if the store cannot be written at all.
+    """
+    if "overlay" not in host.filesystems():
+        tried = host.load_module("overlay")
+        if "overlay" not in host.filesystems():
+            return Verdict(
+                f"this kernel has no overlayfs ({tried or 'the module has another type'})"
+            )
+    os.makedirs(layout.probes, 0o700, exist_ok=True)
+    ground = host.ground(layout.probes)
+    if not ground.xattrs:
+        return Verdict(
+            f"the store's file system ({ground.kind}) takes neither trusted.* nor user.* xattrs",
+            incompatible=True,
+        )
+    if not ground.d_type:
+        return Verdict(
+            f"the store's file system ({ground.kind}) does not tell types of directory entries "
+            "(d_type; xfs has to be made with ftype=1)",
+            incompatible=True,
+        )
+    empty = f"{layout.private}/empty"
+    os.makedirs(empty, 0o755, exist_ok=True)
+    options = (*_known_options(), *_user_xattr(ground.xattrs))
+    found = Overlay(ground.xattrs, options, empty, layout.probes, open_log())
+    try:
+        in_use = _try_out(found)
+    except MountFailed as error:
+        by_host = error.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
+        return Verdict(f"a trial mount failed: {error.message}", incompatible=not by_host)
+    except OSError as error:
+        return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
+    facts = (("overlay_options", ",".join(options)), ("upper_in_use", in_use))
+    return replace(found, in_use=in_use, facts=facts)
+
+
+def _try_out(backend: Overlay) -> Literal["log", "trial", "unseen"]:
+    """Mount a trial union and use it; how a second mount over its upper directory is noticed."""
+    with scratch_dirs(
+        backend.scratch, "lower", "middle/d", "upper", "work", "merged", "again"
+    ) as at:
+        os.makedirs(f"{at}/lower/d/hidden")
+        os.mkdir(f"{at}/lower/copied")
+        os.mkdir(f"{at}/lower/gone")
+        os.mknod(f"{at}/middle/gone", stat.S_IFCHR, os.makedev(0, 0))
+        os.setxattr(f"{at}/middle/d", f"{backend.namespace}.overlay.opaque", b"y")
+        lowers = (f"{at}/middle", f"{at}/lower")
+        union = Union("probe", f"{at}/upper", lowers, f"{at}/merged", f"{at}/work")
+        backend.mount(union)
+        try:
+            if sorted(os.listdir(union.target)) != ["copied", "d"] or os.listdir(
+                f"{union.target}/d"
+            ):
+                raise OSError(errno.ENOTSUP, "whiteouts or opaque directories hide nothing")
+            os.rmdir(f"{union.target}/copied")
+            if not is_whiteout(os.lstat(f"{union.top}/copied")):
+                raise OSError(errno.ENOTSUP, "a removed directory leaves no whiteout")
+            return _how_noticed(backend, union, f"{at}/again")
+        finally:
+            runner.undo(union.target)
+
+
+def _how_noticed(backend: Overlay, union: Union, again: str) -> Literal["log", "trial", "unseen"]:
+    runner.run("probe", backend.plan(replace(union, target=again)), magic=MAGIC, log=backend.log)
+    runner.undo(again)
+    if _says_in_use(backend.log):
+        return "log"
+    if "index" not in _parameters():
+        return "unseen"
+    told = is_upper_in_use(union.top, backend.scratch, backend.namespace)
+    return "trial" if told else "unseen"
+
+
+def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool:
+    """Whether a live overlay mount, seen by us or not, writes to `upper`: asked by a trial.
+
+    With index=on the kernel refuses a lower directory that is another mount's upper (EBUSY; Linux
+    4.13, ovl_is_inuse()). The trial's own upper is a new directory in `scratch`, so nothing is
+    written near the layer. Raises MountFailed if the trial fails in another way.
+    """
+    with scratch_dirs(scratch, "upper", "work", "merged") as at:
+        call = plan_overlay(
+            f"{at}/merged",
+            (upper,),
+            upper=f"{at}/upper",
+            work=f"{at}/work",
+            options=("index=on", *_user_xattr(namespace)),
+        )
+        try:
+            runner.run("probe", (call,), magic=MAGIC, log=KernelLog(-1))
+        except MountFailed as error:
+            if error.data["errno"] == "EBUSY":
+                return True
+            raise
+        runner.undo(call.target)
+    return False
+
+
+@contextmanager
+def scratch_dirs(scratch: str, *names: str) -> Iterator[str]:
+    """A new directory in `scratch` with these in it, removed at the end."""
+    os.makedirs(scratch, 0o700, exist_ok=True)
+    at = tempfile.mkdtemp(dir=scratch)
+    try:
+        for name in names:
+            os.makedirs(f"{at}/{name}")
+        yield at
+    finally:
+        shutil.rmtree(at)
+
+
+def is_whiteout(found: os.stat_result) -> bool:
+    """Whether an entry is overlayfs's mark of a deleted name."""
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
+
+
+def _is_opaque(path: str, namespace: XattrNamespace) -> bool:
+    name = f"{namespace}.overlay.opaque"
+    try:
+        # a listing is one call that does not fail, where asking for the value fails nearly always
+        return name in os.listxattr(path) and os.getxattr(path, name) == b"y"
+    except OSError:
+        return False  # a missing branch: the mount fails, and says which
+
+
+def _clean_work(work: str) -> None:
+    """Leave a work directory that holds nothing but the empty `work` of its last mount.
+
+    The kernel makes `work` anew itself. Anything else was left by a crash, and may even stop the
+    mount (work/incompat/volatile); removing and making the directory costs a third of a mount.
+    """
+    try:
+        if os.listdir(work) in ([], ["work"]) and not os.listdir(f"{work}/work"):
+            return
+        shutil.rmtree(work)
+    except FileNotFoundError:
+        pass
+    os.makedirs(work, 0o700, exist_ok=True)
+
+
+def _says_in_use(log: KernelLog) -> bool:
+    return any(words in line for line in log.since() for words in _IN_USE)
+
+
+def _parameters() -> frozenset[str]:
+    with suppress(OSError):
+        return frozenset(os.listdir("/sys/module/overlay/parameters"))
+    # no sysfs here: every kernel since 4.19 has all three
+    return frozenset(name for name, _ in _OPTIONS)
+
+
+def _known_options() -> tuple[str, ...]:
+    known = _parameters()
+    return tuple(option for name, option in _OPTIONS if name in known)
+
+
+def _user_xattr(namespace: XattrNamespace) -> tuple[str, ...]:
+    return ("userxattr",) if namespace == "user" else ()

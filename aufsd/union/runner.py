@@ -1,0 +1,115 @@
+"""Mount calls become mounts: descriptors opened, data rendered, the result looked at.
+
+Call it from one thread that is kept for mounts: the first call by descriptor number gives that
+thread a working directory of its own (unshare(2), CLONE_FS) for good. From the main thread such a
+call is made in a short-lived one, because the main thread's directory is the process's.
+"""
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+from aufsd.kernel import mountinfo, syscalls
+from aufsd.kernel.log import KernelLog
+from aufsd.union.branches import DATA_MAX, MountCall
+from aufsd.union.causes import likely_cause
+from aufsd_client.errors import MountFailed
+
+_BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_UNDO_TRIES: Final = 10
+_UNDO_PAUSE: Final = 0.05  # seconds
+_this_thread = threading.local()
+
+
+def run(id: str, calls: Sequence[MountCall], *, magic: int, log: KernelLog) -> None:
+    """Make the calls in order, and see that a file system of type `magic` stands at the target.
+
+    Raises MountFailed; what was mounted by then is unmounted again.
+    """
+    log.mark()
+    for number, call in enumerate(calls):
+        try:
+            _make(call)
+        except OSError as error:
+            if number:
+                undo(call.target)
+            raise failure(id, call, error, log) from error
+    target = calls[-1].target
+    if not is_mounted(target, magic):
+        undo(target)
+        unseen = OSError(errno.ENODEV, "mounted without an error, but another thing stands there")
+        raise failure(id, calls[-1], unseen, log)
+
+
+def is_mounted(target: str, magic: int) -> bool:
+    """Whether a file system of this type is mounted at `target`; False if nothing is there."""
+    try:
+        return mountinfo.is_mount_point(target) and syscalls.statfs_type(target) == magic
+    except FileNotFoundError:
+        return False
+
+
+def undo(target: str) -> None:
+    """Unmount what nobody was given yet. Something that scans mounts may hold it for a moment."""
+    for _ in range(_UNDO_TRIES):
+        try:
+            return syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                return None
+        time.sleep(_UNDO_PAUSE)
+    return None
+
+
+def failure(id: str, call: MountCall, error: OSError, log: KernelLog) -> MountFailed:
+    """The error that explains why this call failed."""
+    lines = log.since()[-10:]
+    cause = likely_cause(call, error, lines)
+    name = errno.errorcode.get(error.errno or 0, str(error.errno))
+    return MountFailed(
+        f"mounting layer {id} as {call.fstype} failed with {name}: {cause}",
+        id=id,
+        errno=name,
+        options=call.render(call.dirs),
+        cause=cause,
+        kernel_log=lines,
+    )
+
+
+def _make(call: MountCall) -> None:
+    if not call.by_number:
+        _mount(call, call.render(call.dirs))
+    elif threading.current_thread() is threading.main_thread():
+        with ThreadPoolExecutor(max_workers=1) as other:
+            other.submit(_make_by_number, call).result()
+    else:
+        _make_by_number(call)
+
+
+def _make_by_number(call: MountCall) -> None:
+    if not getattr(_this_thread, "own_directory", False):
+        syscalls.unshare(syscalls.CLONE_FS)
+        _this_thread.own_directory = True
+    opened: list[int] = []
+    try:
+        for path in call.dirs:
+            opened.append(os.open(path, _BRANCH))
+        os.chdir("/proc/thread-self/fd")
+        try:
+            _mount(call, call.render(opened))
+        finally:
+            os.chdir("/")
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _mount(call: MountCall, data: str) -> None:
+    # the planner's promise, kept here once more: the kernel would cut the rest without a word
+    if len(os.fsencode(data)) > DATA_MAX:
+        raise OSError(errno.E2BIG, "the options are longer than the kernel reads", call.target)
+    syscalls.mount("none", call.target, call.fstype, call.flags, data)
