@@ -69,7 +69,7 @@ class Store:
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
-    _serial: itertools.count[int] = field(default_factory=itertools.count)
+    _serial: "itertools.count[int]" = field(default_factory=itertools.count)
 
     # --- questions, from memory ---------------------------------------------------------------
 
@@ -131,6 +131,8 @@ class Store:
         """
         content = self.layout.content(id)
         mount_point = self.layout.mount_point(id)
+        if os.path.lexists(self.layout.parents_file(id)):
+            raise LayerExists(f"layer {id} was made behind our back", id=id)
         made: list[str] = []
         try:
             for path in (content, mount_point):

@@ -1,0 +1,76 @@
+"""The journal gives back the table, whole or up to where it was cut."""
+
+from pathlib import Path
+
+import pytest
+
+from aufsd import journal
+from aufsd.journal import Journal
+from aufsd.refs import Entry, Reference, State
+from aufsd.store.ids import LayerId
+
+A, B = LayerId("a"), LayerId("b")
+HELD = Entry(
+    State.MOUNTED,
+    True,
+    (Reference(7, 0, "sh", "process", 1.5, 99),),
+    "label",
+    False,
+    2.0,
+    "overlay",
+)
+
+
+def test_what_was_recorded_is_read_back(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal")
+    table: dict[LayerId, Entry] = {A: HELD}
+    book = Journal(path, "/store", table)
+    table[B] = HELD
+    book.record(B, HELD, table)
+    del table[A]
+    book.record(A, None, table)
+    book.close()
+    assert journal.read(path, "/store") == {B: HELD}
+
+
+def test_cut_at_any_byte_it_is_read_up_to_the_cut(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    book = Journal(str(path), "/store", {})
+    book.record(A, HELD, {A: HELD})
+    book.record(B, HELD, {A: HELD, B: HELD})
+    book.close()
+    whole = path.read_bytes()
+    states = [{}, {A: HELD}, {A: HELD, B: HELD}]
+    ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
+    for cut in range(len(whole) + 1):
+        path.write_bytes(whole[:cut])
+        lines = sum(1 for end in ends if end <= cut)
+        assert journal.read(str(path), "/store") == states[max(lines - 1, 0)]
+
+
+@pytest.mark.parametrize("line", [b"\xff\n", b"{}\n", b'{"t":"header","format":9}\n', b"\n"])
+def test_a_journal_that_is_none_counts_nothing(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(line)
+    assert journal.read(str(path), "/store") == {}
+
+
+def test_another_boot_or_another_root_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "journal")
+    Journal(path, "/store", {A: HELD}).close()
+    assert journal.read(path, "/store") == {A: HELD}
+    assert journal.read(path, "/other") == {}
+    monkeypatch.setattr(journal, "boot_id", lambda: "another")
+    assert journal.read(path, "/store") == {}
+
+
+def test_it_is_written_anew_before_it_grows_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    book = Journal(str(path), "/store", {})
+    for _ in range(20_000):
+        book.record(A, HELD, {A: HELD})
+    book.close()
+    assert path.read_bytes().count(b"\n") < 10_000
+    assert journal.read(str(path), "/store") == {A: HELD}

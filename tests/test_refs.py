@@ -1,0 +1,132 @@
+"""The state machine against a model of the kernel: counts follow the mount, whatever the order."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from aufsd import refs
+from aufsd.refs import Entry, OnGet, OnPut, Reference, State
+
+PIDS = st.integers(min_value=1, max_value=3)
+LABELS = st.sampled_from(["", "a", "b"])
+
+
+def reference(pid: int, hold: refs.Hold = "manual") -> Reference:
+    return Reference(pid, 0, "test", hold, 0.0, pid)
+
+
+class OneLayer(RuleBasedStateMachine):
+    """One layer with parents: `kernel` is what is mounted, `held` what was got and not put."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry: Entry | None = None
+        self.kernel: str | None = None
+        self.before: Entry | None = None
+        self.getting: Reference | None = None
+        self.held: list[tuple[int, str]] = []
+
+    @initialize()
+    def start(self) -> None:
+        self.entry = None
+
+    def settled(self) -> bool:
+        return self.entry is None or self.entry.state is State.MOUNTED
+
+    @precondition(settled)
+    @rule(pid=PIDS, hold=st.sampled_from(["manual", "process"]), label=LABELS)
+    def get(self, pid: int, hold: refs.Hold, label: str) -> None:
+        step = refs.on_get(self.entry, label=label, live=self.kernel is not None)
+        if step is OnGet.COUNT:
+            assert self.kernel == label
+            assert self.entry is not None
+            self.entry = refs.counted(self.entry, reference(pid, hold))
+            self.held.append((pid, hold))
+        elif step is OnGet.CONFLICT:
+            assert self.kernel is not None
+            assert self.kernel != label
+        else:
+            assert step is OnGet.MOUNT
+            assert self.kernel is None
+            self.before, self.getting = self.entry, reference(pid, hold)
+            self.entry = refs.mounting(self.entry, label=label, read_only=False, backend="x")
+
+    @precondition(lambda self: self.entry is not None and self.entry.state is State.MOUNTING)
+    @rule(works=st.booleans())
+    def mount_ends(self, works: bool) -> None:
+        assert self.entry is not None
+        assert self.getting is not None
+        assert refs.on_get(self.entry, label="", live=False) is OnGet.WAIT
+        if not works:
+            self.entry = self.before
+            return
+        self.kernel = self.entry.label
+        self.entry = refs.counted(refs.mounted(self.entry, since=1.0), self.getting)
+        self.held.append((self.getting.pid, self.getting.hold))
+
+    @precondition(settled)
+    @rule(pid=PIDS)
+    def put(self, pid: int) -> None:
+        live = self.kernel is not None
+        step, gone = refs.on_put(self.entry, pid=pid, live=live)
+        own = [held for held in self.held if held == (pid, "process")]
+        manual = [held for held in self.held if held[1] == "manual"]
+        if step is OnPut.REFUSED:
+            assert self.held
+            assert not own
+            assert not manual
+            return
+        if step is OnPut.NOTHING:
+            assert not self.held
+            assert not live
+            return
+        if gone is not None:
+            assert (gone.pid, gone.hold) == (own or [(gone.pid, "manual")])[0]
+            self.held.remove((gone.pid, gone.hold))
+        if step is OnPut.COUNT:
+            assert self.entry is not None
+            assert gone is not None
+            self.entry = refs.dropped(self.entry, gone)
+            assert self.held
+        else:
+            assert step is OnPut.UNMOUNT
+            assert not self.held
+            if self.entry is not None:
+                self.entry = refs.unmounting(self.entry)
+            else:
+                self.kernel = None
+
+    @precondition(lambda self: self.entry is not None and self.entry.state is State.UNMOUNTING)
+    @rule(works=st.booleans())
+    def unmount_ends(self, works: bool) -> None:
+        assert self.entry is not None
+        assert refs.on_put(self.entry, pid=1, live=True) == (OnPut.WAIT, None)
+        if works:
+            self.entry, self.kernel = None, None
+        else:
+            self.entry = refs.busy(self.entry)
+
+    @precondition(settled)
+    @rule()
+    def unmounted_from_outside(self) -> None:
+        self.kernel = None
+
+    @invariant()
+    def counts_agree(self) -> None:
+        counted = sorted((ref.pid, ref.hold) for ref in self.entry.references) if self.entry else []
+        assert counted == sorted(self.held)
+
+
+TestOneLayer = OneLayer.TestCase
+TestOneLayer.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+
+
+def test_a_layer_without_parents_only_counts() -> None:
+    entry = refs.counted(Entry(State.MOUNTED, union=False), reference(1))
+    assert refs.on_get(entry, label="any", live=False) is OnGet.COUNT
+    assert refs.on_put(entry, pid=9, live=True) == (OnPut.UNMOUNT, reference(1))
+
+
+def test_dropping_one_of_two_equal_references_leaves_one() -> None:
+    entry = Entry(State.MOUNTED, union=True, references=(reference(1), reference(1)))
+    assert refs.dropped(entry, reference(1)).references == (reference(1),)
