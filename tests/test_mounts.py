@@ -1,0 +1,368 @@
+"""The table over real overlay mounts: counts follow the kernel, whatever happens to the mounts."""
+
+import os
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from aufsd import journal
+from aufsd.journal import Journal
+from aufsd.kernel import mountinfo, syscalls
+from aufsd.mounts import Mounts, open_mounts
+from aufsd.peer import process
+from aufsd.refs import Reference
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store, open_store
+from aufsd.table import Table
+from aufsd.union import dialect as dialects
+from aufsd.union import overlay
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import (
+    LabelConflict,
+    LayerHasChildren,
+    LayerInUse,
+    LayerNotFound,
+    MountFailed,
+    ParentNotFound,
+    UnmountBusy,
+)
+
+pytestmark = pytest.mark.mounts
+
+NAMESPACE = "trusted" if os.geteuid() == 0 else "user"
+BASE, TOP, SIDE = LayerId("base"), LayerId("top"), LayerId("side")
+MANUAL = Reference(1, 0, "test", "manual", 0.0, 0)
+
+
+async def leave_as_it_is(chain: tuple[LayerId, ...]) -> None:
+    """Branches are made in the backend's dialect here: nothing to prepare."""
+
+
+@asynccontextmanager
+async def opened(tmp_path: Path) -> AsyncIterator[Mounts]:
+    """A store, its mounts, and what the journal says; mounts stay when it is left."""
+    root = tmp_path / "store"
+    root.mkdir(exist_ok=True)
+    store = open_store(str(root), adopt=False, xattr_namespace=NAMESPACE)
+    book = str(tmp_path / "journal")
+    try:
+        backend = overlay.probe(store.layout)
+        assert isinstance(backend, overlay.Overlay), backend
+        recorded = journal.read(book, store.layout.root)
+        table = Table(store, Journal(book, store.layout.root, recorded))
+        async with open_mounts(table, backend, leave_as_it_is, recorded) as mounts:
+            yield mounts
+        table.journal.close()
+    finally:
+        store.close()
+
+
+@pytest.fixture
+async def mounts(tmp_path: Path) -> AsyncIterator[Mounts]:
+    """Layers `base`, and `top` and `side` on it."""
+    async with opened(tmp_path) as made:
+        for id, parents in ((BASE, ()), (TOP, (BASE,)), (SIDE, (BASE,))):
+            make(made.store, id, *parents)
+        Path(made.store.layout.content(BASE), "lower").write_text("x")
+        yield made
+        await made.cleanup()
+
+
+def make(store: Store, id: LayerId, *parents: LayerId) -> None:
+    store.register(id, parents[0] if parents else None)
+    xattrs = dialects.xattrs(Dialect.OVERLAY, store.xattr_namespace)
+    store.create_on_disk(id, parents, xattrs)
+
+
+def is_mounted(mounts: Mounts, id: LayerId) -> bool:
+    return mountinfo.is_mount_point(mounts.store.layout.mount_point(id))
+
+
+def count(mounts: Mounts, id: LayerId) -> int:
+    entry = mounts.table.entries.get(id)
+    return len(entry.references) if entry else 0
+
+
+async def test_the_first_get_mounts_and_the_last_put_unmounts(mounts: Mounts) -> None:
+    for expected in (1, 2, 3):
+        entry = await mounts.get(TOP, MANUAL, label="")
+        assert len(entry.references) == expected
+        assert is_mounted(mounts, TOP)
+    assert Path(mounts.store.layout.mount_point(TOP), "lower").read_text() == "x"
+    for expected in (2, 1):
+        left = await mounts.put(TOP, pid=1)
+        assert left is not None
+        assert len(left.references) == expected
+        assert is_mounted(mounts, TOP)
+    assert await mounts.put(TOP, pid=1) is None
+    assert not is_mounted(mounts, TOP)
+    assert await mounts.put(TOP, pid=1) is None  # one too many is harmless
+
+
+async def test_a_layer_without_parents_counts_and_is_not_mounted(mounts: Mounts) -> None:
+    entry = await mounts.get(BASE, MANUAL, label="")
+    assert not entry.union
+    assert not is_mounted(mounts, BASE)
+    assert await mounts.put(BASE, pid=1) is None
+    assert BASE not in mounts.table.entries
+
+
+async def test_an_unknown_layer_is_no_path(mounts: Mounts) -> None:
+    with pytest.raises(LayerNotFound):
+        await mounts.get(LayerId("nosuch"), MANUAL, label="")
+    assert await mounts.put(LayerId("nosuch"), pid=1) is None
+
+
+async def test_a_mount_that_fails_leaves_no_count_and_no_mount(mounts: Mounts) -> None:
+    content = mounts.store.layout.content(BASE)
+    os.rename(content, f"{content}.away")
+    for _ in range(2):  # moby's second Get returned the unmounted directory as a success (B1)
+        with pytest.raises(MountFailed):
+            await mounts.get(TOP, MANUAL, label="")
+        assert TOP not in mounts.table.entries
+        assert not is_mounted(mounts, TOP)
+    os.rename(f"{content}.away", content)
+    await mounts.get(TOP, MANUAL, label="")
+    assert count(mounts, TOP) == 1
+
+
+async def test_a_remount_that_fails_leaves_the_count_as_it_was(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    await mounts.get(TOP, MANUAL, label="")
+    syscalls.umount2(mounts.store.layout.mount_point(TOP))
+    content = mounts.store.layout.content(BASE)
+    os.rename(content, f"{content}.away")
+    with pytest.raises(MountFailed):
+        await mounts.get(TOP, MANUAL, label="")
+    assert count(mounts, TOP) == 2
+    os.rename(f"{content}.away", content)
+
+
+async def test_an_unmount_from_outside_is_noticed_and_the_references_stand(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    syscalls.umount2(mounts.store.layout.mount_point(TOP))
+    entry = await mounts.get(TOP, MANUAL, label="")
+    assert len(entry.references) == 2
+    assert is_mounted(mounts, TOP)
+    syscalls.umount2(mounts.store.layout.mount_point(TOP))
+    await mounts.put(TOP, pid=1)
+    assert await mounts.put(TOP, pid=1) is None
+
+
+async def test_something_foreign_on_the_mount_point_is_not_taken_for_the_union(
+    mounts: Mounts,
+) -> None:
+    target = mounts.store.layout.mount_point(TOP)
+    syscalls.mount("tmpfs", target, "tmpfs", 0, "size=64k")
+    with pytest.raises(MountFailed, match="did not mount"):
+        await mounts.get(TOP, MANUAL, label="")
+    assert count(mounts, TOP) == 0
+    syscalls.umount2(target)
+
+
+async def test_a_layer_with_children_is_mounted_read_only(mounts: Mounts) -> None:
+    make(mounts.store, LayerId("child"), TOP, BASE)
+    entry = await mounts.get(TOP, MANUAL, label="")
+    assert entry.read_only
+    with pytest.raises(OSError, match="Read-only"):
+        Path(mounts.store.layout.mount_point(TOP), "new").touch()
+    assert (await mounts.get(SIDE, MANUAL, label="")).read_only is False
+
+
+async def test_a_busy_mount_stays_without_a_reference_and_its_holder_is_named(
+    mounts: Mounts,
+) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    target = mounts.store.layout.mount_point(TOP)
+    with subprocess.Popen(["sleep", "60"], cwd=target) as holder:
+        with pytest.raises(UnmountBusy) as caught:
+            await mounts.put(TOP, pid=1)
+        assert is_mounted(mounts, TOP)
+        assert count(mounts, TOP) == 0
+        assert mounts.table.busy() == [TOP]
+        holders = caught.value.data["holders"]
+        assert isinstance(holders, list)
+        assert {"pid": holder.pid, "comm": "sleep", "uses": ["cwd"]} in holders
+        holder.kill()
+    assert await mounts.put(TOP, pid=1) is None
+    assert not is_mounted(mounts, TOP)
+
+
+async def test_a_busy_mount_can_be_got_again(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    with open(f"{mounts.store.layout.mount_point(TOP)}/lower") as _:
+        with pytest.raises(UnmountBusy):
+            await mounts.put(TOP, pid=1)
+        assert len((await mounts.get(TOP, MANUAL, label="")).references) == 1
+    assert await mounts.put(TOP, pid=1) is None
+
+
+async def test_another_label_while_it_is_mounted_is_refused(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    with pytest.raises(LabelConflict):
+        await mounts.get(TOP, MANUAL, label="system_u:object_r:container_file_t:s0")
+    assert count(mounts, TOP) == 1
+
+
+async def test_references_of_a_process_go_when_it_ends(mounts: Mounts) -> None:
+    with subprocess.Popen(["sleep", "60"]) as holder:
+        comm, start = process(holder.pid)
+        held = Reference(holder.pid, 0, comm, "process", 0.0, start)
+        await mounts.get(TOP, held, label="")
+        await mounts.get(TOP, held, label="")
+        await mounts.get(SIDE, MANUAL, label="")
+        await mounts.get(SIDE, held, label="")
+        with pytest.raises(LayerInUse):  # it is not ours to put
+            await mounts.put(TOP, pid=1)
+        holder.kill()
+    with trio.fail_after(10):
+        while TOP in mounts.table.entries or count(mounts, SIDE) == 2:
+            await trio.sleep(0.01)
+    assert not is_mounted(mounts, TOP)
+    assert count(mounts, SIDE) == 1
+
+
+async def test_many_at_once_mount_once_and_count_right(mounts: Mounts) -> None:
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(lambda: mounts.get(TOP, MANUAL, label=""))
+    assert count(mounts, TOP) == 50
+    assert mounts.counters.mounts == 1
+    async with trio.open_nursery() as nursery:
+        for _ in range(50):
+            nursery.start_soon(lambda: mounts.put(TOP, pid=1))
+    assert mounts.counters.unmounts == 1
+    assert not is_mounted(mounts, TOP)
+
+
+async def test_a_cancelled_get_counts_nothing_and_leaves_nothing_mounted(mounts: Mounts) -> None:
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await mounts.get(TOP, MANUAL, label="")
+    assert scope.cancelled_caught
+    assert TOP not in mounts.table.entries
+    assert not is_mounted(mounts, TOP)
+    assert mounts.table.moving(TOP) is None
+
+
+async def test_remove_waits_for_nobody_and_refuses_what_is_used(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    with pytest.raises(LayerInUse):
+        async with mounts.removing(TOP, force=False):
+            pytest.fail("a referenced layer was given away")
+    with pytest.raises(LayerHasChildren):
+        async with mounts.removing(BASE, force=True):
+            pytest.fail("a parent was given away")
+    async with mounts.removing(TOP, force=True):
+        assert not is_mounted(mounts, TOP)
+    assert TOP not in mounts.table.entries
+
+
+async def test_content_below_a_mount_cannot_be_changed(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    for id in (TOP, BASE):
+        with pytest.raises(LayerInUse):
+            async with mounts.table.changing(id):
+                pytest.fail("content under a live union was given away")
+    async with mounts.table.changing(SIDE):
+        pass
+
+
+async def test_a_get_waits_for_a_change_below_and_for_nothing_else(mounts: Mounts) -> None:
+    order: list[str] = []
+
+    async def get(id: LayerId) -> None:
+        await mounts.get(id, MANUAL, label="")
+        order.append(id)
+
+    make(mounts.store, LayerId("lone"))
+    make(mounts.store, LayerId("other"), LayerId("lone"))
+    async with trio.open_nursery() as nursery, mounts.table.changing(BASE):
+        nursery.start_soon(get, TOP)
+        await get(LayerId("other"))
+        order.append("changed")
+    assert order == ["other", "changed", TOP]
+
+
+async def test_what_is_read_is_not_changed(mounts: Mounts) -> None:
+    async with mounts.table.reading((TOP, BASE)):
+        with pytest.raises(LayerInUse):
+            async with mounts.table.changing(BASE):
+                pytest.fail("a layer that is read was given away")
+        async with mounts.table.reading((BASE,)):
+            pass
+        await mounts.get(TOP, MANUAL, label="")
+    await mounts.put(TOP, pid=1)
+    async with mounts.table.changing(BASE):
+        pass
+
+
+async def test_a_parent_cannot_go_while_a_child_is_made(mounts: Mounts) -> None:
+    async with mounts.table.creating(LayerId("child"), SIDE):
+        with pytest.raises(LayerHasChildren):
+            async with mounts.removing(SIDE, force=True):
+                pytest.fail("a parent was given away")
+    with pytest.raises(ParentNotFound):
+        async with mounts.table.creating(LayerId("new"), LayerId("nosuch")):
+            pytest.fail("made on nothing")
+    with pytest.raises(RuntimeError):
+        async with mounts.table.creating(LayerId("new"), None):
+            raise RuntimeError
+    assert not mounts.store.exists(LayerId("new"))
+
+
+async def test_cleanup_unmounts_everything_whatever_its_count(mounts: Mounts) -> None:
+    for _ in range(3):
+        await mounts.get(TOP, MANUAL, label="")
+    await mounts.get(SIDE, MANUAL, label="")
+    with open(f"{mounts.store.layout.mount_point(SIDE)}/lower") as _:
+        done, failed = await mounts.cleanup()
+    assert done == [TOP]
+    assert list(failed) == [SIDE]
+    assert mounts.table.busy() == [SIDE]
+
+
+async def test_counts_and_mounts_survive_a_restart(tmp_path: Path) -> None:
+    async with opened(tmp_path) as first:
+        make(first.store, BASE)
+        for id in (TOP, SIDE, LayerId("gone"), LayerId("new")):
+            make(first.store, id, BASE)
+        await first.get(TOP, MANUAL, label="")
+        await first.get(TOP, MANUAL, label="")
+        await first.get(BASE, MANUAL, label="")
+        await first.get(LayerId("gone"), MANUAL, label="")
+        union = first._union(LayerId("new"), (LayerId("new"), BASE), first.table.entries[TOP])
+        layout = first.store.layout
+    # while nobody serves: one is unmounted, one is mounted
+    syscalls.umount2(layout.mount_point(LayerId("gone")))
+    async with opened(tmp_path) as second:
+        second.backend.mount(union)
+    async with opened(tmp_path) as third:
+        assert count(third, TOP) == 2
+        assert count(third, BASE) == 1
+        assert LayerId("gone") not in third.table.entries
+        assert count(third, LayerId("new")) == 1
+        await third.put(TOP, pid=1)
+        assert await third.put(TOP, pid=1) is None
+        assert await third.put(LayerId("new"), pid=1) is None
+        assert mountinfo.mounted_under(layout.mnt) == []
+
+
+async def test_a_process_that_ended_while_nobody_served_is_put_at_start(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "60"]) as holder:
+        async with opened(tmp_path) as first:
+            make(first.store, BASE)
+            make(first.store, TOP, BASE)
+            comm, start = process(holder.pid)
+            held = Reference(holder.pid, 0, comm, "process", 0.0, start)
+            await first.get(TOP, held, label="")
+        holder.kill()
+    async with opened(tmp_path) as second:
+        with trio.fail_after(10):
+            while TOP in second.table.entries:
+                await trio.sleep(0.01)
+        assert not is_mounted(second, TOP)
