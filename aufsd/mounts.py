@@ -18,7 +18,7 @@ import trio
 from aufsd import refs
 from aufsd.kernel import holders as kernel_holders
 from aufsd.kernel import mountinfo
-from aufsd.peer import process
+from aufsd.processes import ended
 from aufsd.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.replay import replay, rows_in_kernel
 from aufsd.store.ids import LayerId
@@ -369,18 +369,7 @@ class Mounts:
             self.nursery.start_soon(self._watch, *key)
 
     async def _watch(self, pid: int, start: int) -> None:
-        try:
-            # pidfd_open(2): readable when the process has ended
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            pass
-        else:
-            try:
-                # the pid may have gone to another process before the descriptor was there
-                if process(pid)[1] == start:
-                    await trio.lowlevel.wait_readable(fd)
-            finally:
-                os.close(fd)
+        await ended(pid, start)
         self._watched.discard((pid, start))
         self.counters.processes_ended += 1
         for id in self.table.holding(pid, start):

@@ -1,0 +1,99 @@
+"""The rules of the house, read from the sources: who imports whom, what stays in one room."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHECKOUT = Path(__file__).parent.parent
+SOURCES = sorted([*CHECKOUT.glob("aufsd/**/*.py"), *CHECKOUT.glob("client/aufsd_client/**/*.py")])
+
+# a room may import from rooms of its own level or below; the longest prefix that fits counts
+LEVELS = {
+    "aufsd.__main__": 9,
+    "aufsd.daemon": 8,
+    "aufsd.rpc": 7,
+    "aufsd.service": 6,
+    "aufsd.driver": 5,
+    "aufsd.status": 4,
+    "aufsd.mounts": 3,
+    "aufsd.archive": 3,
+    "aufsd.replay": 2,
+    "aufsd.table": 2,
+    "aufsd.store": 2,
+    "aufsd.journal": 2,
+    "aufsd.union": 2,
+    "aufsd.kernel": 1,
+    "aufsd.config": 1,
+    "aufsd.threads": 1,
+    "aufsd.processes": 1,
+    "aufsd.refs": 0,
+    "aufsd.peer": 0,
+    "aufsd.idmap": 0,
+    "aufsd.answers": 0,
+    "aufsd.store.ids": 0,
+    "aufsd.store.layout": 0,
+    "aufsd.union.dialect": 1,
+    "aufsd": 0,
+    "aufsd_client": 0,
+}
+# where an outside package may be imported
+ROOMS = {
+    "ctypes": ("aufsd.kernel.",),
+    "jsonrpcserver": ("aufsd.rpc.dispatch",),
+    "prometheus_client": ("aufsd.service.metrics",),
+    "trio": (
+        *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.mounts", "aufsd.table"),
+        *("aufsd.threads", "aufsd.processes", "aufsd.archive.jobs", "aufsd.rpc."),
+        "aufsd.service.",
+        "aufsd_client.trio",
+    ),
+    "click": ("aufsd_client.cli.",),
+    "rich": ("aufsd_client.cli.",),
+}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(CHECKOUT).with_suffix("").parts
+    parts = parts[1:] if parts[0] == "client" else parts
+    return ".".join(parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Modules that a file imports, `from package import module` as the module."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            modules = {name_of(source) for source in SOURCES}
+            yield from (name if name in modules else node.module for name in below)
+
+
+def level(module: str) -> int:
+    fitting = [room for room in LEVELS if f"{module}.".startswith(f"{room}.")]
+    return LEVELS[max(fitting, key=len)]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_imports_go_downwards_and_stay_in_their_rooms(path: Path) -> None:
+    module = name_of(path)
+    for imported in imports(path):
+        if imported.startswith("aufsd"):
+            assert level(imported) <= level(module), f"{module} imports {imported}"
+        rooms = ROOMS.get(imported.partition(".")[0])
+        if rooms is not None:
+            assert f"{module}.".startswith(rooms), f"{module} imports {imported}"
+
+
+def test_the_client_stands_alone() -> None:
+    for path in CHECKOUT.glob("client/aufsd_client/**/*.py"):
+        assert not [name for name in imports(path) if name.startswith("aufsd.")], path
+
+
+def test_rooms_have_names_and_hold_one_thing() -> None:
+    for path in SOURCES:
+        assert path.stem not in {"util", "utils", "helpers", "common", "misc"}
+        lines = len(path.read_text().splitlines())
+        assert lines <= 450, f"{path} has {lines} lines: does that room hold two things?"

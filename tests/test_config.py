@@ -1,0 +1,115 @@
+"""The configuration: every key in the file and as a flag; whatever is wrong is one sentence."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from aufsd import config
+from aufsd.config import Config, ConfigError
+from aufsd.idmap import IdMap
+
+
+def flags(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser()
+    config.add_flags(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def places(tmp_path: Path) -> list[str]:
+    return [
+        *("--root", str(tmp_path / "store"), "--state-dir", str(tmp_path / "run")),
+        *("--socket", str(tmp_path / "a.sock"), "--monitor-socket", str(tmp_path / "m.sock")),
+    ]
+
+
+def test_every_key_has_a_flag_and_a_help_text() -> None:
+    assert set(config.HELP) == {field.name for field in msgspec.structs.fields(Config)}
+
+
+def test_flags_override_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "aufsd.toml"
+    file.write_text(
+        'max_jobs = 2\nconvert = "never"\nuid_maps = [{container_id = 0, '
+        "host_id = 1000, size = 10}]\n"
+    )
+    given = flags(
+        *places(tmp_path),
+        "--max-jobs",
+        "7",
+        "--adopt",
+        "--drain-timeout",
+        "0.5",
+        "--gid-maps",
+        "0:100000:65536",
+        "--gid-maps",
+        "65536:1:1",
+    )
+    found = config.load(str(file), given)
+    assert (found.max_jobs, found.convert, found.adopt, found.drain_timeout) == (
+        7,
+        "never",
+        True,
+        0.5,
+    )
+    assert found.uid_maps == (IdMap(0, 1000, 10),)
+    assert found.gid_maps == (IdMap(0, 100000, 65536), IdMap(65536, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("no_such_key = 1", "no_such_key"),
+        ('max_jobs = "many"', "max_jobs"),
+        ("max_jobs = 0", "at least 1"),
+        ("max_layer_bytes = -1", "negative"),
+        ('backend = "zfs"', "backend"),
+        ('convert = "maybe"', "convert"),
+        ("root = ''", "empty"),
+        ("= nonsense", "aufsd.toml"),
+        ("uid_maps = [{container_id=0, host_id=0, size=0}]", "not a range"),
+        (
+            "uid_maps = [{container_id=0,host_id=0,size=9},{container_id=5,host_id=50,size=9}]",
+            "overlap",
+        ),
+        ("change_users = ['nobody-of-this-name']", "no user"),
+        ("read_users = ['@no-such-group']", "no group"),
+    ],
+)
+def test_a_bad_file_is_one_sentence_that_names_the_key(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    file = tmp_path / "aufsd.toml"
+    file.write_text(text)
+    given = {} if text.startswith("root") else flags(*places(tmp_path))
+    with pytest.raises(ConfigError, match=sentence) as caught:
+        config.load(str(file), given)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("flag", ["--root", "--state-dir", "--socket", "--monitor-socket"])
+def test_a_directory_that_is_missing_is_said_and_not_made(tmp_path: Path, flag: str) -> None:
+    missing = str(tmp_path / "no" / "such" / "place")
+    with pytest.raises(ConfigError, match=r"no such directory|does not exist"):
+        config.load(None, flags(*places(tmp_path), flag, missing))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        config.load(str(tmp_path / "nosuch.toml"), {})
+
+
+@pytest.mark.parametrize("text", ["1:2", "a:b:c", "1:2:3:4", "-1:0:5", ""])
+def test_a_map_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="CONTAINER:HOST:SIZE"):
+        config.load(None, {"uid_maps": [text]})
+
+
+def test_names_and_numbers_of_users_and_groups() -> None:
+    assert config.allowed(("*", "root")) is None
+    assert config.allowed(("root", "1234", "@root", "@77")) == ({0, 1234}, {0, 77})
+    assert config.allowed(()) == (frozenset(), frozenset())
