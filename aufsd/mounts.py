@@ -332,7 +332,7 @@ class Mounts:
         done: list[LayerId] = []
         failed: dict[LayerId, UnmountBusy | OSError] = {}
         for id in await self.thread.run(self._mounted_in_kernel):
-            await self.table.claim(id, _allow)
+            await self.table.claim(id)
             try:
                 await self._unmount(id)
                 done.append(id)
@@ -423,10 +423,6 @@ class Mounts:
         with self.table.locked():
             pass
         await self.thread.run(_nothing)
-
-
-def _allow(_: LayerId) -> None:
-    pass
 
 
 def _nothing() -> None:

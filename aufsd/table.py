@@ -56,10 +56,10 @@ class Table:
         """The transition is over: those who wait ask again."""
         self._moving.pop(id).set()
 
-    async def claim(self, id: LayerId, refuse: Callable[[LayerId], None]) -> None:
+    async def claim(self, id: LayerId, refuse: Callable[[LayerId], None] = lambda _: None) -> None:
         """Begin a transition once the id is settled, unless `refuse` raises.
 
-        Raises LayerNotFound, LayerDamaged. Cancelled: nothing was begun.
+        Cancelled: nothing was begun.
         """
         while True:
             with self.locked():
