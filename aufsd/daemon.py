@@ -111,9 +111,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
             open_mounts(table, backend, prepare, recorded) as unions,
             trio.open_nursery() as nursery,
         ):
-            overview = Overview(
-                store, backend, unions, jobs, dict(backend.facts), opened.warnings
-            )
+            overview = Overview(store, backend, unions, jobs, dict(backend.facts), opened.warnings)
             metrics.watch(rooms(store, unions, jobs, opened.recovered))
             driver = Driver(
                 store=store,

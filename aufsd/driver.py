@@ -13,7 +13,6 @@ from typing import Literal
 
 import structlog
 import trio
-from msgspec import UNSET
 
 from aufsd import __version__, answers
 from aufsd.archive.jobs import Jobs
@@ -33,7 +32,6 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     ConversionNeeded,
     InvalidParams,
-    LayerHasChildren,
     LayerInUse,
     ParentNotFound,
     TooManyLayers,

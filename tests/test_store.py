@@ -111,7 +111,7 @@ def test_a_taken_id_changes_nothing(tmp_path: Path) -> None:
 def test_a_create_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as store:
         before = names(tmp_path / "s")
-        with pytest.raises(OSError, match="not permitted|not supported"):
+        with pytest.raises(OSError, match=r"not permitted|not supported"):
             store.create_on_disk(A, (), {"nonsense.xattr": b""})
         assert names(tmp_path / "s") == before
         assert os.listdir(store.layout.staging) == []
