@@ -327,6 +327,8 @@ class Driver:
         own = chain[1] if len(chain) > 1 else None
         against = None if parent is None or parent == own else self.store.chain(parent)
         async with self.unions.table.reading((*chain, *(against or ()))):
+            # what a mounted union still keeps outside of its writable branch (aufs: pseudo links)
+            await self.unions.flush(id)
             yield (
                 await self.disk.run(self._branches, chain),
                 None if against is None else await self.disk.run(self._branches, against),

@@ -131,7 +131,7 @@ class Mounts:
         table.enter(id, mounting)
         try:
             await self.prepare(chain)
-            await self.thread.run(self._mount_in_thread, self._union(id, chain, mounting))
+            await self.thread.run(self._mount_in_thread, table.union(id, mounting))
         except BaseException:
             with table.locked():
                 self.counters.failed_mounts += 1
@@ -143,18 +143,6 @@ class Mounts:
         with table.locked():
             self.counters.mounts += 1
             return self._count(id, refs.mounted(mounting, since=time.time()), reference)
-
-    def _union(self, id: LayerId, chain: tuple[LayerId, ...], mounting: Entry) -> Union:
-        layout = self.store.layout
-        return Union(
-            id=id,
-            top=layout.content(id),
-            lowers=tuple(layout.content(parent) for parent in chain[1:]),
-            target=layout.mount_point(id),
-            work=layout.work(id),
-            label=mounting.label,
-            read_only=mounting.read_only,
-        )
 
     def _mount_in_thread(self, union: Union) -> None:
         try:
@@ -266,6 +254,12 @@ class Mounts:
                 {"pid": holder.pid, "comm": holder.comm, "uses": holder.uses} for holder in found
             ],
         )
+
+    async def flush(self, id: LayerId) -> None:
+        """Have a mounted layer's content complete by itself; nothing to do for any other."""
+        entry = self.table.entries.get(id)
+        if entry and entry.union and not entry.read_only and entry.backend == self.backend.name:
+            await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
 
     # --- what other operations need unmounted -------------------------------------------------
 
@@ -436,7 +430,7 @@ async def open_mounts(
     """The mounts of a store, with their background tasks; what is mounted stays so after."""
     async with trio.open_nursery() as nursery:
         mounts = Mounts(table.store, backend, table, prepare, nursery)
-        for id, note in await mounts.thread.run(replay, table, recorded):
+        for id, note in await mounts.thread.run(replay, table, recorded, backend):
             log.warning("table and kernel did not agree", id=id, note=note)
         for entry in list(table.entries.values()):
             for reference in entry.references:

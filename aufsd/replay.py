@@ -12,6 +12,7 @@ from aufsd.refs import Entry, Reference, State
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
 from aufsd.table import Table
+from aufsd.union.backend import Backend
 
 
 def rows_in_kernel(store: Store) -> dict[LayerId, mountinfo.Mount]:
@@ -25,11 +26,15 @@ def rows_in_kernel(store: Store) -> dict[LayerId, mountinfo.Mount]:
     return found
 
 
-def replay(table: Table, recorded: dict[LayerId, Entry]) -> list[tuple[LayerId, str]]:
+def replay(
+    table: Table, recorded: dict[LayerId, Entry], backend: Backend
+) -> list[tuple[LayerId, str]]:
     """Set the table from the journal and the kernel, at start; what did not agree, in words.
 
     Mounted without an entry counts 1; an entry without a mount counts 0 and goes, but for a layer
-    without parents, which is never mounted. Blocking; called before the first call.
+    without parents, which is never mounted. A union that lacks branches, because the last daemon
+    was killed between two mount calls, was never given to anybody: it is unmounted. Blocking;
+    called before the first call.
     """
     store = table.store
     notes: list[tuple[LayerId, str]] = []
@@ -41,18 +46,27 @@ def replay(table: Table, recorded: dict[LayerId, Entry]) -> list[tuple[LayerId, 
             notes.append((id, f"no longer mounted, {len(entry.references)} references dropped"))
         elif entry.references or entry.union:
             table.enter(id, refs.busy(entry))
-    unknown = Reference(0, 0, "", "manual", time.time(), 0)
     for id, row in live.items():
-        if id not in table.entries:
-            entry = Entry(
-                State.MOUNTED,
-                union=True,
-                references=(unknown,),
-                read_only="ro" in row.options,
-                since=time.time(),
-                backend=row.fstype,
-            )
-            table.enter(id, entry)
-            notes.append((id, "mounted without an entry: counts 1"))
+        if id in table.entries:
+            continue
+        entry = _found(row)
+        if row.fstype == backend.name and not backend.is_whole(table.union(id, entry)):
+            backend.unmount(row.mount_point)
+            notes.append((id, "mounted in part when the daemon was killed: unmounted"))
+            continue
+        table.enter(id, entry)
+        notes.append((id, "mounted without an entry: counts 1"))
     table.journal.rewrite(table.entries)
     return notes
+
+
+def _found(row: mountinfo.Mount) -> Entry:
+    now = time.time()
+    return Entry(
+        State.MOUNTED,
+        union=True,
+        references=(Reference(0, 0, "", "manual", now, 0),),
+        read_only="ro" in row.options,
+        since=now,
+        backend=row.fstype,
+    )

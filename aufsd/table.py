@@ -17,6 +17,7 @@ from aufsd.journal import Journal
 from aufsd.refs import Entry, State
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.union.backend import Union
 from aufsd_client.errors import LayerInUse, ParentNotFound
 
 
@@ -102,6 +103,19 @@ class Table:
             for id, entry in self.entries.items()
             if any(reference.is_of(pid, start) for reference in entry.references)
         ]
+
+    def union(self, id: LayerId, entry: Entry) -> Union:
+        """What a backend has to mount for an entry."""
+        layout = self.store.layout
+        return Union(
+            id=id,
+            top=layout.content(id),
+            lowers=tuple(layout.content(parent) for parent in self.store.chain(id)[1:]),
+            target=layout.mount_point(id),
+            work=layout.work(id),
+            label=entry.label,
+            read_only=entry.read_only,
+        )
 
     # --- what a layer is used for -------------------------------------------------------------
 

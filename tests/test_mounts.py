@@ -335,7 +335,7 @@ async def test_counts_and_mounts_survive_a_restart(tmp_path: Path) -> None:
         await first.get(TOP, MANUAL, label="")
         await first.get(BASE, MANUAL, label="")
         await first.get(LayerId("gone"), MANUAL, label="")
-        union = first._union(LayerId("new"), (LayerId("new"), BASE), first.table.entries[TOP])
+        union = first.table.union(LayerId("new"), first.table.entries[TOP])
         layout = first.store.layout
     # while nobody serves: one is unmounted, one is mounted
     syscalls.umount2(layout.mount_point(LayerId("gone")))

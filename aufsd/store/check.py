@@ -22,10 +22,11 @@ def check(
     id: LayerId | None,
     deep: bool,
     repair: bool,
-    mounted: Collection[LayerId],
+    mounted: Collection[LayerId] | None,
 ) -> list[Problem]:
-    """Look at one layer, or at all and at what belongs to none. `mounted` are the table's ids.
+    """Look at one layer, or at all and at what belongs to none.
 
+    `mounted` are the table's ids; None where nobody serves the store, and mounts are nobody's.
     `deep` walks the content too and finds whiteouts of the wrong dialect.
     """
     if id is not None:
@@ -35,7 +36,8 @@ def check(
     for known in sorted((*store.parent, *store.damaged)):
         found += _layer(store, known, deep=deep, repair=repair)
     found += _orphans(store, repair=repair)
-    found += _mounts(store, mounted)
+    if mounted is not None:
+        found += _uncounted(store, mounted)
     return found
 
 
@@ -100,7 +102,7 @@ def _orphans(store: Store, *, repair: bool) -> Iterator[Problem]:
             yield Problem(name, problem, f"{path} belongs to no layer", repair)
 
 
-def _mounts(store: Store, mounted: Collection[LayerId]) -> Iterator[Problem]:
+def _uncounted(store: Store, mounted: Collection[LayerId]) -> Iterator[Problem]:
     for row in mountinfo.mounted_under(store.layout.mnt):
         name = row.mount_point.removeprefix(f"{store.layout.mnt}/")
         if is_id(name) and store.exists(LayerId(name)) and name not in mounted:
