@@ -111,7 +111,8 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
             open_mounts(table, backend, prepare, recorded) as unions,
             trio.open_nursery() as nursery,
         ):
-            overview = Overview(store, backend, unions, jobs, dict(backend.facts), opened.warnings)
+            backing = probe.ground(store.layout.private).kind
+            overview = Overview(store, backend, unions, jobs, backing, opened.warnings)
             metrics.watch(rooms(store, unions, jobs, opened.recovered))
             driver = Driver(
                 store=store,

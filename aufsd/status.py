@@ -6,58 +6,39 @@ from dataclasses import dataclass, field
 
 from aufsd import answers
 from aufsd.archive.jobs import Jobs
-from aufsd.kernel import syscalls
 from aufsd.mounts import Mounts
 from aufsd.store.layers import Store
 from aufsd.union.backend import Backend
 
-# <linux/magic.h>, the names that Docker shows (moby daemon/graphdriver/driver_linux.go)
-_FS_NAMES = {
-    syscalls.AUFS_SUPER_MAGIC: "aufs",
-    syscalls.BTRFS_SUPER_MAGIC: "btrfs",
-    syscalls.ECRYPTFS_SUPER_MAGIC: "ecryptfs",
-    syscalls.EXT_SUPER_MAGIC: "extfs",
-    syscalls.NFS_SUPER_MAGIC: "nfs",
-    syscalls.OVERLAYFS_SUPER_MAGIC: "overlayfs",
-    syscalls.TMPFS_MAGIC: "tmpfs",
-    syscalls.XFS_SUPER_MAGIC: "xfs",
-    syscalls.ZFS_SUPER_MAGIC: "zfs",
-}
 # below this share of free blocks or inodes the store is degraded; without any it is failing
 _LOW = 0.05
 
 
-def filesystem_name(path: str) -> str:
-    """The kind of file system at a path, in Docker's words."""
-    magic = syscalls.statfs_type(path)
-    return _FS_NAMES.get(magic, f"unknown (0x{magic:x})")
-
-
 @dataclass(slots=True)
 class Overview:
-    """Looks at the rooms, owns none. `facts` are what the backend's probe found."""
+    """Looks at the rooms, owns none. `backing` is the kind of file system under the store."""
 
     store: Store
     backend: Backend
     unions: Mounts
     jobs: Jobs
-    facts: dict[str, str]
+    backing: str
     # what start-up could not put right, in words; `health` shows it until the next start
     notes: list[str] = field(default_factory=list)
 
     def status(self) -> answers.Status:
         """Docker's rows first (moby aufs.go, Status), then more."""
-        root = self.store.layout.root
+        facts = dict(self.backend.facts)
         entries = self.unions.table.entries
         mounted = sum(1 for entry in entries.values() if entry.union)
         references = sum(len(entry.references) for entry in entries.values())
         layers = len(self.store.parent)
         health = self.health()
         rows = [
-            ("Root Dir", root),
-            ("Backing Filesystem", filesystem_name(root)),
+            ("Root Dir", self.store.layout.root),
+            ("Backing Filesystem", self.backing),
             ("Dirs", str(layers + len(self.store.damaged))),
-            ("Dirperm1 Supported", self.facts.get("dirperm1", "false")),
+            ("Dirperm1 Supported", facts.pop("dirperm1", "false")),
             ("Backend", self.backend.name),
             ("Kernel", platform.release()),
             ("Maximum Branches", str(self.backend.max_branches)),
@@ -66,7 +47,7 @@ class Overview:
             ("Quarantined", str(len(self.store.damaged))),
             ("Running Archives", str(len(self.jobs.running()))),
         ]
-        rows += [(name, value) for name, value in self.facts.items() if name != "dirperm1"]
+        rows += facts.items()
         return answers.Status(
             driver="aufsd",
             status=rows,
