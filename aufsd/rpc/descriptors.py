@@ -1,0 +1,86 @@
+"""Descriptors that came over a connection: whose they are, until when, and what they can carry.
+
+Nothing here waits. A received descriptor is ours at once (unix(7), SCM_RIGHTS); it is claimed by a
+line, or closed.
+"""
+
+import fcntl
+import os
+import stat
+from collections import deque
+
+from aufsd_client.errors import InvalidDescriptor
+
+# more than this many unclaimed ones, and the connection is dropped (api.md section 1)
+MAX_UNCLAIMED = 4
+# A sendmsg(2) that is longer than this may reach us as several segments, its descriptors with the
+# first one (net/unix/af_unix.c, unix_stream_sendmsg: 48 KiB a segment with the usual SO_SNDBUF).
+SEGMENT = 32 << 10
+
+
+class Descriptors:
+    """The unclaimed descriptors of one connection, oldest first.
+
+    The kernel ends a read after the segment that carries descriptors, so after such a read the last
+    byte is that segment's. A line that is unfinished then has a part in it and may still claim.
+    """
+
+    def __init__(self) -> None:
+        # their sendmsg may go on in what was not read yet
+        self._open: deque[int] = deque()
+        # their sendmsg is read whole but for the line that is unfinished
+        self._last: deque[int] = deque()
+
+    def __len__(self) -> int:
+        return len(self._open) + len(self._last)
+
+    def receive(self, fds: list[int]) -> None:
+        """Take what a read brought."""
+        self._open.extend(fds)
+
+    def claim(self) -> int | None:
+        """The oldest one, which is the caller's from here on; None if there is none."""
+        if self._last:
+            return self._last.popleft()
+        return self._open.popleft() if self._open else None
+
+    def line_done(self) -> None:
+        """A line is through with claiming: what could be claimed by it alone is closed."""
+        _close(self._last)
+
+    def read_done(self, *, length: int, unfinished: bool) -> None:
+        """All lines that a read completed are through; `unfinished`: a part of one is held."""
+        if length >= SEGMENT or not self._open:
+            return
+        if unfinished:
+            self._last.extend(self._open)
+            self._open.clear()
+        else:
+            _close(self._open)
+
+    def close(self) -> None:
+        """Close them all."""
+        _close(self._last)
+        _close(self._open)
+
+
+def _close(fds: deque[int]) -> None:
+    while fds:
+        os.close(fds.popleft())
+
+
+def require_stream(fd: int | None, *, write: bool) -> int:
+    """The descriptor if a tar can go through it that way, or InvalidDescriptor."""
+    if fd is None:
+        raise InvalidDescriptor(
+            "no descriptor came with the call: send it with SCM_RIGHTS in the sendmsg of the line"
+        )
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISREG(mode)):
+        raise InvalidDescriptor("the descriptor is not a pipe, a socket or a regular file")
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = os.O_WRONLY if write else os.O_RDONLY
+    if flags & os.O_PATH or flags & os.O_ACCMODE not in (wanted, os.O_RDWR):
+        way = "writing" if write else "reading"
+        raise InvalidDescriptor(f"the descriptor is not open for {way}")
+    return fd

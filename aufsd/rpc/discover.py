@@ -1,0 +1,79 @@
+"""The OpenRPC document: made from the method table, the types and the docstrings, never by hand."""
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from aufsd import __version__
+from aufsd.rpc.calls import Method
+from aufsd_client.errors import BY_NAME, AufsdError
+
+_REF = "#/components/schemas/{name}"
+
+
+def document(table: Mapping[str, Method]) -> dict[str, object]:
+    """The table as https://spec.open-rpc.org 1.3 wants it."""
+    results = [row.result for row in table.values() if isinstance(row.result, type)]
+    results = [kind for kind in results if issubclass(kind, msgspec.Struct)]
+    found, components = msgspec.json.schema_components(results, ref_template=_REF)
+    answers = dict(zip(results, found, strict=True))
+    named = sorted(
+        (kind for kind in BY_NAME.values() if kind is not AufsdError),
+        key=lambda kind: (kind.code, kind.__name__),
+    )
+    return {
+        "openrpc": "1.3.2",
+        "info": {
+            "title": "aufsd",
+            "version": __version__,
+            "description": "Layered root file systems and their union mounts",
+            "license": {"name": "Apache-2.0"},
+        },
+        "methods": [
+            _method(row, answers.get(row.result, {"type": "object"})) for row in table.values()
+        ],
+        "components": {
+            "schemas": components,
+            "errors": {kind.__name__: _error(kind) for kind in named},
+        },
+    }
+
+
+def _method(row: Method, result: dict[str, Any]) -> dict[str, object]:
+    text = inspect.getdoc(row.function) or ""
+    return {
+        "name": row.name,
+        "summary": text.partition("\n")[0],
+        "paramStructure": "by-name",
+        "params": _params(row.params),
+        "result": {"name": "result", "schema": result},
+        "errors": [{"$ref": f"#/components/errors/{name}"} for name in _ANYWHERE],
+        "x-kind": row.kind,
+        "x-monitor": row.monitor,
+        "x-descriptor": row.streams,
+    }
+
+
+_ANYWHERE = ("InvalidParams", "InternalError", "ShuttingDown", "Overloaded", "PermissionDenied")
+
+
+def _params(params: type[msgspec.Struct]) -> list[dict[str, object]]:
+    schema = typing.cast(
+        dict[str, Any], msgspec.json.schema_components([params])[1][params.__name__]
+    )
+    required = schema.get("required", [])
+    return [
+        {"name": name, "required": name in required, "schema": field}
+        for name, field in schema["properties"].items()
+    ]
+
+
+def _error(kind: type[AufsdError]) -> dict[str, object]:
+    return {
+        "code": kind.code,
+        "message": (kind.__doc__ or "").partition("\n")[0],
+        "data": {"name": kind.__name__},
+    }

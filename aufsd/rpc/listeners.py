@@ -1,0 +1,107 @@
+"""The two sockets: made, put where they belong, and taken away again."""
+
+import grp
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+# "aufsd", api.md section 1
+GROUP = "aufsd"
+# sun_path of unix(7) holds 108 bytes, a zero among them
+_SUN_PATH = 107
+_BACKLOG = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A listening socket. `path` and `inode` are of a socket file that is ours to unlink."""
+
+    sock: socket.socket
+    monitor: bool
+    path: str = ""
+    inode: int = 0
+
+    def close(self, *, unlink: bool = True) -> None:
+        """Stop listening. A file that another daemon has put in place meanwhile stays."""
+        if self.path and unlink:
+            try:
+                if os.lstat(self.path).st_ino == self.inode:
+                    os.unlink(self.path)
+            except FileNotFoundError:
+                pass
+        self.sock.close()
+
+
+def bind(path: str, *, monitor: bool, group: str = GROUP) -> Listener:
+    """Listen on a path: mode 0660 of the group, or 0666 for the monitor socket.
+
+    A socket file that nobody listens on is replaced. Raises OSError: EADDRINUSE if somebody does
+    or if something else is there.
+    """
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with reachable(path) as short:
+            _clear(path, short)
+            # bind(2) takes the file's mode from the socket's (net/unix/af_unix.c, unix_bind_bsd)
+            os.fchmod(sock.fileno(), 0o600)
+            sock.bind(short)
+            inode = os.lstat(short).st_ino
+            if not monitor:
+                _give_to_group(path, group)
+            os.chmod(path, 0o666 if monitor else 0o660)
+        sock.listen(_BACKLOG)
+    except BaseException:
+        sock.close()
+        raise
+    return Listener(sock, monitor, path, inode)
+
+
+@contextmanager
+def reachable(path: str) -> Iterator[str]:
+    """A name for `path` that fits into sun_path, good inside the block."""
+    if len(os.fsencode(path)) <= _SUN_PATH:
+        yield path
+        return
+    directory, name = os.path.split(path)
+    fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{fd}/{name}"
+    finally:
+        os.close(fd)
+
+
+def _clear(path: str, short: str) -> None:
+    """Take away a socket file that a daemon left when it was killed."""
+    try:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(17, "is there, and is not a socket", path)
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(short)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+        except FileNotFoundError:
+            return
+        except BlockingIOError:
+            # its backlog is full, so somebody does listen
+            pass
+    raise OSError(98, "another process listens on this socket", path)
+
+
+def _give_to_group(path: str, group: str) -> None:
+    try:
+        gid = grp.getgrnam(group).gr_gid
+    except KeyError:
+        log.warning("no such group: the control socket is root's alone", group=group, path=path)
+        return
+    os.chown(path, -1, gid)

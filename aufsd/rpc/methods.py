@@ -1,0 +1,219 @@
+"""The method table of api.md section 3: each function checks values and calls the driver.
+
+The first paragraph of a docstring goes into the document of `rpc.discover`.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from msgspec import Meta
+
+from aufsd import answers
+from aufsd.rpc import discover
+from aufsd.rpc.calls import Call, Method, method
+from aufsd.store.ids import LayerId, parse_id, parse_label
+from aufsd.union.dialect import Dialect
+
+# more than this many rows are never put into one answer; `next` leads on
+MAX_PAGE = 10_000
+
+Limit = Annotated[int, Meta(ge=1)]
+_NONE: Mapping[str, str] = MappingProxyType({})
+
+
+def _parse_optional(id: str) -> LayerId | None:
+    return parse_id(id) if id else None
+
+
+# --- what the monitor socket serves too -------------------------------------------------------
+
+
+async def version(call: Call, /) -> answers.Version:
+    """What this daemon is, which API it speaks, and what it can do beyond the first of its kind."""
+    return call.driver.version()
+
+
+async def ping(call: Call, /) -> answers.Empty:
+    """Answer, and nothing else."""
+    return answers.Empty()
+
+
+async def status(call: Call, /) -> answers.Status:
+    """The state of the store in rows, Docker's four first. It walks nothing."""
+    return call.driver.status()
+
+
+async def health(call: Call, /) -> answers.Health:
+    """Whether all is well, check by check; for a monitoring script to poll."""
+    return call.driver.health()
+
+
+async def metrics(call: Call, /) -> answers.Metrics:
+    """Counters and gauges as Prometheus text exposition."""
+    return call.driver.metrics()
+
+
+async def discover_(call: Call, /) -> dict[str, object]:
+    """This document."""
+    return discover.document(TABLE)
+
+
+# --- layers -----------------------------------------------------------------------------------
+
+
+async def exists(call: Call, /, *, id: str) -> answers.Exists:
+    """Whether there is a layer of this id."""
+    return call.driver.exists(parse_id(id))
+
+
+async def create(
+    call: Call,
+    /,
+    *,
+    id: str,
+    parent: str = "",
+    mount_label: str = "",
+    storage_opt: Mapping[str, str] = _NONE,
+) -> answers.Created:
+    """Make an empty layer, on top of `parent` if that is given. All or nothing."""
+    return await call.driver.create(
+        parse_id(id),
+        parent=_parse_optional(parent),
+        mount_label=parse_label(mount_label),
+        storage_opt=storage_opt,
+    )
+
+
+async def remove(call: Call, /, *, id: str, force: bool = False) -> answers.Removed:
+    """Remove a layer that nothing stands on. One that is referenced stays, unless `force`."""
+    return await call.driver.remove(parse_id(id), force=force)
+
+
+async def get_metadata(call: Call, /, *, id: str) -> answers.Metadata:
+    """Where everything of a layer is, as strings."""
+    return await call.driver.get_metadata(parse_id(id))
+
+
+async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> answers.Layers:
+    """The layers by id, one page."""
+    return call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
+
+
+# --- mounts -----------------------------------------------------------------------------------
+
+
+async def get(
+    call: Call,
+    /,
+    *,
+    id: str,
+    mount_label: str = "",
+    hold: Literal["manual", "process"] = "manual",
+) -> answers.Got:
+    """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you."""
+    return await call.driver.get(
+        parse_id(id), peer=call.peer, mount_label=parse_label(mount_label), hold=hold
+    )
+
+
+async def put(call: Call, /, *, id: str) -> answers.Put:
+    """Drop one reference to a layer; the last one unmounts it."""
+    return await call.driver.put(parse_id(id), peer=call.peer)
+
+
+async def cleanup(call: Call, /) -> answers.Cleanup:
+    """Unmount every mount of the store, whatever its count, from what the kernel says."""
+    return await call.driver.cleanup()
+
+
+async def mounts(call: Call, /) -> answers.MountTable:
+    """The active-mount table: what is mounted, and who holds it."""
+    return call.driver.mounts()
+
+
+async def holders(call: Call, /, *, id: str) -> answers.Holders:
+    """The processes that keep a layer's mount busy, across mount namespaces."""
+    return await call.driver.holders(parse_id(id))
+
+
+# --- content ----------------------------------------------------------------------------------
+
+
+async def diff(
+    call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
+) -> answers.Streamed:
+    """Write what a layer changed against `parent`, as a tar, to the descriptor that came along."""
+    layer, against = parse_id(id), _parse_optional(parent)
+    out = call.stream(write=True)
+    return await call.driver.diff(layer, parent=against, out=out, digest=digest)
+
+
+async def apply_diff(
+    call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
+) -> answers.Streamed:
+    """Unpack the tar that comes through the descriptor into a layer. All or nothing."""
+    layer, against = parse_id(id), _parse_optional(parent)
+    source = call.stream(write=False)
+    return await call.driver.apply_diff(layer, parent=against, source=source, digest=digest)
+
+
+async def diff_size(call: Call, /, *, id: str, parent: str = "") -> answers.Size:
+    """Bytes of the regular files in a layer's own content."""
+    return await call.driver.diff_size(parse_id(id), parent=_parse_optional(parent))
+
+
+async def changes(
+    call: Call, /, *, id: str, parent: str = "", after: str = "", limit: Limit = MAX_PAGE
+) -> answers.Changes:
+    """What a layer changed against `parent`, path by path, one page."""
+    return await call.driver.changes(
+        parse_id(id), parent=_parse_optional(parent), after=after, limit=min(limit, MAX_PAGE)
+    )
+
+
+# --- the store --------------------------------------------------------------------------------
+
+
+async def check(
+    call: Call, /, *, id: str = "", deep: bool = False, repair: bool = False
+) -> answers.Check:
+    """Hold what is on disk, in the table and in the kernel against each other."""
+    layer = _parse_optional(id)
+    if repair:
+        call.permit("change")
+    return await call.driver.check(id=layer, deep=deep, repair=repair)
+
+
+async def convert(call: Call, /, *, id: str, to: Dialect) -> answers.Converted:
+    """Rewrite a layer's whiteouts for another union file system."""
+    return await call.driver.convert(parse_id(id), to=to)
+
+
+TABLE: dict[str, Method] = {
+    row.name: row
+    for row in (
+        method(version, "read", monitor=True),
+        method(ping, "read", monitor=True),
+        method(status, "read", monitor=True),
+        method(health, "read", monitor=True),
+        method(metrics, "read", monitor=True),
+        method(exists, "read"),
+        method(create, "change"),
+        method(remove, "change"),
+        method(get, "use"),
+        method(put, "use"),
+        method(diff, "use", streams=True),
+        method(apply_diff, "change", streams=True),
+        method(diff_size, "read"),
+        method(changes, "read"),
+        method(get_metadata, "read"),
+        method(cleanup, "change"),
+        method(list_, "read", name="list"),
+        method(mounts, "read"),
+        method(holders, "read"),
+        method(check, "read"),
+        method(convert, "change"),
+        method(discover_, "read", name="rpc.discover", monitor=True),
+    )
+}

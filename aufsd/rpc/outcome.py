@@ -1,0 +1,67 @@
+"""How a call ended: what its peer is told, and what the log says of it."""
+
+import secrets
+from collections.abc import Iterator
+
+import structlog
+import trio
+
+from aufsd.rpc.dispatch import Bound
+from aufsd_client.errors import AufsdError, InternalError
+
+log = structlog.get_logger(__name__)
+
+
+def translate(raised: BaseException) -> AufsdError:
+    """The API's error for whatever a call raised.
+
+    A nursery wraps what its tasks raise: a group of errors of the API alone is the first of them.
+    Nothing else of an exception leaves the daemon but the number of an incident, which the log has
+    too. Raises again what is not for us: KeyboardInterrupt, SystemExit.
+    """
+    leaves = [leaf for leaf in _leaves(raised) if not isinstance(leaf, trio.Cancelled)]
+    for leaf in leaves:
+        if not isinstance(leaf, Exception):
+            raise raised
+    if leaves and all(isinstance(leaf, AufsdError) for leaf in leaves):
+        assert isinstance(leaves[0], AufsdError)
+        return leaves[0]
+    incident = secrets.token_hex(8)
+    log.error("incident", incident=incident, exc_info=raised)
+    return InternalError(
+        f"the daemon failed in a way it did not expect; its log tells more of incident {incident}",
+        incident=incident,
+    )
+
+
+def _leaves(raised: BaseException) -> Iterator[BaseException]:
+    if isinstance(raised, BaseExceptionGroup):
+        for inner in raised.exceptions:
+            yield from _leaves(inner)
+    else:
+        yield raised
+
+
+def report(bound: Bound, name: str, error: AufsdError | None, seconds: float) -> None:
+    """The one line of a call: what changes or uses the store, and what failed, at level info."""
+    row = bound.row
+    # what never became a call is the peer's own business; anybody can send garbage for hours
+    quiet = row is None or (row.kind == "read" and error is None)
+    peer = bound.call.peer
+    write = log.debug if quiet else log.info
+    fields: dict[str, object] = {}
+    if error is not None:
+        fields["reason"] = error.message
+        if incident := error.data.get("incident"):
+            fields["incident"] = incident
+    write(
+        "call",
+        method=row.name if row else None,
+        layer=bound.subject,
+        outcome=name,
+        seconds=round(seconds, 6),
+        pid=peer.pid,
+        uid=peer.uid,
+        comm=peer.comm,
+        **fields,
+    )

@@ -1,0 +1,106 @@
+"""Frames and messages: bytes in, lines out; no socket is touched here. Standard library only.
+
+One JSON value a line, UTF-8, ended by a newline (api.md section 1). The daemon takes the splitter
+from here; the encoding and decoding is the client's.
+"""
+
+import json
+from typing import NamedTuple
+
+from aufsd_client.errors import AufsdError, from_wire
+
+DEFAULT_SOCKET = "/run/aufsd/aufsd.sock"
+MONITOR_SOCKET = "/run/aufsd/monitor.sock"
+# the longest line of a request, without its newline
+MAX_LINE = 1 << 20
+# how much a reader takes from its socket at a time
+READ_SIZE = 1 << 16
+
+
+class DaemonUnreachable(ConnectionError):
+    """Nobody listens on the socket, or this user may not open it. Nothing was asked."""
+
+
+class ConnectionLost(ConnectionError):
+    """The connection broke during a call: whether the daemon carried it out is not known."""
+
+
+class BadReply(Exception):
+    """What came back is not an answer to the call; the daemon is another, or newer, program."""
+
+
+class LineSplitter:
+    """Feed it what arrives, get the lines that are whole. No byte is looked at twice.
+
+    With a `limit` (bytes, 0 for none) a longer line sets `overlong`; what was whole before it is
+    still returned, and nothing after it is.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self._limit = limit
+        self._rest = bytearray()
+        self.overlong = False
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of an unfinished line are held."""
+        return len(self._rest)
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The lines that `data` completes, without their newlines."""
+        if self.overlong:
+            return []
+        lines = data.split(b"\n")
+        tail = lines.pop()
+        if lines and self._rest:
+            self._rest += lines[0]
+            lines[0] = bytes(self._rest)
+            self._rest.clear()
+        self._rest += tail
+        if not self._limit:
+            return lines
+        for index, line in enumerate(lines):
+            if len(line) > self._limit:
+                return self._stop(lines[:index])
+        if len(self._rest) > self._limit:
+            return self._stop(lines)
+        return lines
+
+    def _stop(self, lines: list[bytes]) -> list[bytes]:
+        self.overlong = True
+        self._rest.clear()
+        return lines
+
+
+class Reply(NamedTuple):
+    """One answer: `error` or, without one, `result`."""
+
+    id: object
+    result: dict[str, object]
+    error: AufsdError | None = None
+
+
+def encode_request(id: str, method: str, params: dict[str, object]) -> bytes:
+    """One call as a line."""
+    message = {"jsonrpc": "2.0", "method": method, "params": params, "id": id}
+    try:
+        return json.dumps(message, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        # a lone surrogate, as os.fsdecode makes; escaped it reaches the daemon, which refuses it
+        return json.dumps(message, allow_nan=False).encode() + b"\n"
+
+
+def decode_reply(line: bytes) -> Reply:
+    """The answer on a line, or BadReply."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError) as fault:
+        raise BadReply(f"the answer is not JSON: {fault}") from None
+    if not isinstance(message, dict):
+        raise BadReply("the answer is not a JSON-RPC reply")
+    id, error, result = message.get("id"), message.get("error"), message.get("result")
+    if isinstance(error, dict):
+        return Reply(id, {}, from_wire(error))
+    if not isinstance(result, dict):
+        raise BadReply("the answer has neither a result object nor an error")
+    return Reply(id, result)
