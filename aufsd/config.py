@@ -115,7 +115,10 @@ def load(file: str | None, flags: dict[str, Any]) -> Config:
         origin = "the command line" if not keys else f"{path} or the command line"
         raise ConfigError(f"{origin}: {error}") from error
     _check(config)
-    return config
+    # the daemon leaves the caller's working directory
+    paths = ("root", "socket", "monitor_socket", "state_dir")
+    absolute = {name: os.path.abspath(getattr(config, name)) for name in paths}
+    return msgspec.structs.replace(config, **absolute)
 
 
 def _id_map(name: str, text: str) -> dict[str, int]:
