@@ -47,16 +47,17 @@ def parse(text: bytes) -> Iterator[Mount]:
             id=int(fields[0]),
             parent=int(fields[1]),
             device=os.makedev(int(major), int(minor)),
-            root=_text(fields[3]),
-            mount_point=_text(fields[4]),
-            options=tuple(_text(fields[5]).split(",")),
-            fstype=_text(rest[0]),
-            source=_text(rest[1]),
-            super_options=_text(rest[2]),
+            root=unescape(fields[3]),
+            mount_point=unescape(fields[4]),
+            options=tuple(unescape(fields[5]).split(",")),
+            fstype=unescape(rest[0]),
+            source=unescape(rest[1]),
+            super_options=unescape(rest[2]),
         )
 
 
-def _text(field: bytes) -> str:
+def unescape(field: bytes) -> str:
+    """A field as the kernel's seq_path() wrote it, with its escapes undone."""
     if b"\\" in field:
         field = _ESCAPE.sub(lambda found: bytes((int(found[1], 8) & 0xFF,)), field)
     return os.fsdecode(field)

@@ -1,6 +1,17 @@
-"""The two ways to write a whiteout, and conversion between them."""
+"""The two ways to write a whiteout: their names, and which of them a layer's content uses.
 
+A layer's dialect is an xattr on its content directory, absent for aufs, so that a store of Docker's
+driver needs nothing. What rewrites a layer for the other one is `aufsd.union.conversion`.
+
+`namespace` is where the xattrs live, "trusted" or "user": trusted.* needs CAP_SYS_ADMIN of the
+initial user namespace, and in another one overlayfs is mounted with `userxattr` (Linux 5.11).
+"""
+
+import errno
+import os
+import stat
 from enum import StrEnum
+from typing import Final, TypeAlias
 
 
 class Dialect(StrEnum):
@@ -12,3 +23,118 @@ class Dialect(StrEnum):
 
     AUFS = "aufs"
     OVERLAY = "overlay"
+
+
+Where: TypeAlias = str | bytes | int
+
+# include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
+WHITEOUT: Final = b".wh."
+META: Final = b".wh..wh."
+OPAQUE: Final = b".wh..wh..opq"
+PLINKS: Final = b".wh..wh.plnk"
+# what a branch that was mounted rw has at its top
+HOUSEKEEPING: Final = frozenset({b".wh..wh.aufs", b".wh..wh.orph", PLINKS})
+# WHITEOUT_MODE and WHITEOUT_DEV in include/linux/fs.h
+WHITEOUT_NODE: Final = stat.S_IFCHR
+WHITEOUT_DEVICE: Final = os.makedev(0, 0)
+
+_NO_XATTR: Final = (errno.ENODATA, errno.ENOTSUP)
+
+
+def deleted_name(name: bytes) -> bytes | None:
+    """The name that an aufs whiteout deletes; None if `name` is no whiteout.
+
+    `.wh.`, `.wh..`, `.wh...` and all of `.wh..wh.*` delete nothing.
+    """
+    if not name.startswith(WHITEOUT) or name.startswith(META):
+        return None
+    deleted = name[len(WHITEOUT) :]
+    return None if deleted in (b"", b".", b"..") else deleted
+
+
+def is_whiteout_node(found: os.stat_result) -> bool:
+    """Whether an entry is overlayfs's whiteout."""
+    return stat.S_ISCHR(found.st_mode) and found.st_rdev == WHITEOUT_DEVICE
+
+
+def opaque_xattr(namespace: str) -> str:
+    """The xattr that makes a directory opaque for overlayfs, with the value b"y"."""
+    return f"{namespace}.overlay.opaque"
+
+
+def has_opaque_xattr(where: Where, namespace: str) -> bool:
+    """Whether overlayfs takes the directory for opaque."""
+    return _read(where, opaque_xattr(namespace)) == b"y"
+
+
+def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
+    """What stands on the content directory of a layer of this dialect."""
+    if dialect is Dialect.AUFS:
+        return {}
+    return {f"{namespace}.aufsd.dialect": dialect.value.encode()}
+
+
+def read_dialect(where: Where, namespace: str) -> Dialect:
+    """The dialect of a layer, by its content directory (path or descriptor).
+
+    While a conversion is half done this is still the one it comes from. Raises OSError.
+    """
+    return _parse(where, _read(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
+
+
+def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
+    """Record the dialect of a layer. Raises OSError."""
+    if dialect is Dialect.AUFS:
+        remove_xattr(where, f"{namespace}.aufsd.dialect")
+    else:
+        os.setxattr(where, f"{namespace}.aufsd.dialect", dialect.value.encode())
+
+
+def interrupted(where: Where, namespace: str) -> Dialect | None:
+    """What a conversion that a crash left half done was going to; None if there is none.
+
+    Until it is finished the content may hold marks of both dialects.
+    """
+    return _parse(where, _read(where, f"{namespace}.aufsd.converting"))
+
+
+def mark_converting(where: Where, target: Dialect | None, namespace: str) -> None:
+    """Note that a conversion begins, or with None that it is finished."""
+    if target is None:
+        remove_xattr(where, f"{namespace}.aufsd.converting")
+    else:
+        os.setxattr(where, f"{namespace}.aufsd.converting", target.value.encode())
+
+
+def is_opaque_root(path: str, dialect: Dialect, namespace: str) -> bool:
+    """Whether a layer's `/` is opaque: then what its parents hold does not show."""
+    if dialect is Dialect.OVERLAY:
+        return has_opaque_xattr(path, namespace)
+    return os.path.lexists(os.path.join(os.fsencode(path), OPAQUE))
+
+
+def remove_xattr(where: Where, name: str) -> None:
+    """removexattr(2), harmless if it is not there."""
+    try:
+        os.removexattr(where, name)
+    except OSError as error:
+        if error.errno not in _NO_XATTR:
+            raise
+
+
+def _read(where: Where, name: str) -> bytes | None:
+    try:
+        return os.getxattr(where, name)
+    except OSError as error:
+        if error.errno in _NO_XATTR:
+            return None
+        raise
+
+
+def _parse(where: Where, value: bytes | None) -> Dialect | None:
+    if value is None:
+        return None
+    try:
+        return Dialect(value.decode("ascii", "replace"))
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"unknown dialect {value!r}", str(where)) from error

@@ -9,9 +9,7 @@ import errno
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
@@ -19,10 +17,11 @@ from aufsd.kernel import probe as host
 from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.layout import Layout
-from aufsd.union import runner
+from aufsd.union import plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
 from aufsd.union.dialect import Dialect
+from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 
 MAGIC: Final = syscalls.OVERLAYFS_SUPER_MAGIC
@@ -112,11 +111,12 @@ class Overlay:
         return runner.run(union.id, calls, magic=MAGIC, log=self.log)
 
     def flush(self, target: str) -> None:
-        """Nothing: overlayfs copies up a whole file before it is written."""
+        """As Backend.flush: nothing here, but the last backend may have been aufs."""
+        plink.flush(target)
 
     def unmount(self, target: str) -> None:
-        """As Backend.unmount."""
-        syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+        """As Backend.unmount, for a union of the last backend too: those outlive the daemon."""
+        plink.unmount(target)
 
     def is_mounted(self, target: str) -> bool:
         """As Backend.is_mounted."""
@@ -226,19 +226,6 @@ def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool
             raise
         runner.undo(call.target)
     return False
-
-
-@contextmanager
-def scratch_dirs(scratch: str, *names: str) -> Iterator[str]:
-    """A new directory in `scratch` with these in it, removed at the end."""
-    os.makedirs(scratch, 0o700, exist_ok=True)
-    at = tempfile.mkdtemp(dir=scratch)
-    try:
-        for name in names:
-            os.makedirs(f"{at}/{name}")
-        yield at
-    finally:
-        shutil.rmtree(at)
 
 
 def is_whiteout(found: os.stat_result) -> bool:

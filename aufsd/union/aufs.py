@@ -1,0 +1,220 @@
+"""aufs: Docker's own union, mounted as its driver did, with what the driver left out.
+
+mount(2) is called directly: libmount of util-linux 2.39 and newer goes through fsconfig(2), which
+breaks aufs's `br:` syntax. The translation file (xino) lies in the layer's work directory: one path
+shared by all mounts made concurrent mounts fail (moby#21545), and on tmpfs old versions of aufs
+could spin in it (moby#18180).
+"""
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from aufsd.kernel import probe as host
+from aufsd.kernel import syscalls
+from aufsd.kernel.log import KernelLog, open_log
+from aufsd.kernel.mountinfo import unescape
+from aufsd.store.layout import Layout
+from aufsd.union import plink, runner
+from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.branches import MountCall, plan_aufs
+from aufsd.union.dialect import Dialect
+from aufsd.union.scratch import scratch_dirs
+from aufsd_client.errors import MountFailed
+
+MAGIC: Final = syscalls.AUFS_SUPER_MAGIC
+# include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_BR, union aufs_brinfo); with a null pointer it
+# counts the branches
+_AUFS_CTL_BRINFO: Final = 0x50004105
+_BRANCH_MAXIMA: Final = (127, 511, 1023, 32767)
+_SYSFS: Final = "/sys/fs/aufs"
+
+
+@dataclass(frozen=True, slots=True)
+class Aufs:
+    """The aufs backend as `probe` found it."""
+
+    options: tuple[str, ...]
+    log: KernelLog
+    max_branches: int = _BRANCH_MAXIMA[0]
+    facts: tuple[tuple[str, str], ...] = ()
+    name: str = "aufs"
+    dialect: Dialect = Dialect.AUFS
+    namespace: XattrNamespace = "trusted"
+    # udba=reval, the default, looks at the branch again
+    live_lower_warning: str = ""
+    # first branch of each live union by its directory in sysfs and that one's inode number
+    _tops: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
+
+    def plan(self, union: Union) -> tuple[MountCall, ...]:
+        """As Backend.plan. An opaque root hides nothing, as aufs itself has it."""
+        return plan_aufs(
+            union.target,
+            (union.top, *union.lowers),
+            work=union.work,
+            read_only=union.read_only,
+            options=self.options,
+            label=union.label,
+            limit=self.max_branches,
+        )
+
+    def mount(self, union: Union) -> None:
+        """As Backend.mount. EBUSY: another live union, maybe a detached one, writes its branch."""
+        calls = self.plan(union)
+        os.makedirs(union.work, 0o700, exist_ok=True)
+        with suppress(FileNotFoundError):
+            # unlinked by aufs as soon as it is open; there only if the machine stopped in between
+            os.unlink(f"{union.work}/xino")
+        if not union.read_only and self._is_written(union.top):
+            raise MountFailed(
+                f"the content of layer {union.id} is still written by another mount, one that was "
+                "detached or lives on in another mount namespace: end what uses it",
+                id=union.id,
+                errno="EBUSY",
+                options=calls[0].render(calls[0].dirs),
+                cause="the writable branch is in use by another mount",
+            )
+        runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        if not self.is_whole(union):
+            runner.undo(union.target)
+            cut = OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
+            raise runner.failure(union.id, calls[-1], cut, self.log)
+
+    def _is_written(self, top: str) -> bool:
+        """Whether a live union has `top` as its writable branch: aufs itself does not mind.
+
+        A union stays in sysfs for as long as its superblock lives. Each is read once; its name may
+        come again, the inode number of its directory does not.
+        """
+        live: dict[tuple[str, int], str] = {}
+        with suppress(FileNotFoundError), os.scandir(_SYSFS) as entries:
+            for entry in entries:
+                if entry.name.startswith("si_"):
+                    key = (entry.name, entry.inode())
+                    live[key] = self._tops.get(key) or _first_branch(entry.path)
+        self._tops.clear()
+        self._tops.update(live)
+        return f"{top}=rw" in live.values()
+
+    def flush(self, target: str) -> None:
+        """As Backend.flush: every pseudo-link becomes a real one."""
+        plink.flush(target)
+
+    def unmount(self, target: str) -> None:
+        """As Backend.unmount."""
+        plink.unmount(target)
+
+    def is_mounted(self, target: str) -> bool:
+        """As Backend.is_mounted."""
+        return runner.is_mounted(target, MAGIC)
+
+    def is_whole(self, union: Union) -> bool:
+        """As Backend.is_whole: aufs is asked how many branches it has."""
+        if not self.is_mounted(union.target):
+            return False
+        return branch_count(union.target) == 1 + len(union.lowers)
+
+
+def probe(layout: Layout) -> Aufs | Verdict:
+    """Mount on the store's own file system, and look; what is made in `layout.probes` goes again.
+
+    Raises OSError if the store cannot be written at all.
+    """
+    if "aufs" not in host.filesystems():
+        tried = host.load_module("aufs")
+        if "aufs" not in host.filesystems():
+            return Verdict(f"this kernel has no aufs ({tried or 'the module has another type'})")
+    # dirperm1 came late to aufs; the store decides, and not the file system of $TMPDIR
+    for options in (("dio", "dirperm1"), ("dio",), ()):
+        found = Aufs(options, open_log())
+        try:
+            return _tried_out(found, layout.probes)
+        except MountFailed as error:
+            refused = error
+        except OSError as error:
+            return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
+        if refused.data["errno"] != "EINVAL":
+            break
+    by_host = refused.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
+    return Verdict(f"a trial mount failed: {refused.message}", incompatible=not by_host)
+
+
+def _tried_out(backend: Aufs, scratch: str) -> Aufs:
+    """Mount a trial union and use it; the backend with what was learnt."""
+    with scratch_dirs(scratch, "lower/d/hidden", "middle/d", "upper", "work", "merged") as at:
+        os.mkdir(f"{at}/lower/gone")
+        os.mkdir(f"{at}/lower/removed")
+        for marker in ("gone", "d/.wh..opq"):
+            head, _, tail = f"{at}/middle/{marker}".rpartition("/")
+            with open(f"{head}/.wh.{tail}", "xb"):
+                pass
+        lowers = (f"{at}/middle", f"{at}/lower")
+        union = Union("probe", f"{at}/upper", lowers, f"{at}/merged", f"{at}/work")
+        backend.mount(union)
+        try:
+            names = sorted(os.listdir(union.target))
+            if names != ["d", "removed"] or os.listdir(f"{union.target}/d"):
+                raise OSError(errno.ENOTSUP, "whiteouts or opaque directories hide nothing")
+            os.rmdir(f"{union.target}/removed")
+            if not os.path.lexists(f"{union.top}/.wh.removed"):
+                raise OSError(errno.ENOTSUP, "a removed directory leaves no whiteout")
+            limit = _branch_max(union.target, f"{at}/work")
+            facts = (
+                ("dirperm1", "true" if "dirperm1" in backend.options else "false"),
+                ("aufs_branch_max", str(limit)),
+                ("aufs_xattrs", "true" if _takes_xattrs(union.target) else "false"),
+                # each union has its branches in sysfs, unless the module was loaded with brs=0
+                ("upper_in_use", "sysfs" if backend._is_written(union.top) else "unseen"),
+            )
+            return replace(backend, max_branches=limit, facts=facts)
+        finally:
+            backend.unmount(union.target)
+
+
+def _branch_max(target: str, directory: str) -> int:
+    """AUFS_BRANCH_MAX of this kernel, a choice of four at its build.
+
+    A branch can be added at a place: one past the maximum gives ENOSPC before aufs looks whether
+    that place can be (EDOM: it is past the end). So nothing is added. test_add() in branch.c
+    """
+    for maximum in _BRANCH_MAXIMA:
+        try:
+            data = f"add:{maximum}:{directory}=ro"
+            syscalls.mount("none", target, "aufs", syscalls.MS_REMOUNT, data)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                return maximum
+            if error.errno != errno.EDOM:
+                break
+        else:
+            break
+    return _BRANCH_MAXIMA[0]
+
+
+def _takes_xattrs(target: str) -> bool:
+    try:
+        os.setxattr(target, "trusted.aufsd.probe", b"y")
+    except OSError:
+        return False
+    return True
+
+
+def branch_count(target: str) -> int:
+    """How many branches the union mounted at `target` has. Raises OSError."""
+    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        return fcntl.ioctl(root, _AUFS_CTL_BRINFO, 0)
+    finally:
+        os.close(root)
+
+
+def _first_branch(union: str) -> str:
+    """`PATH=rw` of the first branch of a union in sysfs; "" if it went meanwhile."""
+    try:
+        with open(f"{union}/br0", "rb") as file:
+            return unescape(file.read().rstrip(b"\n"))
+    except OSError:
+        return ""

@@ -1,0 +1,162 @@
+"""aufs's pseudo-links, made real before a writable branch has to stand by itself.
+
+When one name of a hard-linked lower file is written, aufs copies the file up under that name
+alone, keeps the inode in memory, and links it as `.wh..wh.plnk/INODE.BRANCHINODE` at the top of the
+writable branch. The other names lead to the new file for as long as the union is mounted; after
+that they show the old content again. What `auplink flush` of aufs-tools did about it, which no
+current distribution ships: have the kernel link every other name in the branch. Opening a name
+does that (au_do_refresh_plink() in fs/aufs/file.c); for what cannot be opened, setting its times.
+
+Unmounting is here because nothing else may come between the two. Both backends use it: a union
+outlives the daemon, and the next one may be set to another backend.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Final
+
+import structlog
+
+from aufsd.kernel import syscalls
+
+log = structlog.get_logger(__name__)
+
+DIRECTORY: Final = ".wh..wh.plnk"
+# include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_WBR_FD, struct aufs_wbr_fd)
+_AUFS_CTL_WBR_FD: Final = 0x40084102
+_DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def flush(target: str) -> int:
+    """Link every name of the pseudo-linked files of the union at `target`; how many names.
+
+    Nothing on anything but a writable aufs. Walks the whole union if there is a pseudo-link, and
+    stays in it: file systems mounted inside are left alone. Raises OSError, ENOSPC among them.
+    """
+    if not _is_aufs(target):
+        return 0
+    with _opened(target) as root, _writable_branch(root) as branch:
+        return _flush(root, branch)
+
+
+def unmount(target: str) -> None:
+    """Flush and umount2(2), once; then remove the pseudo-links, for each name is a real one now.
+
+    A flush that fails (no space) is logged and does not keep the union mounted: its pseudo-links
+    stay in the branch. Raises OSError as umount2(2) does.
+    """
+    if not _is_aufs(target):
+        return syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+    with ExitStack() as kept:
+        with _opened(target) as root:
+            branch = kept.enter_context(_writable_branch(root))
+            flushed = True
+            try:
+                _flush(root, branch)
+            except OSError as error:
+                flushed = False
+                log.warning("hard links of a union are not flushed", path=target, error=str(error))
+        syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+        if flushed and branch is not None:
+            _forget(branch)
+    return None
+
+
+def _is_aufs(target: str) -> bool:
+    return syscalls.statfs_type(target) == syscalls.AUFS_SUPER_MAGIC
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, _DIR)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def _writable_branch(root: int) -> Iterator[int | None]:
+    """The writable branch of an open union, opened by aufs itself; None if all are read-only."""
+    try:
+        branch = fcntl.ioctl(root, _AUFS_CTL_WBR_FD, 0)
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTTY):
+            raise
+        yield None
+        return
+    os.set_inheritable(branch, False)
+    try:
+        yield branch
+    finally:
+        os.close(branch)
+
+
+def _flush(root: int, branch: int | None) -> int:
+    inodes = _pending(branch) if branch is not None else ()
+    found = 0
+    for directory, name in _names(root, inodes) if inodes else ():
+        with suppress(FileNotFoundError):  # a name that went meanwhile needs no link
+            _link(directory, name)
+            found += 1
+    return found
+
+
+def _pending(branch: int) -> frozenset[int]:
+    """The union's inode numbers that have pseudo-links."""
+    numbers = (name.partition(".")[0] for name in _plinks(branch))
+    return frozenset(int(number) for number in numbers if number.isdecimal())
+
+
+def _plinks(branch: int) -> list[str]:
+    with suppress(FileNotFoundError):
+        plinks = os.open(DIRECTORY, _DIR, dir_fd=branch)
+        try:
+            return os.listdir(plinks)
+        finally:
+            os.close(plinks)
+    return []
+
+
+def _forget(branch: int) -> None:
+    for name in _plinks(branch):
+        os.unlink(f"{DIRECTORY}/{name}", dir_fd=branch)
+
+
+def _link(directory: int, name: str) -> None:
+    found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+    if stat.S_ISREG(found.st_mode):
+        os.close(os.open(name, _FILE, dir_fd=directory))
+    else:
+        # not chown(-1, -1), as auplink does: that drops set-id bits and security.capability
+        times = (found.st_atime_ns, found.st_mtime_ns)
+        os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
+
+
+def _names(root: int, inodes: Collection[int]) -> Iterator[tuple[int, str]]:
+    """The names of non-directories with these inode numbers, each with its open directory."""
+    device = os.fstat(root).st_dev
+    stack = [os.dup(root)]
+    try:
+        while stack:
+            directory = stack.pop()
+            try:
+                if os.fstat(directory).st_dev != device:
+                    continue
+                with os.scandir(directory) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            with suppress(FileNotFoundError, NotADirectoryError):
+                                stack.append(os.open(entry.name, _DIR, dir_fd=directory))
+                        elif entry.inode() in inodes:
+                            yield directory, entry.name
+            finally:
+                os.close(directory)
+    finally:
+        for directory in stack:
+            os.close(directory)
