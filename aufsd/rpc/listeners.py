@@ -1,21 +1,20 @@
 """The two sockets: made, put where they belong, and taken away again."""
 
+import errno
 import grp
 import os
 import socket
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import structlog
+
+from aufsd_client.address import reachable
 
 log = structlog.get_logger(__name__)
 
 # "aufsd", api.md section 1
 GROUP = "aufsd"
-# sun_path of unix(7) holds 108 bytes, a zero among them
-_SUN_PATH = 107
 _BACKLOG = 1024
 
 
@@ -63,25 +62,11 @@ def bind(path: str, *, monitor: bool, group: str = GROUP) -> Listener:
     return Listener(sock, monitor, path, inode)
 
 
-@contextmanager
-def reachable(path: str) -> Iterator[str]:
-    """A name for `path` that fits into sun_path, good inside the block."""
-    if len(os.fsencode(path)) <= _SUN_PATH:
-        yield path
-        return
-    directory, name = os.path.split(path)
-    fd = os.open(directory or ".", os.O_PATH | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{fd}/{name}"
-    finally:
-        os.close(fd)
-
-
 def _clear(path: str, short: str) -> None:
     """Take away a socket file that a daemon left when it was killed."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise FileExistsError(17, "is there, and is not a socket", path)
+            raise FileExistsError(errno.EEXIST, "is there, and is not a socket", path)
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
@@ -95,7 +80,7 @@ def _clear(path: str, short: str) -> None:
         except BlockingIOError:
             # its backlog is full, so somebody does listen
             pass
-    raise OSError(98, "another process listens on this socket", path)
+    raise OSError(errno.EADDRINUSE, "another process listens on this socket", path)
 
 
 def _give_to_group(path: str, group: str) -> None:

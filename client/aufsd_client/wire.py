@@ -5,6 +5,8 @@ from here; the encoding and decoding is the client's.
 """
 
 import json
+import socket
+import struct
 from typing import NamedTuple
 
 from aufsd_client.errors import AufsdError, from_wire
@@ -80,6 +82,27 @@ class Reply(NamedTuple):
     error: AufsdError | None = None
 
 
+def unreachable(path: str, error: OSError) -> DaemonUnreachable:
+    """Why connecting failed, and what to do, in a sentence."""
+    if isinstance(error, (FileNotFoundError, ConnectionRefusedError, NotADirectoryError)):
+        return DaemonUnreachable(
+            f"no daemon listens on {path}: start it (systemctl start aufsd, or aufsd serve), or "
+            "name the socket that it listens on"
+        )
+    if isinstance(error, PermissionError):
+        return DaemonUnreachable(
+            f"this user may not open {path}: become root, or join the group aufsd"
+        )
+    return DaemonUnreachable(f"{path}: {error.strerror or error}")
+
+
+def descriptor(fd: int | None) -> list[tuple[int, int, bytes]]:
+    """The ancillary data that sends a descriptor along (unix(7), SCM_RIGHTS)."""
+    if fd is None:
+        return []
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+
+
 def encode_request(id: str, method: str, params: dict[str, object]) -> bytes:
     """One call as a line."""
     message = {"jsonrpc": "2.0", "method": method, "params": params, "id": id}
@@ -104,3 +127,12 @@ def decode_reply(line: bytes) -> Reply:
     if not isinstance(result, dict):
         raise BadReply("the answer has neither a result object nor an error")
     return Reply(id, result)
+
+
+def match(reply: Reply, id: str) -> Reply:
+    """The reply if it is the one to the call `id`; else BadReply, or the connection's own error."""
+    if reply.id is None and reply.error:
+        raise reply.error
+    if reply.id != id:
+        raise BadReply("the answer is to another call")
+    return reply

@@ -1,0 +1,145 @@
+"""The calls of the API, typed, as data: what to send, and what comes back. Nothing is sent here.
+
+The two clients make their methods from these functions. Standard library only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Generic, Literal, TypeVar
+
+from aufsd_client import results
+
+T = TypeVar("T")
+Hold = Literal["manual", "process"]
+Dialect = Literal["aufs", "overlay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T]):
+    """One call: its method and parameters, and the class of its result."""
+
+    result: type[T]
+    method: str
+    params: dict[str, object] = field(default_factory=dict)
+
+
+def version() -> Request[results.Version]:
+    """What the daemon is, and which API it speaks."""
+    return Request(results.Version, "version")
+
+
+def ping() -> Request[results.Empty]:
+    """Have an answer, and nothing else."""
+    return Request(results.Empty, "ping")
+
+
+def status() -> Request[results.Status]:
+    """The state of the store."""
+    return Request(results.Status, "status")
+
+
+def health() -> Request[results.Health]:
+    """Whether all is well, check by check."""
+    return Request(results.Health, "health")
+
+
+def metrics() -> Request[results.Metrics]:
+    """Counters and gauges as Prometheus text exposition."""
+    return Request(results.Metrics, "metrics")
+
+
+def exists(id: str) -> Request[results.Exists]:
+    """Whether there is a layer of this id."""
+    return Request(results.Exists, "exists", {"id": id})
+
+
+def create(
+    id: str,
+    *,
+    parent: str = "",
+    mount_label: str = "",
+    storage_opt: Mapping[str, str] | None = None,
+) -> Request[results.Created]:
+    """Make an empty layer. LayerExists, ParentNotFound, TooManyLayers."""
+    params: dict[str, object] = {
+        "id": id,
+        "parent": parent,
+        "mount_label": mount_label,
+        "storage_opt": dict(storage_opt or {}),
+    }
+    return Request(results.Created, "create", params)
+
+
+def remove(id: str, *, force: bool = False) -> Request[results.Removed]:
+    """Remove a layer. LayerHasChildren; UnmountBusy with `force`."""
+    return Request(results.Removed, "remove", {"id": id, "force": force})
+
+
+def get(id: str, *, mount_label: str = "", hold: Hold = "manual") -> Request[results.Got]:
+    """Count a reference, and mount on the first. LayerNotFound, MountFailed, LabelConflict."""
+    return Request(results.Got, "get", {"id": id, "mount_label": mount_label, "hold": hold})
+
+
+def put(id: str) -> Request[results.Put]:
+    """Drop a reference; the last one unmounts. UnmountBusy."""
+    return Request(results.Put, "put", {"id": id})
+
+
+def diff(id: str, *, parent: str = "", digest: bool = False) -> Request[results.Streamed]:
+    """The layer's changes as a tar, to the descriptor that goes with the call."""
+    params = {"id": id, "parent": parent, "fd": 0, "digest": digest}
+    return Request(results.Streamed, "diff", params)
+
+
+def apply_diff(id: str, *, parent: str = "", digest: bool = False) -> Request[results.Streamed]:
+    """A tar into the layer, from the descriptor that goes with the call."""
+    params = {"id": id, "parent": parent, "fd": 0, "digest": digest}
+    return Request(results.Streamed, "apply_diff", params)
+
+
+def diff_size(id: str, *, parent: str = "") -> Request[results.Size]:
+    """Bytes of the regular files in the layer's own content."""
+    return Request(results.Size, "diff_size", {"id": id, "parent": parent})
+
+
+def changes(
+    id: str, *, parent: str = "", after: str = "", limit: int = 10_000
+) -> Request[results.Changes]:
+    """One page of what the layer changed."""
+    params = {"id": id, "parent": parent, "after": after, "limit": limit}
+    return Request(results.Changes, "changes", params)
+
+
+def get_metadata(id: str) -> Request[results.Metadata]:
+    """Where everything of a layer is."""
+    return Request(results.Metadata, "get_metadata", {"id": id})
+
+
+def cleanup() -> Request[results.Cleanup]:
+    """Unmount every mount of the store, whatever its count."""
+    return Request(results.Cleanup, "cleanup")
+
+
+def list_(*, after: str = "", limit: int = 1000) -> Request[results.Layers]:
+    """One page of the layers, by id."""
+    return Request(results.Layers, "list", {"after": after, "limit": limit})
+
+
+def mounts() -> Request[results.MountTable]:
+    """The active-mount table."""
+    return Request(results.MountTable, "mounts")
+
+
+def holders(id: str) -> Request[results.Holders]:
+    """The processes that keep a layer's mount busy."""
+    return Request(results.Holders, "holders", {"id": id})
+
+
+def check(id: str = "", *, deep: bool = False, repair: bool = False) -> Request[results.Check]:
+    """Consistency of the store, or of one layer."""
+    return Request(results.Check, "check", {"id": id, "deep": deep, "repair": repair})
+
+
+def convert(id: str, to: Dialect) -> Request[results.Converted]:
+    """Rewrite a layer's whiteouts for another union file system. LayerInUse."""
+    return Request(results.Converted, "convert", {"id": id, "to": to})

@@ -1,0 +1,300 @@
+"""The blocking client. Standard library only."""
+
+import inspect
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from types import TracebackType
+from typing import Concatenate, ParamSpec, Self, TypeVar
+
+from aufsd_client import calls, parsing, results, streams
+from aufsd_client.address import reachable
+from aufsd_client.calls import Hold, Request
+from aufsd_client.wire import (
+    DEFAULT_SOCKET,
+    READ_SIZE,
+    ConnectionLost,
+    LineSplitter,
+    Reply,
+    decode_reply,
+    descriptor,
+    encode_request,
+    match,
+    unreachable,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# idle connections that are kept for the next call; one that is in use has one call
+_KEPT = 8
+_CONNECT_PAUSE = 0.01  # seconds
+
+
+def _blocking(build: Callable[P, Request[T]]) -> Callable[Concatenate["Client", P], T]:
+    """The method that makes the call that `build` describes."""
+
+    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._ask(build(*args, **kwargs))
+
+    return describe(method, build)
+
+
+def describe(method: T, build: Callable[..., object]) -> T:
+    """Give a method the name, text and, after `self`, parameters of what builds its call."""
+    signature = inspect.signature(build)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    result = signature.return_annotation.__args__[0]
+    attributes = {
+        "__name__": build.__name__.rstrip("_"),
+        "__doc__": build.__doc__,
+        "__signature__": signature.replace(
+            parameters=[itself, *signature.parameters.values()], return_annotation=result
+        ),
+    }
+    for name, value in attributes.items():
+        setattr(method, name, value)
+    return method
+
+
+class Client:
+    """A client of the daemon on the socket at `path`; for any number of threads.
+
+    `timeout` (seconds) is for each call, and for connecting; TimeoutError then, and whether the
+    daemon carries the call out is not known. Any other error of the API is one of the classes of
+    `aufsd_client.errors`; DaemonUnreachable and ConnectionLost are of the connection. No call is
+    ever repeated. Use it in a `with` block, or close it.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str] = DEFAULT_SOCKET, *, timeout: float | None = None
+    ) -> None:
+        self.path = os.fspath(path)
+        self.timeout = timeout
+        self._lock = threading.Lock()
+        self._idle: list[_Link] = []
+        self._pid = os.getpid()
+        self._numbers = count(1)
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the connections that are idle; those in use close after their call."""
+        with self._lock:
+            self._closed = True
+            idle, self._idle = self._idle, []
+        for link in idle:
+            link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- one method for each of the API's -----------------------------------------------------
+
+    version = _blocking(calls.version)
+    ping = _blocking(calls.ping)
+    status = _blocking(calls.status)
+    health = _blocking(calls.health)
+    metrics = _blocking(calls.metrics)
+    exists = _blocking(calls.exists)
+    create = _blocking(calls.create)
+    remove = _blocking(calls.remove)
+    get = _blocking(calls.get)
+    put = _blocking(calls.put)
+    diff_size = _blocking(calls.diff_size)
+    changes = _blocking(calls.changes)
+    get_metadata = _blocking(calls.get_metadata)
+    cleanup = _blocking(calls.cleanup)
+    mounts = _blocking(calls.mounts)
+    holders = _blocking(calls.holders)
+    check = _blocking(calls.check)
+    convert = _blocking(calls.convert)
+
+    def diff(
+        self,
+        id: str,
+        out: streams.HasFileno | streams.Path | bytearray,
+        *,
+        parent: str = "",
+        digest: bool = False,
+    ) -> results.Streamed:
+        """Write the layer's changes as a tar to `out`: an open file, a path, or a bytearray."""
+        with streams.sink(out) as fd:
+            return self._ask(calls.diff(id, parent=parent, digest=digest), fd)
+
+    def apply_diff(
+        self,
+        id: str,
+        source: streams.HasFileno | streams.Path | bytes,
+        *,
+        parent: str = "",
+        digest: bool = False,
+    ) -> results.Streamed:
+        """Unpack the tar that `source` is into the layer: an open file, a path, or bytes."""
+        with streams.source(source) as fd:
+            return self._ask(calls.apply_diff(id, parent=parent, digest=digest), fd)
+
+    def discover(self) -> dict[str, object]:
+        """The OpenRPC document."""
+        return self.call("rpc.discover", {})
+
+    # last of them: below, the name is this method's and no longer the type's
+    list = _blocking(calls.list_)
+
+    def iter_changes(self, id: str, *, parent: str = "") -> Iterator[results.Change]:
+        """All changes of a layer, page after page."""
+        after = ""
+        while True:
+            page = self.changes(id, parent=parent, after=after)
+            yield from page.changes
+            if not (after := page.next):
+                return
+
+    def iter_layers(self) -> Iterator[results.LayerRow]:
+        """All layers, page after page."""
+        after = ""
+        while True:
+            page = self.list(after=after)
+            yield from page.layers
+            if not (after := page.next):
+                return
+
+    @contextmanager
+    def mounted(self, id: str, mount_label: str = "", *, hold: Hold = "manual") -> Iterator[str]:
+        """`get` before the block and `put` after it; the layer's path in it."""
+        path = self.get(id, mount_label=mount_label, hold=hold).path
+        try:
+            yield path
+        finally:
+            self.put(id)
+
+    # --- how a call is made -------------------------------------------------------------------
+
+    def call(
+        self, method: str, params: dict[str, object], *, fd: int | None = None
+    ) -> dict[str, object]:
+        """Any method by name, its result object as it came; `fd` is sent along, not closed."""
+        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        id = f"{os.getpid()}:{method}#{next(self._numbers)}"
+        link = self._take() or _Link(self.path, deadline)
+        try:
+            reply = match(link.exchange(encode_request(id, method, params), fd, deadline), id)
+        except BaseException:
+            # an answer that comes later must not be taken for another call's
+            link.close()
+            raise
+        self._give_back(link)
+        if reply.error:
+            raise reply.error
+        return reply.result
+
+    def _ask(self, request: Request[T], fd: int | None = None) -> T:
+        return parsing.parse(request.result, self.call(request.method, request.params, fd=fd))
+
+    def _take(self) -> "_Link | None":
+        with self._lock:
+            if self._closed:
+                raise ValueError("the client is closed")
+            if self._pid != os.getpid():
+                # after a fork these are the parent's: the daemon would take us for it, and two
+                # processes would read each other's answers
+                self._pid, forked, self._idle = os.getpid(), self._idle, []
+                for link in forked:
+                    link.close()
+            while self._idle:
+                if (link := self._idle.pop()).usable():
+                    return link
+                link.close()
+        return None
+
+    def _give_back(self, link: "_Link") -> None:
+        with self._lock:
+            if not self._closed and len(self._idle) < _KEPT:
+                self._idle.append(link)
+                return
+        link.close()
+
+
+class _Link:
+    """One connection; one call at a time."""
+
+    def __init__(self, path: str, deadline: float | None) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._lines = LineSplitter()
+        try:
+            with reachable(path) as short:
+                self._connect(short, deadline)
+        except TimeoutError:
+            self.close()
+            raise
+        except OSError as error:
+            self.close()
+            raise unreachable(path, error) from error
+
+    def _connect(self, path: str, deadline: float | None) -> None:
+        while True:
+            self._sock.settimeout(_left(deadline))
+            try:
+                self._sock.connect(path)
+            except BlockingIOError:
+                # many wait to be let in, and with a timeout connect(2) does not wait its turn
+                time.sleep(_CONNECT_PAUSE)
+            else:
+                return
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def usable(self) -> bool:
+        """Whether an idle connection still stands: the daemon may have ended meanwhile."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return not poll.poll(0)
+
+    def exchange(self, frame: bytes, fd: int | None, deadline: float | None) -> Reply:
+        """Send a call and wait for its answer. Raises ConnectionLost, TimeoutError."""
+        try:
+            self._send(memoryview(frame), fd, deadline)
+        except (BrokenPipeError, ConnectionResetError):
+            # what the daemon said before it closed tells more than the broken pipe
+            return self._receive(deadline)
+        return self._receive(deadline)
+
+    def _send(self, rest: memoryview, fd: int | None, deadline: float | None) -> None:
+        ancillary = descriptor(fd)
+        while rest:
+            self._sock.settimeout(_left(deadline))
+            rest = rest[self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL) :]
+            ancillary = []
+
+    def _receive(self, deadline: float | None) -> Reply:
+        while True:
+            self._sock.settimeout(_left(deadline))
+            try:
+                data = self._sock.recv(READ_SIZE)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise ConnectionLost("the daemon closed the connection before it answered")
+            for line in self._lines.feed(data):
+                return decode_reply(line)
+
+
+def _left(deadline: float | None) -> float | None:
+    if deadline is None:
+        return None
+    if (left := deadline - time.monotonic()) <= 0:
+        raise TimeoutError("the daemon did not answer in time")
+    return left

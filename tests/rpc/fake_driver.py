@@ -1,0 +1,185 @@
+"""A driver that keeps layers in a dict: enough of aufsd.driver.Driver to put the edge through."""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+import trio
+
+from aufsd import answers
+from aufsd.peer import Peer
+from aufsd.store.ids import LayerId
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import InvalidParams, LayerExists, LayerNotFound, ParentNotFound
+
+TAR = b"the bytes of a tar"
+
+
+@dataclass
+class FakeDriver:
+    """`calls` notes what was called, in order. A layer named `slow...` waits for `go`."""
+
+    parents: dict[str, LayerId | None] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    peers: list[Peer] = field(default_factory=list)
+    applied: dict[str, bytes] = field(default_factory=dict)
+    go: trio.Event = field(default_factory=trio.Event)
+    # what `cleanup` raises
+    failure: BaseException | None = None
+    running: int = 0
+    started: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
+    thread: int = field(default_factory=threading.get_ident)
+
+    async def until_running(self, wanted: int) -> None:
+        """Wait until so many calls are inside the driver."""
+        while self.running != wanted:
+            await self.started.park()
+
+    async def _work(self, name: str, id: str) -> None:
+        self.calls.append(f"{name} {id}")
+        self.running += 1
+        self.started.unpark_all()
+        try:
+            if id.startswith("slow"):
+                await self.go.wait()
+        except trio.Cancelled:
+            self.calls.append(f"{name} {id} cancelled")
+            raise
+        finally:
+            self.running -= 1
+            self.started.unpark_all()
+        self.calls.append(f"{name} {id} done")
+
+    def _require(self, id: str) -> None:
+        if id not in self.parents:
+            raise LayerNotFound(f"there is no layer {id}", id=id)
+
+    def version(self) -> answers.Version:
+        return answers.Version("0.0", 1, "fake", [])
+
+    def status(self) -> answers.Status:
+        rows = [("Root Dir", "/nowhere")]
+        return answers.Status("fake", rows, "fake", "6", len(self.parents), 0, 0, [], [])
+
+    def health(self) -> answers.Health:
+        return answers.Health("ok", [answers.HealthCheck("space", "ok", "plenty")])
+
+    def metrics(self) -> answers.Metrics:
+        return answers.Metrics("text/plain", "aufsd_up 1\n")
+
+    def exists(self, id: LayerId) -> answers.Exists:
+        self.calls.append(f"exists {id}")
+        return answers.Exists(id in self.parents)
+
+    def layers(self, *, after: str, limit: int) -> answers.Layers:
+        ids = sorted(id for id in self.parents if id > after)
+        rows = [answers.LayerRow(id, self.parents[id] or "", 0, 0, False) for id in ids[:limit]]
+        return answers.Layers(rows, rows[-1].id if len(ids) > limit else "")
+
+    def mounts(self) -> answers.MountTable:
+        held = [answers.Reference(1, 0, "init", "manual", 1.5)]
+        return answers.MountTable(
+            [
+                answers.MountRow(id, f"/mnt/{id}", "fake", n, True, False, "", 1.5, held)
+                for id, n in self.counts.items()
+            ]
+        )
+
+    async def create(
+        self,
+        id: LayerId,
+        *,
+        parent: LayerId | None,
+        mount_label: str,
+        storage_opt: Mapping[str, str],
+    ) -> answers.Created:
+        for key in storage_opt:
+            raise InvalidParams(f"no storage option {key}")
+        await self._work("create", id)
+        if id in self.parents:
+            raise LayerExists(f"layer {id} exists", id=id)
+        if parent is not None and parent not in self.parents:
+            raise ParentNotFound(f"there is no layer {parent}", id=id, parent=parent)
+        self.parents[id] = parent
+        return answers.Created([])
+
+    async def remove(self, id: LayerId, *, force: bool) -> answers.Removed:
+        await self._work("remove", id)
+        if self.counts.get(id) and not force:
+            return answers.Removed(False, "in-use", self.counts[id])
+        if self.parents.pop(id, self) is self:
+            return answers.Removed(False, "not-found")
+        return answers.Removed(True)
+
+    async def get(
+        self, id: LayerId, *, peer: Peer, mount_label: str, hold: Literal["manual", "process"]
+    ) -> answers.Got:
+        self.peers.append(peer)
+        self._require(id)
+        await self._work("get", id)
+        self.counts[id] = self.counts.get(id, 0) + 1
+        return answers.Got(f"/mnt/{id}", self.counts[id], True, False)
+
+    async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
+        await self._work("put", id)
+        self.counts[id] = max(0, self.counts.get(id, 0) - 1)
+        return answers.Put(self.counts[id], self.counts[id] > 0)
+
+    async def diff(
+        self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
+    ) -> answers.Streamed:
+        self._require(id)
+        await self._work("diff", id)
+        os.write(out, TAR)
+        if digest:
+            return answers.Streamed(len(TAR), 1, [], f"sha256:{0:064x}")
+        return answers.Streamed(len(TAR), 1, [])
+
+    async def apply_diff(
+        self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
+    ) -> answers.Streamed:
+        self._require(id)
+        await self._work("apply_diff", id)
+        self.applied[id] = os.read(source, 1 << 16)
+        return answers.Streamed(len(self.applied[id]), 1, [])
+
+    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> answers.Size:
+        self._require(id)
+        return answers.Size(len(TAR))
+
+    async def changes(
+        self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
+    ) -> answers.Changes:
+        self._require(id)
+        await self._work("changes", id)
+        rows = [answers.Change("add", path=f"/{n}") for n in range(5)]
+        rows.append(answers.Change("delete", path_base64="L/8="))
+        start = int(after or 0)
+        more = str(start + limit) if start + limit < len(rows) else ""
+        return answers.Changes(rows[start : start + limit], more)
+
+    async def get_metadata(self, id: LayerId) -> answers.Metadata:
+        self._require(id)
+        return answers.Metadata({"id": id, "content": f"/diff/{id}"})
+
+    async def cleanup(self) -> answers.Cleanup:
+        self.calls.append("cleanup")
+        if self.failure:
+            raise self.failure
+        return answers.Cleanup([], [answers.FailedUnmount("a", "EBUSY", [])])
+
+    async def holders(self, id: LayerId) -> answers.Holders:
+        self._require(id)
+        return answers.Holders([answers.Holder(1, "init", ["cwd"])])
+
+    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
+        self.calls.append(f"check {id} {deep} {repair}")
+        return answers.Check([answers.Problem("a", "stray", "x", repair)])
+
+    async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
+        self._require(id)
+        await self._work("convert", id)
+        return answers.Converted(to is Dialect.OVERLAY)
