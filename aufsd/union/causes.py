@@ -49,7 +49,7 @@ def _causes(call: MountCall, error: OSError) -> Iterator[str]:
 
 def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
     try:
-        found = os.lstat(path)
+        found = os.stat(path)
     except OSError as error:
         yield f"the branch {path} cannot be reached: {error.strerror}"
         return

@@ -19,7 +19,7 @@ from aufsd.union.branches import DATA_MAX, MountCall
 from aufsd.union.causes import likely_cause
 from aufsd_client.errors import MountFailed
 
-_BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _UNDO_TRIES: Final = 10
 _UNDO_PAUSE: Final = 0.05  # seconds
 _this_thread = threading.local()

@@ -1,0 +1,104 @@
+"""Layers written by hand, in the dialect of the backend that will mount them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aufsd.kernel import mountinfo, syscalls
+from aufsd.store.ids import LayerId
+from aufsd.store.layout import Layout
+from aufsd.union.backend import Backend, Union, Verdict
+from aufsd.union.choice import PROBES
+from aufsd.union.dialect import Dialect
+
+
+@dataclass
+class Layers:
+    """Layers of one store, each a directory; `union` puts them together."""
+
+    layout: Layout
+    backend: Backend
+    count: int = field(default=0)
+
+    def add(self, files: dict[str, str] | None = None, *, id: str = "") -> str:
+        """A new layer with these files (a name with a slash at its end: a directory); its id."""
+        self.count += 1
+        id = id or f"layer-{self.count}"
+        os.makedirs(self.content(id))
+        os.makedirs(self.layout.mount_point(LayerId(id)))
+        for name, text in (files or {}).items():
+            self.write(id, name, text)
+        return id
+
+    def content(self, id: str) -> str:
+        """The layer's directory."""
+        return self.layout.content(LayerId(id))
+
+    def write(self, id: str, name: str, text: str) -> None:
+        """A file, or a directory if the name ends in a slash, with the directories above it."""
+        path = f"{self.content(id)}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not name.endswith("/"):
+            Path(path).write_text(text)
+
+    def delete(self, id: str, name: str) -> None:
+        """A whiteout of `name`."""
+        path = Path(self.content(id), name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if self.backend.dialect is Dialect.AUFS:
+            (path.parent / f".wh.{path.name}").touch()
+        else:
+            os.mknod(path, 0o020000, os.makedev(0, 0))
+
+    def make_opaque(self, id: str, name: str = "") -> None:
+        """Have the directory hide what lies below it."""
+        path = Path(self.content(id), name)
+        path.mkdir(parents=True, exist_ok=True)
+        if self.backend.dialect is Dialect.AUFS:
+            (path / ".wh..wh..opq").touch()
+        else:
+            os.setxattr(path, f"{self.backend.namespace}.overlay.opaque", b"y")
+
+    def union(self, *ids: str, read_only: bool = False) -> Union:
+        """The layers as one union, topmost first."""
+        return Union(
+            id=ids[0],
+            top=self.content(ids[0]),
+            lowers=tuple(self.content(id) for id in ids[1:]),
+            target=self.layout.mount_point(LayerId(ids[0])),
+            work=self.layout.work(LayerId(ids[0])),
+            read_only=read_only,
+        )
+
+    def mount(self, *ids: str, read_only: bool = False) -> Union:
+        """Mount that union; the store's fixture unmounts what is left."""
+        union = self.union(*ids, read_only=read_only)
+        self.backend.mount(union)
+        return union
+
+
+@contextmanager
+def open_layers(name: str, root: str) -> Iterator[Layers]:
+    """A store at `root` served by the backend `name`, unmounted in the end."""
+    os.makedirs(root, exist_ok=True)
+    layout = Layout(root)
+    backend = PROBES[name](layout)
+    assert not isinstance(backend, Verdict), backend.reason
+    try:
+        yield Layers(layout, backend)
+    finally:
+        for row in reversed(mountinfo.mounted_under(root)):
+            syscalls.umount2(row.mount_point)
+
+
+def tree(root: str) -> dict[str, str]:
+    """Every name below `root` with the text of files; directories end in a slash."""
+    found = {}
+    for directory, names, files in os.walk(root):
+        below = os.path.relpath(directory, root).removeprefix(".")
+        prefix = f"{below}/" if below else ""
+        found |= {f"{prefix}{name}/": "" for name in names}
+        found |= {f"{prefix}{name}": Path(directory, name).read_text() for name in files}
+    return found
