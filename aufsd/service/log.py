@@ -1,0 +1,132 @@
+"""Logging: structlog to standard error, one line an event, JSON unless a person looks on.
+
+A log that nobody reads must not stop the daemon: nothing here waits for standard error. Lines that
+do not go out are held up to a limit, beyond it they are counted and dropped, and the count is told.
+"""
+
+import os
+import select
+from collections.abc import Callable, MutableMapping
+from json import dumps
+from typing import Any, Literal
+
+import msgspec
+import structlog
+
+Level = Literal["debug", "info", "warning", "error"]
+
+# bytes that are held while standard error takes nothing
+_HELD = 1 << 20
+# what poll(2) promises: a pipe that is writable takes so much without waiting (pipe(7), PIPE_BUF)
+_WRITE = 4096
+# sd-daemon(3)
+_PRIORITY = {
+    "debug": b"<7>",
+    "info": b"<6>",
+    "warning": b"<4>",
+    "error": b"<3>",
+    "critical": b"<2>",
+}
+
+
+class Writer:
+    """Writes lines to a descriptor that is not its own, and never waits for it."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._poll = select.poll()
+        self._poll.register(fd, select.POLLOUT)
+        self._held = bytearray()
+        self.dropped = 0
+
+    def write(self, line: bytes) -> None:
+        """Write the line, or hold it for later, or drop it."""
+        if len(self._held) + len(line) > _HELD:
+            self.dropped += 1
+        else:
+            self._held += line + b"\n"
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is held, as far as that needs no waiting."""
+        while self._held and self._poll.poll(0):
+            try:
+                del self._held[: os.write(self._fd, self._held[:_WRITE])]
+            except BlockingIOError:
+                return
+            except OSError:
+                # standard error is gone, and there is nowhere to say so
+                self._held.clear()
+                return
+        if self.dropped and not self._held:
+            self._held += b'{"event": "log lines were dropped", "count": %d}\n' % self.dropped
+            self.dropped = 0
+            self.flush()
+
+
+class _Logger:
+    """What structlog hands its lines to; the level is in the line."""
+
+    def __init__(self, writer: Writer) -> None:
+        self.msg = writer.write
+
+    def __getattr__(self, name: str) -> Any:
+        return self.msg
+
+
+def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -> Writer:
+    """Set up the log; may be called again. `json` None: unless `fd` is a terminal."""
+    writer = Writer(fd)
+    if json is None:
+        json = not os.isatty(fd)
+    processors: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if json:
+        # text, and not the structured form, which would carry the values of local variables
+        processors += [structlog.processors.format_exc_info, _render_json]
+        if _is_journal(fd):
+            processors += [_mark_priority]
+    else:
+        processors += [_render_console()]
+    structlog.configure(
+        processors=processors,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: _Logger(writer),
+        # the level may change while the daemon runs
+        cache_logger_on_first_use=False,
+    )
+    return writer
+
+
+_encode = msgspec.json.Encoder(enc_hook=repr).encode
+
+
+def _render_json(_: object, __: str, event: MutableMapping[str, Any]) -> bytes:
+    try:
+        return _encode(event)
+    except UnicodeEncodeError:
+        # a path that is not UTF-8, as os.fsdecode gives it
+        return dumps(event, default=repr).encode()
+
+
+def _mark_priority(_: object, method: str, line: bytes) -> bytes:
+    # a traceback is inside its JSON string: there is one line, and one priority
+    return _PRIORITY.get(method, b"<6>") + line
+
+
+def _render_console() -> Callable[[object, str, MutableMapping[str, Any]], bytes]:
+    render = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+
+    def encode(logger: object, method: str, event: MutableMapping[str, Any]) -> bytes:
+        return render(logger, method, event).encode("utf-8", "backslashreplace")
+
+    return encode
+
+
+def _is_journal(fd: int) -> bool:
+    """Whether systemd connected this to the journal (systemd.exec(5), JOURNAL_STREAM)."""
+    found = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
