@@ -1,0 +1,110 @@
+"""The daemon as a process, for tests: started, waited for, killed, and looked at from outside."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aufsd.kernel import mountinfo, syscalls
+from aufsd_client import Client
+
+READY_WITHIN = 60.0  # seconds
+
+
+@dataclass
+class Daemon:
+    """One `aufsd serve` over the store at `root`; may be started again after it has ended."""
+
+    directory: Path
+    root: Path
+    flags: tuple[str, ...] = ()
+    process: subprocess.Popen[bytes] | None = None
+    started: int = field(default=0)
+
+    @property
+    def socket(self) -> str:
+        return str(self.directory / "a.sock")
+
+    @property
+    def monitor_socket(self) -> str:
+        return str(self.directory / "m.sock")
+
+    @property
+    def log(self) -> str:
+        return (self.directory / "log").read_text()
+
+    def command(self, *flags: str) -> list[str]:
+        return [
+            *(sys.executable, "-m", "aufsd", "serve", "--root", str(self.root)),
+            *("--state-dir", str(self.directory / "run")),
+            *("--socket", self.socket, "--monitor-socket", self.monitor_socket),
+            *(*self.flags, *flags),
+        ]
+
+    def start(self, *flags: str) -> "Daemon":
+        """Start it and wait for READY=1."""
+        self.started += 1
+        address = str(self.directory / f"notify{self.started}")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
+            ready.bind(address)
+            ready.settimeout(0.1)
+            with (self.directory / "log").open("ab") as log:
+                self.process = subprocess.Popen(
+                    self.command(*flags), stderr=log, env={**os.environ, "NOTIFY_SOCKET": address}
+                )
+            for _ in range(int(READY_WITHIN / 0.1)):
+                try:
+                    if b"READY=1" in ready.recv(4096):
+                        return self
+                except TimeoutError:
+                    assert self.process.poll() is None, self.log
+        raise AssertionError(f"not ready within {READY_WITHIN} s: {self.log}")
+
+    def refused(self, *flags: str) -> tuple[int, str]:
+        """Start it where it will not come up: its exit status and what it said."""
+        done = subprocess.run(
+            self.command(*flags), capture_output=True, text=True, timeout=READY_WITHIN, check=False
+        )
+        return done.returncode, done.stderr
+
+    def stop(self) -> int:
+        """SIGTERM, and its exit status."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(READY_WITHIN)
+
+    def kill(self) -> None:
+        """kill -9."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(READY_WITHIN)
+
+    def client(self, *, timeout: float | None = 60.0) -> Client:
+        return Client(self.socket, timeout=timeout)
+
+    def mounts(self) -> list[str]:
+        """Ids that are mounted, as the kernel says."""
+        rows = mountinfo.mounted_under(str(self.root / "mnt"))
+        return sorted(os.path.basename(row.mount_point) for row in rows)
+
+    def descriptors(self) -> int:
+        assert self.process is not None
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+@contextmanager
+def daemon(directory: Path, *flags: str, root: Path | None = None) -> Iterator[Daemon]:
+    """A started daemon; killed at the end, and what it left mounted is unmounted."""
+    made = Daemon(directory, root or directory / "store", flags)
+    try:
+        yield made.start()
+    finally:
+        if made.process is not None and made.process.poll() is None:
+            made.kill()
+        for row in reversed(mountinfo.mounted_under(str(made.root / "mnt"))):
+            syscalls.umount2(row.mount_point, syscalls.MNT_DETACH)

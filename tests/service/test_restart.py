@@ -1,0 +1,149 @@
+"""Killed and started again: mounts stay, counts come back, what was cut off is put right."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel import syscalls
+from aufsd_client import Client, errors
+from tests.archives import tar
+from tests.daemon import Daemon
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture
+def mounted(served: Daemon, client: Client) -> Daemon:
+    """`top` on `base` with two references, and `base` with one."""
+    client.create("base")
+    client.create("top", parent="base")
+    client.get("top")
+    client.get("top")
+    client.get("base")
+    return served
+
+
+@pytest.mark.parametrize("how", ["kill", "stop"])
+def test_counts_and_mounts_survive(mounted: Daemon, how: str) -> None:
+    getattr(mounted, how)()
+    assert mounted.mounts() == ["top"]
+    mounted.start()
+    with mounted.client() as client:
+        rows = {row.id: row.references for row in client.mounts().mounts}
+        assert rows == {"top": 2, "base": 1}
+        assert client.put("top").references == 1
+        assert client.put("top").mounted is False
+        assert mounted.mounts() == []
+        assert client.put("base").references == 0
+
+
+def test_a_mount_that_vanished_while_nobody_served_counts_nothing(mounted: Daemon) -> None:
+    mounted.kill()
+    syscalls.umount2(str(mounted.root / "mnt/top"))
+    mounted.start()
+    with mounted.client() as client:
+        assert [row.id for row in client.mounts().mounts] == ["base"]
+        assert client.get("top").references == 1
+
+
+def test_a_lost_journal_leaves_a_count_of_one(mounted: Daemon) -> None:
+    """moby 5b6b8df0c1: first touch of a path adds 1 if it is mounted already."""
+    mounted.kill()
+    (mounted.directory / "run/mounts.journal").unlink()
+    mounted.start()
+    with mounted.client() as client:
+        assert {row.id: row.references for row in client.mounts().mounts} == {"top": 1}
+        assert client.put("top").mounted is False
+
+
+def test_references_of_a_process_go_with_it_also_across_a_restart(mounted: Daemon) -> None:
+    script = (
+        "import sys; from aufsd_client import Client\n"
+        f"client = Client({mounted.socket!r})\n"
+        "client.get('top', hold='process'); print('held', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        mounted.kill()
+        mounted.start()
+        with mounted.client() as client:
+            (row,) = [row for row in client.mounts().mounts if row.id == "top"]
+            assert row.references == 3
+            assert {held.pid for held in row.holders if held.hold == "process"} == {holder.pid}
+            holder.kill()
+            holder.wait()
+            deadline = time.monotonic() + 30
+            while client.get("base").references and time.monotonic() < deadline:
+                (row,) = [row for row in client.mounts().mounts if row.id == "top"]
+                if row.references == 2:
+                    break
+            assert row.references == 2
+
+
+def test_what_an_apply_left_in_staging_is_undone_and_said(mounted: Daemon) -> None:
+    mounted.kill()
+    staged = mounted.root / ".aufsd/staging/1.1"
+    staged.mkdir()
+    (staged / "half").write_text("x")
+    mounted.start()
+    assert '"undone"' in mounted.log
+    assert os.listdir(mounted.root / ".aufsd/staging") == []
+    with mounted.client() as client:
+        assert client.check().problems == []
+
+
+def test_a_killed_daemon_leaves_a_layer_as_it_was(served: Daemon, client: Client) -> None:
+    client.create("base")
+    client.apply_diff("base", tar({"kept": b"x"}))
+    read, write = os.pipe()
+    os.write(write, tar({"new": b"x" * 100_000})[:50_000])
+    script = (
+        "import os, sys; from aufsd_client import Client\n"
+        f"Client({served.socket!r}).apply_diff('base', os.fdopen(int(sys.argv[1]), 'rb'))\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(read)], pass_fds=[read], stderr=subprocess.DEVNULL
+    ) as sender:
+        while not client.status().jobs:
+            assert sender.poll() is None
+        served.kill()
+        os.close(write)
+        os.close(read)
+    served.start()
+    with served.client() as again:
+        assert os.listdir(served.root / "diff/base") == ["kept"]
+        assert again.check().problems == []
+        again.apply_diff("base", tar({"new": b"y"}))
+        assert sorted(os.listdir(served.root / "diff/base")) == ["kept", "new"]
+
+
+def test_a_stale_socket_file_is_replaced(served: Daemon) -> None:
+    served.kill()
+    assert Path(served.socket).exists()
+    served.start()
+    with served.client() as client:
+        client.ping()
+
+
+def test_a_busy_unmount_is_told_with_its_holder(mounted: Daemon) -> None:
+    path = mounted.root / "mnt/top"
+    with subprocess.Popen(["sleep", "60"], cwd=path) as holder, mounted.client() as client:
+        client.put("top")
+        with pytest.raises(errors.UnmountBusy) as caught:
+            client.put("top")
+        holders = caught.value.data["holders"]
+        assert isinstance(holders, list)
+        assert holder.pid in [each["pid"] for each in holders]
+        assert client.health().status == "degraded"
+        assert holder.pid in [each.pid for each in client.holders("top").holders]
+        holder.kill()
+        holder.wait()
+        assert client.cleanup().unmounted == ["top"]
+        assert client.health().status == "ok"
