@@ -4,6 +4,7 @@ The first paragraph of a docstring goes into the document of `rpc.discover`.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Literal
 
@@ -56,6 +57,11 @@ async def metrics(call: Call, /) -> answers.Metrics:
 
 async def discover_(call: Call, /) -> dict[str, object]:
     """This document."""
+    return _document()
+
+
+@cache
+def _document() -> dict[str, object]:
     return discover.document(TABLE)
 
 

@@ -1,0 +1,28 @@
+"""A server over the fake driver, on real sockets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from tests.rpc.raw_peer import RawPeer
+from tests.rpc.serving import Connect, Served, start
+
+
+@pytest.fixture
+async def served(nursery: trio.Nursery, tmp_path: Path) -> Served:
+    return await start(nursery, tmp_path)
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    peers: list[RawPeer] = []
+
+    def make(path: Path | str) -> RawPeer:
+        peers.append(RawPeer(path))
+        return peers[-1]
+
+    yield make
+    for peer in peers:
+        peer.sock.close()

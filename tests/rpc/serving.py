@@ -1,0 +1,55 @@
+"""Starts the server under test."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from aufsd.rpc.listeners import bind
+from aufsd.rpc.server import Server, Settings, serve
+from tests.rpc.fake_driver import FakeDriver
+from tests.rpc.raw_peer import RawPeer
+
+Connect = Callable[[Path | str], RawPeer]
+
+
+@dataclass
+class Served:
+    """A server that runs: its sockets, what is behind it, and what it observed."""
+
+    control: Path
+    monitor: Path
+    driver: FakeDriver
+    shutdown: trio.Event
+    done: trio.Event
+    observed: list[tuple[str, str]] = field(default_factory=list)
+    server: Server = field(init=False)
+
+
+async def start(nursery: trio.Nursery, directory: Path, settings: Settings | None = None) -> Served:
+    """Have a server run in `nursery`, until that is cancelled or `shutdown` is set."""
+    made = Served(
+        directory / "aufsd.sock",
+        directory / "monitor.sock",
+        FakeDriver(),
+        trio.Event(),
+        trio.Event(),
+    )
+    made.server = await nursery.start(partial(_run, made, settings or Settings()))
+    return made
+
+
+async def _run(made: Served, settings: Settings, task_status: trio.TaskStatus[Server]) -> None:
+    try:
+        await serve(
+            [bind(str(made.control), monitor=False), bind(str(made.monitor), monitor=True)],
+            made.driver,
+            settings,
+            shutdown=made.shutdown,
+            observe=lambda method, outcome, _: made.observed.append((method, outcome)),
+            task_status=task_status,
+        )
+    finally:
+        made.done.set()
