@@ -1,7 +1,6 @@
 """The OpenRPC document: made from the method table, the types and the docstrings, never by hand."""
 
 import inspect
-import typing
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,10 +15,11 @@ _REF = "#/components/schemas/{name}"
 
 def document(table: Mapping[str, Method]) -> dict[str, object]:
     """The table as https://spec.open-rpc.org 1.3 wants it."""
-    results = [row.result for row in table.values() if isinstance(row.result, type)]
-    results = [kind for kind in results if issubclass(kind, msgspec.Struct)]
-    found, components = msgspec.json.schema_components(results, ref_template=_REF)
-    answers = dict(zip(results, found, strict=True))
+    kinds = [row.params for row in table.values()]
+    kinds += dict.fromkeys(row.result for row in table.values() if _is_struct(row.result))
+    references, schemas = msgspec.json.schema_components(kinds, ref_template=_REF)
+    schema_of = dict(zip(kinds, references, strict=True))
+    params = {name: schemas.pop(row.params.__name__) for name, row in table.items()}
     named = sorted(
         (kind for kind in BY_NAME.values() if kind is not AufsdError),
         key=lambda kind: (kind.code, kind.__name__),
@@ -33,22 +33,27 @@ def document(table: Mapping[str, Method]) -> dict[str, object]:
             "license": {"name": "Apache-2.0"},
         },
         "methods": [
-            _method(row, answers.get(row.result, {"type": "object"})) for row in table.values()
+            _method(row, params[name], schema_of.get(row.result, {"type": "object"}))
+            for name, row in table.items()
         ],
         "components": {
-            "schemas": components,
+            "schemas": schemas,
             "errors": {kind.__name__: _error(kind) for kind in named},
         },
     }
 
 
-def _method(row: Method, result: dict[str, Any]) -> dict[str, object]:
+def _is_struct(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _method(row: Method, params: dict[str, Any], result: dict[str, Any]) -> dict[str, object]:
     text = inspect.getdoc(row.function) or ""
     return {
         "name": row.name,
         "summary": text.partition("\n")[0],
         "paramStructure": "by-name",
-        "params": _params(row.params),
+        "params": _params(params),
         "result": {"name": "result", "schema": result},
         "errors": [{"$ref": f"#/components/errors/{name}"} for name in _ANYWHERE],
         "x-kind": row.kind,
@@ -60,10 +65,7 @@ def _method(row: Method, result: dict[str, Any]) -> dict[str, object]:
 _ANYWHERE = ("InvalidParams", "InternalError", "ShuttingDown", "Overloaded", "PermissionDenied")
 
 
-def _params(params: type[msgspec.Struct]) -> list[dict[str, object]]:
-    schema = typing.cast(
-        dict[str, Any], msgspec.json.schema_components([params])[1][params.__name__]
-    )
+def _params(schema: dict[str, Any]) -> list[dict[str, object]]:
     required = schema.get("required", [])
     return [
         {"name": name, "required": name in required, "schema": field}

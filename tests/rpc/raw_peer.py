@@ -28,7 +28,11 @@ class RawPeer:
 
     def __init__(self, path: Path | str) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.connect(os.fspath(path))
+        try:
+            self.sock.connect(os.fspath(path))
+        except OSError:
+            self.sock.close()
+            raise
         self.sock.setblocking(False)
         self._buffer = b""
 

@@ -1,0 +1,104 @@
+"""Who is let in, and how much at a time."""
+
+import pytest
+
+from aufsd.peer import Peer
+from aufsd.rpc.admission import Admission, Allow, Settings
+from aufsd.rpc.methods import TABLE
+from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
+
+ROOT, USER = Peer(1, 0, 0), Peer(2, 1000, 100)
+
+
+def admission(settings: Settings) -> Admission:
+    return Admission(settings, on_idle=lambda: None)
+
+
+def test_the_connections_of_one_socket_are_limited_and_leave_the_other_free() -> None:
+    counts = admission(Settings(max_connections=2))
+    counts.open_connection(1000, monitor=True)
+    counts.open_connection(1001, monitor=True)
+    with pytest.raises(Overloaded):
+        counts.open_connection(1002, monitor=True)
+    counts.open_connection(1000, monitor=False)
+    counts.close_connection(1001, monitor=True)
+    counts.open_connection(1002, monitor=True)
+    found = counts.statistics()
+    assert (found.connections, found.accepted, found.refused) == (3, 4, 1)
+
+
+def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> None:
+    counts = admission(Settings(max_connections_per_user=1))
+    counts.open_connection(1000, monitor=False)
+    with pytest.raises(Overloaded):
+        counts.open_connection(1000, monitor=False)
+    counts.open_connection(1001, monitor=False)
+
+
+def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:
+    counts = admission(Settings(max_calls_per_user=1))
+    counts.begin(1000)
+    counts.start(1000, TABLE["get"])
+    counts.begin(1000)
+    with pytest.raises(Overloaded):
+        counts.start(1000, TABLE["get"])
+    counts.end(1000)
+    counts.begin(1001)
+    counts.start(1001, TABLE["get"])
+
+
+def test_the_archives_of_one_user_are_limited_and_nothing_else_of_it() -> None:
+    counts = admission(Settings(max_archives_per_user=1))
+    counts.start(1000, TABLE["diff"])
+    with pytest.raises(Overloaded):
+        counts.start(1000, TABLE["apply_diff"])
+    counts.start(1000, TABLE["get"])
+    counts.stop(1000, TABLE["diff"])
+    counts.start(1000, TABLE["apply_diff"])
+
+
+@pytest.mark.parametrize(
+    ("allow", "peer", "groups", "allowed"),
+    [
+        (None, USER, (), True),
+        (Allow(), USER, (), False),
+        (Allow(), ROOT, (), True),
+        (Allow(uids=(1000,)), USER, (), True),
+        (Allow(uids=(1001,)), USER, (), False),
+        (Allow(gids=(100,)), USER, (), True),
+        (Allow(gids=(101,)), USER, (7, 101), True),
+        (Allow(gids=(1000,)), USER, (7,), False),
+    ],
+)
+def test_an_allow_list_lets_in_whom_it_names_and_root(
+    allow: Allow | None, peer: Peer, groups: tuple[int, ...], allowed: bool
+) -> None:
+    counts = admission(Settings(allow={} if allow is None else {"change": allow}))
+    counts.gate(peer, groups, TABLE["get"], monitor=False)
+    if allowed:
+        counts.gate(peer, groups, TABLE["create"], monitor=False)
+    else:
+        with pytest.raises(PermissionDenied):
+            counts.gate(peer, groups, TABLE["create"], monitor=False)
+
+
+def test_new_settings_hold_at_once() -> None:
+    counts = admission(Settings())
+    counts.gate(USER, (), TABLE["create"], monitor=False)
+    counts.settings = Settings(allow={"change": Allow()})
+    with pytest.raises(PermissionDenied):
+        counts.gate(USER, (), TABLE["create"], monitor=False)
+
+
+def test_the_last_call_of_a_drain_is_told() -> None:
+    idle = []
+    counts = Admission(Settings(), on_idle=lambda: idle.append(True))
+    counts.begin(0)
+    counts.begin(0)
+    counts.draining = True
+    with pytest.raises(ShuttingDown):
+        counts.gate(ROOT, (), TABLE["ping"], monitor=False)
+    counts.end(0)
+    assert not idle
+    counts.end(0)
+    assert idle

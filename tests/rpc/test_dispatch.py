@@ -1,0 +1,151 @@
+"""Binding: what is a request, and what its parameters may be."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jsonrpcserver.main import default_validator
+
+from aufsd.peer import Peer
+from aufsd.rpc import dispatch
+from aufsd.rpc.calls import Call, Kind, Method
+from aufsd.rpc.dispatch import Bound
+from aufsd.rpc.methods import MAX_PAGE, TABLE
+from aufsd_client.errors import InvalidParams, PermissionDenied
+from tests.rpc.fake_driver import FakeDriver
+
+BINDINGS = dispatch.bindings(TABLE)
+
+
+def permit(kind: Kind) -> None:
+    """Everybody may do everything."""
+
+
+def gate(method: Method) -> None:
+    """Every call is taken."""
+
+
+def call() -> Call:
+    return Call(FakeDriver(), Peer(1, 2, 3), permit)
+
+
+def bind(request: object) -> Bound:
+    return dispatch.bind(request, BINDINGS, gate, call())
+
+
+def request(method: str, **params: object) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "method": method, "params": params, "id": 1}
+
+
+def accepts(validator: Any, value: object) -> bool:
+    try:
+        validator(value)
+    except Exception:
+        return False
+    return True
+
+
+VALUES: list[object] = [None, True, 0, 1.5, 10**30, "", "2.0", [], [1], {}, {"id": 1}]
+BASE: dict[str, object] = {"jsonrpc": "2.0", "method": "ping", "params": {}, "id": 1}
+CORPUS: list[object] = [
+    *(value for value in VALUES if not isinstance(value, list)),
+    *({**BASE, member: value} for member in (*BASE, "extra") for value in VALUES),
+    *({k: v for k, v in BASE.items() if k != member} for member in BASE),
+    {"jsonrpc": "2.0", "method": "ping"},
+    {"jsonrpc": "2.0", "method": "ping", "extra": 1},
+]
+
+
+@pytest.mark.parametrize("value", CORPUS, ids=json.dumps)
+def test_a_request_is_what_the_librarys_schema_says(value: object) -> None:
+    """Batches are told apart before, so a list never comes here."""
+    assert accepts(dispatch.check, value) == accepts(default_validator, value)
+
+
+members = st.sampled_from([*BASE, "extra"])
+values = st.sampled_from(VALUES)
+
+
+@given(st.dictionaries(members, values))
+def test_so_for_any_object(value: dict[str, object]) -> None:
+    assert accepts(dispatch.check, value) == accepts(default_validator, value)
+
+
+@pytest.mark.parametrize(
+    ("method", "params", "text"),
+    [
+        ("get", {}, "get: the parameter `id` is missing"),
+        ("get", {"id": "a", "lable": "x"}, "get: there is no parameter `lable`"),
+        ("get", {"id": 1}, "get: the parameter `id` is not right: expected `str`, got `int`"),
+        ("get", {"id": None}, "get: the parameter `id` is not right: expected `str`, got `null`"),
+        ("get", {"id": "a", "hold": "no"}, "get: the parameter `hold` is not right: invalid"),
+        ("remove", {"id": "a", "force": 1}, "remove: the parameter `force` is not right"),
+        ("create", {"id": "a", "storage_opt": {"k": 1}}, "create: the parameter `storage_opt` is"),
+        ("create", {"id": "a", "storage_opt": []}, "create: the parameter `storage_opt` is"),
+        ("changes", {"id": "a", "limit": 0}, "changes: the parameter `limit` is not right"),
+        ("changes", {"id": "a", "limit": "5"}, "changes: the parameter `limit` is not right"),
+        ("list", {"limit": -1}, "list: the parameter `limit` is not right"),
+        ("convert", {"id": "a", "to": "zfs"}, "convert: the parameter `to` is not right: invalid"),
+        ("convert", {"id": "a"}, "convert: the parameter `to` is missing"),
+        ("diff", {"id": "a", "fd": 1}, "diff: the parameter `fd` is not right"),
+        ("ping", {"x": 1}, "ping: there is no parameter `x`"),
+        ("ping", {"call": 1}, "ping: there is no parameter `call`"),
+        ("ping", {"bound": 1}, "ping: there is no parameter `bound`"),
+        ("ping", {"": 1}, "ping: there is no parameter ``"),
+    ],
+)
+def test_a_wrong_parameter_is_named(method: str, params: dict[str, object], text: str) -> None:
+    bound = bind(request(method, **params))
+    assert isinstance(bound.error, InvalidParams)
+    assert bound.error.message.startswith(text)
+    assert bound.run is None
+    assert bound.id == 1
+
+
+async def test_a_call_runs_with_its_defaults_filled_in() -> None:
+    same = call()
+    for asked, result in (
+        (request("create", id="a"), {"warnings": []}),
+        (request("create", id="b", parent="a"), {"warnings": []}),
+        (request("list", after="a", limit=10 * MAX_PAGE), {"layers": [ROW], "next": ""}),
+    ):
+        bound = dispatch.bind(asked, BINDINGS, gate, same)
+        assert bound.run is not None
+        reply = json.loads(dispatch.success(5, await bound.run()))
+        assert reply == {"jsonrpc": "2.0", "id": 5, "result": result}
+
+
+ROW = {"id": "b", "parent": "a", "depth": 0, "references": 0, "mounted": False}
+
+
+def test_the_gate_is_asked_before_the_parameters_are_looked_at() -> None:
+    def closed(method: Method) -> None:
+        raise PermissionDenied(method.name)
+
+    bound = dispatch.bind(request("get", nonsense=1), BINDINGS, closed, call())
+    assert isinstance(bound.error, PermissionDenied)
+
+
+def test_params_may_be_left_out() -> None:
+    bound = bind({"jsonrpc": "2.0", "method": "ping", "id": 1})
+    assert bound.error is None
+    assert bound.run is not None
+
+
+@pytest.mark.parametrize(
+    ("value", "claims"),
+    [
+        (request("diff", fd=0), True),
+        ({"params": {"fd": 0}}, True),
+        (request("diff", fd=1), False),
+        (request("diff", fd=False), False),
+        (request("diff", fd="0"), False),
+        ({"params": [0], "fd": 0}, False),
+        ("fd", False),
+        (None, False),
+    ],
+)
+def test_only_a_zero_named_fd_claims(value: object, claims: bool) -> None:
+    assert dispatch.claims(value) is claims
