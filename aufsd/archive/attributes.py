@@ -1,0 +1,181 @@
+"""Owners and xattrs between a layer's files and its archive: what is mapped, what may travel."""
+
+import os
+import stat
+import struct
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from aufsd.archive.meter import Meter, shown
+from aufsd.archive.requests import Settings
+from aufsd.idmap import to_container, to_host
+from aufsd_client.errors import BadArchive, InternalError
+
+CAPABILITY: Final = b"security.capability"
+_ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
+# what union file systems keep for themselves; `user.overlay.` is theirs in a user namespace only
+_OURS: Final = (b"user.aufsd.", b"user.fuseoverlayfs.")
+# struct vfs_ns_cap_data in <linux/capability.h>: version and flags, two pairs of sets, root's id
+_CAP_V2: Final = 0x02000000
+_CAP_V3: Final = 0x03000000
+_CAP_REVISION: Final = 0xFF000000
+_CAP_SIZES: Final = {_CAP_V2: 20, _CAP_V3: 24}
+# posix_acl_xattr_entry: tag, permissions, id; the tags that name an id
+_ACL_ENTRY: Final = struct.Struct("<HHI")
+_ACL_USER: Final = 0x02
+_ACL_GROUP: Final = 0x08
+
+
+class Owners:
+    """Ids of one direction, looked up once each."""
+
+    __slots__ = ("_gids", "_settings", "_to", "_uids")
+
+    def __init__(self, settings: Settings, *, outward: bool) -> None:
+        self._settings = settings
+        self._to = to_container if outward else to_host
+        self._uids: dict[int, int] = {}
+        self._gids: dict[int, int] = {}
+
+    def uid(self, id: int, name: bytes) -> int:
+        """The user on the other side. Raises BadArchive (in) or InternalError (out)."""
+        found = self._uids.get(id)
+        if found is None:
+            found = self._to(self._settings.uid_maps, id)
+            if found is None:
+                raise self._unmapped("user", id, name)
+            self._uids[id] = found
+        return found
+
+    def gid(self, id: int, name: bytes) -> int:
+        """The group on the other side; as `uid`."""
+        found = self._gids.get(id)
+        if found is None:
+            found = self._to(self._settings.gid_maps, id)
+            if found is None:
+                raise self._unmapped("group", id, name)
+            self._gids[id] = found
+        return found
+
+    def _unmapped(self, what: str, id: int, name: bytes) -> BadArchive | InternalError:
+        sentence = f"{shown(name)} belongs to {what} {id}, which no id map has"
+        if self._to is to_host:
+            return BadArchive(sentence, entry=shown(name))
+        return InternalError(sentence, entry=shown(name))
+
+
+def exported(
+    names: Iterable[str],
+    read: Callable[[str], bytes],
+    settings: Settings,
+    owners: Owners,
+    path: bytes,
+) -> list[tuple[bytes, bytes]]:
+    """The xattrs of a file that go into an archive, by name."""
+    found = []
+    for text in sorted(names):
+        name = text.encode("utf-8", "surrogateescape")
+        if name == CAPABILITY:
+            value = read(text)
+            # aufs leaves an empty one where it was removed, which would make exec fail (EINVAL)
+            if value:
+                found.append((name, _capability(value, lambda id: owners.uid(id, path))))
+        elif name in _ACLS:
+            if settings.acls:
+                found.append((name, _acl(read(text), owners, path)))
+        elif _may_travel(name, settings):
+            found.append((name, read(text)))
+    return found
+
+
+def imported(
+    xattrs: Iterable[tuple[bytes, bytes]],
+    settings: Settings,
+    owners: Owners,
+    path: bytes,
+    meter: Meter,
+) -> list[tuple[str, bytes]]:
+    """The xattrs of an archive's entry that go onto a file; a warning for each that does not."""
+    found = []
+    for name, value in xattrs:
+        text = name.decode("utf-8", "surrogateescape")
+        if name == CAPABILITY:
+            found.append((text, _capability(value, lambda id: owners.uid(id, path))))
+        elif name in _ACLS and settings.acls:
+            found.append((text, _acl(value, owners, path)))
+        elif _may_travel(name, settings) and b"\0" not in name:
+            found.append((text, value))
+        else:
+            meter.warn(f"dropped the attribute {shown(name)} of {shown(path)}")
+    return found
+
+
+def carried(fd: int, settings: Settings) -> dict[str, bytes]:
+    """The xattrs of an open file that archives carry, as they stand."""
+    found = {}
+    for text in os.listxattr(fd):
+        name = text.encode("utf-8", "surrogateescape")
+        if name == CAPABILITY or (name in _ACLS and settings.acls) or _may_travel(name, settings):
+            found[text] = os.getxattr(fd, text)
+    return found
+
+
+def inherit(source: int | None) -> bool:
+    """Make the current directory's owner, mode, times and xattrs those of `source`, and close it.
+
+    False, with nothing done, if there is none.
+    """
+    if source is None:
+        return False
+    try:
+        found = os.fstat(source)
+        os.chown(b".", found.st_uid, found.st_gid)
+        for name in os.listxattr(source):
+            if name.startswith(("user.", "system.posix_acl_")) and not name.startswith(
+                ("user.aufsd.", "user.overlay.", "user.fuseoverlayfs.")
+            ):
+                os.setxattr(b".", name, os.getxattr(source, name))
+        os.chmod(b".", stat.S_IMODE(found.st_mode))
+        os.utime(b".", ns=(found.st_mtime_ns, found.st_mtime_ns))
+    finally:
+        os.close(source)
+    return True
+
+
+def _may_travel(name: bytes, settings: Settings) -> bool:
+    if not name.startswith(b"user.") or name.startswith(_OURS):
+        return False
+    return settings.namespace != "user" or not name.startswith(b"user.overlay.")
+
+
+def _capability(value: bytes, to_other: Callable[[int], int]) -> bytes:
+    """A file capability whose root is the other side's; version 2 where that is uid 0.
+
+    A version 2 one works in the initial user namespace only (get_vfs_caps_from_disk() in
+    security/commoncap.c), so below a map it becomes a version 3 one, and back (moby 95eb490780).
+    """
+    if len(value) < 4:
+        return value
+    (word,) = struct.unpack_from("<I", value)
+    if len(value) != _CAP_SIZES.get(word & _CAP_REVISION):
+        return value
+    root = struct.unpack_from("<I", value, 20)[0] if word & _CAP_REVISION == _CAP_V3 else 0
+    other = to_other(root)
+    flags = word & ~_CAP_REVISION
+    if other == 0:
+        return struct.pack("<I", _CAP_V2 | flags) + value[4:20]
+    return struct.pack("<I", _CAP_V3 | flags) + value[4:20] + struct.pack("<I", other)
+
+
+def _acl(value: bytes, owners: Owners, path: bytes) -> bytes:
+    """A POSIX ACL with its ids mapped; anything else is left to the kernel to judge."""
+    if len(value) < 4 or (len(value) - 4) % _ACL_ENTRY.size:
+        return value
+    entries = []
+    for tag, permissions, id in _ACL_ENTRY.iter_unpack(value[4:]):
+        if tag == _ACL_USER:
+            id = owners.uid(id, path)
+        elif tag == _ACL_GROUP:
+            id = owners.gid(id, path)
+        entries.append(_ACL_ENTRY.pack(tag, permissions, id))
+    return value[:4] + b"".join(entries)

@@ -1,0 +1,210 @@
+"""One archive job, in a process of its own: from the request on its socket to the result.
+
+The parent is the fork server. Descriptors come with the request; which, says requests.py.
+"""
+
+import array
+import errno
+import gc
+import os
+import socket
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from msgspec import UNSET
+
+from aufsd.answers import Streamed
+from aufsd.archive import changes, clone, compare, confine, requests, view
+from aufsd.archive.attributes import inherit
+from aufsd.archive.measure import measure
+from aufsd.archive.meter import Meter
+from aufsd.archive.pack import Packer, pack
+from aufsd.archive.reader import Reader
+from aufsd.archive.requests import Branch, Settings
+from aufsd.archive.sink import Sink
+from aufsd.archive.source import Source
+from aufsd.archive.unpack import Unpacker
+from aufsd.kernel import syscalls
+from aufsd.union import conversion
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import AufsdError, InternalError, NoSpace
+
+_FDS_MAX = 8
+
+
+def warm_up() -> None:
+    """Do once, in the fork server, what every child would do for the first time."""
+    request = requests.Request(requests.Convert(Dialect.AUFS), Settings())
+    requests.decode_request(requests.encode(request))
+
+
+def run(channel: socket.socket) -> NoReturn:
+    """Do the job that comes on `channel`; the process ends with it."""
+    status = 1
+    try:
+        gc.disable()
+        _introduce(channel)
+        request, fds = _receive(channel)
+        _send(channel, _reply(request, fds, channel))
+        status = 0
+    finally:
+        os._exit(status)
+
+
+def _introduce(channel: socket.socket) -> None:
+    """Give the daemon a pidfd, so that it can kill this process and no other."""
+    pidfd = os.pidfd_open(os.getpid())
+    line = requests.encode(requests.Started()) + b"\n"
+    channel.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
+    os.close(pidfd)
+
+
+def _receive(channel: socket.socket) -> tuple[requests.Request, list[int]]:
+    data, fds, _, _ = socket.recv_fds(channel, 1 << 16, _FDS_MAX)
+    while not data.endswith(b"\n"):
+        more = channel.recv(1 << 16)
+        if not more:
+            os._exit(1)
+        data += more
+    return requests.decode_request(data), list(fds)
+
+
+def _send(channel: socket.socket, reply: requests.Reply) -> None:
+    try:
+        channel.sendall(requests.encode(reply) + b"\n")
+    except BrokenPipeError:
+        # nobody waits for it any more
+        os._exit(1)
+
+
+def _reply(
+    request: requests.Request, fds: list[int], channel: socket.socket
+) -> requests.Result | requests.Failed:
+    meter = Meter(lambda size, entries: _send(channel, requests.Progress(size, entries)))
+    try:
+        return perform(request, fds, meter)
+    except AufsdError as error:
+        return requests.Failed(error.to_wire())
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return requests.Failed(NoSpace(f"no space left: {error.strerror}").to_wire())
+        return _unexpected(error)
+    except Exception as error:
+        return _unexpected(error)
+
+
+def _unexpected(error: Exception) -> requests.Failed:
+    text = "".join(traceback.format_exception(error))
+    made = InternalError(f"the archive job failed: {error}", traceback=text)
+    return requests.Failed(made.to_wire())
+
+
+def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests.Result:
+    """Confine this process to what the job needs, and do it."""
+    settings = request.settings
+    match request.work:
+        case requests.Diff():
+            return _diff(request.work, fds, settings, meter)
+        case requests.Apply():
+            return _apply(request.work, fds, settings, meter)
+        case requests.Compare(chain, against, after, limit):
+            _enter(settings, fds[0], (*chain, *against), read_only=True)
+            return requests.Compared(
+                changes.changes(_here(), chain, against, settings, after=after, limit=limit)
+            )
+        case requests.Measure(chain, against):
+            _enter(settings, fds[0], (*chain, *(against or ())), read_only=True)
+            if against is not None:
+                return requests.Measured(compare.size(_here(), chain, against, settings))
+            half = marks.interrupted(".", settings.namespace)
+            aufs = half is not None or chain[0].dialect is Dialect.AUFS
+            return requests.Measured(measure(aufs=aufs).bytes)
+        case requests.Clone(source, staging):
+            confine.enter(
+                fds[0],
+                read_only=False,
+                keep=confine.WRITING | confine.TRUSTED_XATTRS,
+                open_files=settings.limits.open_files,
+            )
+            clone.clone(source, staging, settings.namespace)
+            return requests.Cloned()
+        case requests.Convert(to):
+            confine.enter(
+                fds[0],
+                read_only=False,
+                keep=confine.WRITING | confine.TRUSTED_XATTRS,
+                open_files=settings.limits.open_files,
+            )
+            sync = settings.sync == "filesystem"
+            return requests.Converted(
+                conversion.convert(_here(), to, settings.namespace, sync=sync)
+            )
+
+
+def _diff(work: requests.Diff, fds: list[int], settings: Settings, meter: Meter) -> requests.Packed:
+    root, out = fds
+    _enter(settings, root, (*work.chain, *(work.against or ())), read_only=True)
+    sink = Sink(out, meter, digest=work.digest)
+    packer = Packer(sink, settings, meter)
+    if work.against is None:
+        pack(packer, work.chain[0].dialect, settings.namespace)
+    else:
+        compare.pack(packer, _here(), work.chain, work.against, settings)
+    return _packed(meter, meter.bytes, sink.digest())
+
+
+def _apply(
+    work: requests.Apply, fds: list[int], settings: Settings, meter: Meter
+) -> requests.Packed:
+    root, branches, stream = fds
+    own, *parents = work.chain
+    below = _enter(settings, root, work.chain, read_only=False, branches=branches)
+    assert below is not None
+    merged: list[view.Place] | None = None
+
+    def inherit_from_below(path: bytes) -> bool:
+        nonlocal merged
+        if merged is None:
+            merged = view.roots(below, parents, settings.namespace)
+        return inherit(view.open_directory(merged, path) if merged else None)
+
+    source = Source(stream, meter, digest=work.digest)
+    reader = Reader(source, meter)
+    size = Unpacker(reader, own.dialect, settings, meter, inherit_from_below).run()
+    if settings.sync == "filesystem":
+        syscalls.syncfs(_here())
+    return _packed(meter, size, source.digest())
+
+
+def _packed(meter: Meter, size: int, digest: str | None) -> requests.Packed:
+    return requests.Packed(
+        Streamed(size, meter.entries, meter.warnings(), UNSET if digest is None else digest)
+    )
+
+
+def _enter(
+    settings: Settings,
+    root: int,
+    chain: Sequence[Branch],
+    *,
+    read_only: bool,
+    branches: int | None = None,
+) -> int | None:
+    keep = confine.READING if read_only else confine.WRITING
+    # the mark of an interrupted conversion is a trusted.* xattr too
+    if settings.namespace == "trusted":
+        keep |= confine.TRUSTED_XATTRS
+    return confine.enter(
+        root,
+        read_only=read_only,
+        keep=keep,
+        open_files=settings.limits.open_files,
+        branches=branches,
+    )
+
+
+def _here() -> int:
+    """The directory that is this process's root now."""
+    return os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

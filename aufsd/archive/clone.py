@@ -1,0 +1,99 @@
+"""A layer's content once more, in staging, for an archive to be merged into.
+
+Regular files are hard links of the live layer's: whoever writes to the copy replaces files and
+never changes one. All else is made anew.
+"""
+
+import errno
+import os
+import stat
+from typing import Final
+
+from aufsd.union import conversion
+from aufsd.union import dialect as marks
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_CHUNK: Final = 1 << 24
+
+
+def clone(source: str, staging: str, namespace: str) -> None:
+    """Copy what the directory `source` holds into the empty `staging`; both are on one mount.
+
+    Owners, modes, times and xattrs too, the root's marks included. Aufs housekeeping is left out.
+    If a conversion of the source was cut off, the copy is brought back into its dialect.
+    """
+    from_fd = os.open(source, _DIRECTORY)
+    to_fd = os.open(staging, _DIRECTORY)
+    half = marks.interrupted(from_fd, namespace)
+    dialect = marks.read_dialect(from_fd, namespace)
+    _copy_tree(from_fd, os.dup(to_fd), namespace)
+    if half is not None:
+        marks.remove_xattr(to_fd, f"{namespace}.aufsd.converting")
+        conversion.rewrite(to_fd, dialect, namespace)
+
+
+def _copy_tree(source: int, target: int, namespace: str) -> None:
+    levels = [(source, target, _copy_here(source, target, top=True))]
+    while levels:
+        source, target, names = levels[-1]
+        if names:
+            name = names.pop()
+            below = os.open(name, _DIRECTORY, dir_fd=source)
+            os.mkdir(name, 0o700, dir_fd=target)
+            made = os.open(name, _DIRECTORY, dir_fd=target)
+            levels.append((below, made, _copy_here(below, made)))
+            continue
+        levels.pop()
+        _copy_attributes(source, target)
+        os.close(source)
+        os.close(target)
+
+
+def _copy_here(source: int, target: int, *, top: bool = False) -> list[bytes]:
+    """Copy what a directory holds but the directories in it: their names."""
+    directories = []
+    os.fchdir(source)
+    with os.scandir(b".") as entries:
+        for entry in entries:
+            name = entry.name
+            if top and name in marks.HOUSEKEEPING:
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                directories.append(name)
+                continue
+            try:
+                os.link(name, name, dst_dir_fd=target, follow_symlinks=False)
+            except OSError as error:
+                # the file has as many links as it may have
+                if error.errno != errno.EMLINK:
+                    raise
+                _copy_file(name, target)
+    return directories
+
+
+def _copy_file(name: bytes, target: int) -> None:
+    found = os.lstat(name)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EMLINK, "too many links", os.fsdecode(name))
+    source = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    made = os.open(name, flags, 0o600, dir_fd=target)
+    try:
+        while os.sendfile(made, source, None, _CHUNK):
+            pass
+        _copy_attributes(source, made)
+    finally:
+        os.close(source)
+        os.close(made)
+
+
+def _copy_attributes(source: int, target: int) -> None:
+    found = os.fstat(source)
+    os.fchown(target, found.st_uid, found.st_gid)
+    for name in os.listxattr(source):
+        # a label is the system's to set
+        if name.startswith("security.") and name != "security.capability":
+            continue
+        os.setxattr(target, name, os.getxattr(source, name))
+    os.fchmod(target, stat.S_IMODE(found.st_mode))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))

@@ -1,0 +1,276 @@
+"""What differs between the merged views of two chains, from the branches alone.
+
+Only names that occur in a branch which one side has and the other has not can differ. So these are
+listed, and looked up in the rest: the cost follows the layers that differ, not what they stand on.
+"""
+
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from typing import Final, Literal, NamedTuple, TypeAlias
+
+from aufsd.archive import view
+from aufsd.archive.attributes import carried
+from aufsd.archive.pack import Packer
+from aufsd.archive.requests import Branch, Settings
+from aufsd.archive.view import Found, Place
+from aufsd.union import dialect as marks
+
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_CHUNK: Final = 1 << 20
+
+Kind: TypeAlias = Literal["add", "modify", "delete", "same"]
+
+
+class Event(NamedTuple):
+    """A name that differs, or ("same") a directory in which something may.
+
+    `now` is what the first chain has there; `fd` its topmost directory, if it is one. With `below`
+    the events of what it holds follow, up to a `Leave`.
+    """
+
+    kind: Kind
+    path: bytes
+    now: Found | None
+    fd: int
+    below: bool
+
+
+class Leave(NamedTuple):
+    """The end of what a directory holds."""
+
+
+class _Frame(NamedTuple):
+    path: bytes
+    now: list[Place]
+    then: list[Place]
+    names: Iterator[bytes]
+    # the components of the cursor, if it lies in this directory
+    cursor: list[bytes]
+
+
+def events(
+    now: list[Place], then: list[Place], settings: Settings, *, after: Sequence[bytes] = ()
+) -> Iterator[Event | Leave]:
+    """Everything that differs between two merged roots, sorted, parents before children.
+
+    `after` are the components of a path: it and what sorts before it is left out, but not the
+    directories above it ("same"). What an event holds is open until the next one is asked for.
+    """
+    frames = [_frame(b"", now, then, list(after))]
+    while frames:
+        frame = frames[-1]
+        for name in frame.names:
+            found = view.lookup(frame.now, name)
+            before = view.lookup(frame.then, name)
+            kind = _kind(name, found, before, settings)
+            path = frame.path + name
+            passed = bool(frame.cursor) and name == frame.cursor[0]
+            if found is None or not stat.S_ISDIR(found.stat.st_mode):
+                if kind != "same" and not passed:
+                    yield Event(kind, path, found, -1, False)
+                continue
+            below = view.descend(frame.now, name, found)
+            under = []
+            if before is not None and stat.S_ISDIR(before.stat.st_mode):
+                under = view.descend(frame.then, name, before)
+            if kind == "same" and _ids(below) == _ids(under):
+                _close(below, under)
+                continue
+            yield Event("same" if passed else kind, path, found, below[0].fd, True)
+            frames.append(_frame(path + b"/", below, under, frame.cursor[1:] if passed else []))
+            break
+        else:
+            frames.pop()
+            if frames:
+                _close(frame.now, frame.then)
+                yield Leave()
+
+
+def _frame(path: bytes, now: list[Place], then: list[Place], cursor: list[bytes]) -> _Frame:
+    shared = 0
+    for mine, other in zip(reversed(now), reversed(then), strict=False):
+        if mine.layer.id != other.layer.id:
+            break
+        shared += 1
+    own = [*now[: len(now) - shared], *then[: len(then) - shared]]
+    names: set[bytes] = set()
+    for place in own:
+        names |= _mentioned(place)
+    kept = sorted(name for name in names if not cursor or name >= cursor[0])
+    return _Frame(path, now, then, iter(kept), cursor)
+
+
+def _mentioned(place: Place) -> set[bytes]:
+    """The names that a directory of a branch says something about."""
+    names = set()
+    with os.scandir(place.fd) as entries:
+        for entry in entries:
+            name = os.fsencode(entry.name)
+            if place.layer.aufs and name.startswith(marks.WHITEOUT):
+                deleted = marks.deleted_name(name)
+                if deleted is not None:
+                    names.add(deleted)
+            else:
+                names.add(name)
+    return names
+
+
+def _ids(places: Sequence[Place]) -> list[str]:
+    return [place.layer.id for place in places]
+
+
+def _close(*merged: Sequence[Place]) -> None:
+    for places in merged:
+        for place in places:
+            place.close()
+
+
+# --- one name -----------------------------------------------------------------------------------
+
+
+def _kind(name: bytes, now: Found | None, then: Found | None, settings: Settings) -> Kind:
+    if now is None:
+        return "same" if then is None else "delete"
+    if then is None:
+        return "add"
+    if now.place.layer.id == then.place.layer.id:
+        return "same"
+    return "modify" if _differs(name, now, then, settings) else "same"
+
+
+def root_differs(now: Place, then: Place, settings: Settings) -> bool:
+    """Whether the root directories themselves differ."""
+    if now.layer.id == then.layer.id:
+        return False
+    a, b = os.fstat(now.fd), os.fstat(then.fd)
+    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return True
+    return carried(now.fd, settings) != carried(then.fd, settings)
+
+
+def _differs(name: bytes, now: Found, then: Found, settings: Settings) -> bool:
+    a, b = now.stat, then.stat
+    if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
+        return True
+    if stat.S_ISDIR(a.st_mode):
+        # the time of a directory changes with what it holds, which is listed itself
+        return _attributes(name, now, settings) != _attributes(name, then, settings)
+    if a.st_rdev != b.st_rdev or not _same_time(a.st_mtime_ns, b.st_mtime_ns):
+        return True
+    if stat.S_ISLNK(a.st_mode):
+        return _target(name, now) != _target(name, then)
+    if not stat.S_ISREG(a.st_mode):
+        return False
+    if a.st_size != b.st_size:
+        return True
+    if _attributes(name, now, settings) != _attributes(name, then, settings):
+        return True
+    # builds that set every time to one date make files that differ in nothing but this
+    return not _same_content(name, now, then)
+
+
+def _same_time(a: int, b: int) -> bool:
+    """An archive keeps whole seconds, so a time without a fraction stands for its whole second."""
+    if a == b:
+        return True
+    seconds, other = a // 1_000_000_000, b // 1_000_000_000
+    return seconds == other and 0 in (a % 1_000_000_000, b % 1_000_000_000)
+
+
+def _target(name: bytes, found: Found) -> bytes:
+    return os.readlink(name, dir_fd=found.place.fd)
+
+
+def _attributes(name: bytes, found: Found, settings: Settings) -> dict[str, bytes]:
+    fd = os.open(name, _FILE, dir_fd=found.place.fd)
+    try:
+        return carried(fd, settings)
+    finally:
+        os.close(fd)
+
+
+def _same_content(name: bytes, now: Found, then: Found) -> bool:
+    mine = os.open(name, _FILE, dir_fd=now.place.fd)
+    other = os.open(name, _FILE, dir_fd=then.place.fd)
+    try:
+        while True:
+            a, b = os.read(mine, _CHUNK), os.read(other, _CHUNK)
+            if a != b:
+                return False
+            if not a:
+                return True
+    finally:
+        os.close(mine)
+        os.close(other)
+
+
+# --- as a tar, as a size ------------------------------------------------------------------------
+
+
+def pack(
+    packer: Packer,
+    store: int,
+    chain: Sequence[Branch],
+    against: Sequence[Branch],
+    settings: Settings,
+) -> None:
+    """Write what turns the view of `against` into that of `chain`: over it, it gives the other."""
+    now = view.roots(store, chain, settings.namespace)
+    then = view.roots(store, against, settings.namespace)
+    packer.directory(b".", now[0].fd, os.fstat(now[0].fd))
+    # directories that are not written yet: they are once something in them is
+    waiting: list[tuple[bytes, int, os.stat_result] | None] = []
+    for event in events(now, then, settings):
+        if isinstance(event, Leave):
+            waiting.pop()
+            continue
+        if event.kind != "same":
+            for index, directory in enumerate(waiting):
+                if directory is not None:
+                    packer.directory(*directory)
+                    waiting[index] = None
+            _write(packer, event)
+        if event.below:
+            assert event.now is not None
+            unwritten = event.kind == "same"
+            waiting.append((event.path, event.fd, event.now.stat) if unwritten else None)
+    packer.finish()
+
+
+def _write(packer: Packer, event: Event) -> None:
+    directory, slash, name = event.path.rpartition(b"/")
+    if event.now is None:
+        packer.whiteout(directory + slash + marks.WHITEOUT + name)
+        return
+    found, at = event.now.stat, event.now.place.fd
+    try:
+        if stat.S_ISDIR(found.st_mode):
+            packer.directory(event.path, event.fd, found)
+        elif stat.S_ISREG(found.st_mode):
+            fd = os.open(name, _FILE, dir_fd=at)
+            try:
+                packer.file(event.path, fd, os.fstat(fd))
+            finally:
+                os.close(fd)
+        else:
+            link = stat.S_ISLNK(found.st_mode)
+            packer.other(event.path, found, os.readlink(name, dir_fd=at) if link else b"")
+    except OSError as error:
+        packer.vanished(event.path, error)
+
+
+def size(store: int, chain: Sequence[Branch], against: Sequence[Branch], settings: Settings) -> int:
+    """Bytes of the regular files that `pack` would write, each inode once."""
+    now = view.roots(store, chain, settings.namespace)
+    then = view.roots(store, against, settings.namespace)
+    seen: set[int] = set()
+    total = 0
+    for event in events(now, then, settings):
+        if isinstance(event, Leave) or event.now is None or event.kind == "same":
+            continue
+        found = event.now.stat
+        if stat.S_ISREG(found.st_mode) and found.st_ino not in seen:
+            seen.add(found.st_ino)
+            total += found.st_size
+    return total

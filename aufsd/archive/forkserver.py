@@ -1,0 +1,52 @@
+"""The process that archive jobs are forked from: single-threaded, lean, its imports done.
+
+    python -m aufsd.archive.forkserver FD SCRATCH
+
+FD is a Unix socket; each message on it carries one descriptor, the socket of a new job, and is
+answered by nothing: the child speaks on the job's socket. At the socket's end the server ends, and
+with it every child. It is never reached by what an archive holds.
+"""
+
+import gc
+import os
+import signal
+import socket
+import sys
+
+from aufsd.archive import child, confine
+from aufsd.kernel import syscalls
+
+
+def main() -> None:
+    """Serve until the socket ends."""
+    server = socket.socket(fileno=int(sys.argv[1]))
+    die_with_parent(os.getppid())
+    # children are reaped by the kernel
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    # Ctrl-C in a terminal reaches the whole group; the daemon says when it is over
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    confine.prepare(sys.argv[2])
+    child.warm_up()
+    # nothing that lives now is garbage; without this each child would copy it all to look at it
+    gc.freeze()
+    me = os.getpid()
+    while True:
+        _, fds, _, _ = socket.recv_fds(server, 1, 1)
+        if not fds:
+            return
+        if os.fork() == 0:
+            server.close()
+            die_with_parent(me)
+            child.run(socket.socket(fileno=fds[0]))
+        os.close(fds[0])
+
+
+def die_with_parent(parent: int) -> None:
+    """Be killed when the process that started this one ends, or now if it has."""
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Pure: one tar header as bytes, both ways (pax(1), and what GNU tar adds to it).
+
+Written is ustar, with a PAX header before it only where ustar cannot say it. Read is what tars in
+the wild hold: ustar, GNU, star's prefix, V7, base-256 numbers.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable
+from typing import Final
+
+BLOCK: Final = 512
+REGULAR: Final = b"0"
+LINK: Final = b"1"
+SYMLINK: Final = b"2"
+CHARACTER: Final = b"3"
+BLOCK_DEVICE: Final = b"4"
+DIRECTORY: Final = b"5"
+FIFO: Final = b"6"
+PAX: Final = b"x"
+PAX_GLOBAL: Final = b"g"
+GNU_LONG_NAME: Final = b"L"
+GNU_LONG_LINK: Final = b"K"
+GNU_SPARSE: Final = b"S"
+
+XATTR_RECORD: Final = b"SCHILY.xattr."
+
+# what fits into the octal fields of ustar
+_ID_MAX: Final = 0o7777777
+_SIZE_MAX: Final = 0o77777777777
+# magic, version, empty user and group names
+_USTAR: Final = b"ustar\x0000" + bytes(64)
+_NO_DEVICE: Final = b"0000000\x000000000\x00" + bytes(155 + 12)
+_FIRST: Final = b"%b%07o\0%07o\0%07o\0%011o\0%011o\0"
+_SPACES: Final = b"        "
+
+
+class HeaderError(ValueError):
+    """These 512 bytes are no header; the text says what is wrong with them."""
+
+
+# --- out ---------------------------------------------------------------------------------------
+
+
+def encode(
+    name: bytes,
+    kind: bytes,
+    *,
+    mode: int,
+    uid: int,
+    gid: int,
+    size: int = 0,
+    mtime: int = 0,
+    link: bytes = b"",
+    device: tuple[int, int] | None = None,
+    xattrs: Iterable[tuple[bytes, bytes]] = (),
+) -> bytes:
+    """A header of `mtime` whole seconds, and the PAX header it needs before it.
+
+    Names that are not ASCII go into PAX records as the bytes they are, as GNU tar writes them;
+    one that is not UTF-8 is announced by hdrcharset=BINARY (pax(1)), which bsdtar wants.
+    """
+    records: list[tuple[bytes, bytes]] = []
+    if len(name) > 100 or not name.isascii():
+        records.append((b"path", name))
+    if len(link) > 100 or not link.isascii():
+        records.append((b"linkpath", link))
+    if records and not _is_utf8(name + link):
+        records.insert(0, (b"hdrcharset", b"BINARY"))
+    if not 0 <= mtime <= _SIZE_MAX:
+        records.append((b"mtime", b"%d" % mtime))
+        mtime = 0
+    if uid > _ID_MAX:
+        records.append((b"uid", b"%d" % uid))
+        uid = 0
+    if gid > _ID_MAX:
+        records.append((b"gid", b"%d" % gid))
+        gid = 0
+    if size > _SIZE_MAX:
+        records.append((b"size", b"%d" % size))
+    for key, value in xattrs:
+        records.append((XATTR_RECORD + key, value))
+    before = _pax(records) if records else b""
+    shown = size if size <= _SIZE_MAX else 0
+    return before + _ustar(name, kind, mode, uid, gid, shown, mtime, link, device)
+
+
+def _ustar(
+    name: bytes,
+    kind: bytes,
+    mode: int,
+    uid: int,
+    gid: int,
+    size: int,
+    mtime: int,
+    link: bytes = b"",
+    device: tuple[int, int] | None = None,
+) -> bytes:
+    first = _FIRST % (name[:100].ljust(100, b"\0"), mode & 0o7777, uid, gid, size, mtime)
+    last = kind + link[:100].ljust(100, b"\0") + _USTAR
+    if device is None:
+        last += _NO_DEVICE
+    else:
+        last += _number(device[0]) + _number(device[1]) + bytes(155 + 12)
+    # eight spaces stand for the checksum in its own sum
+    return b"%b%06o\0 %b" % (first, _sum(first) + _sum(last) + 8 * 0x20, last)
+
+
+def _sum(data: bytes | memoryview) -> int:
+    """The sum of at most 364 bytes, by the one loop over bytes that zlib has.
+
+    adler32 keeps 1 + the sum modulo 65521 in its low half. A ustar header's halves stay below it.
+    """
+    low = (zlib.adler32(data[:256]) & 0xFFFF) - 1
+    rest = data[256:]
+    return low + (zlib.adler32(rest) & 0xFFFF) - 1 if rest else low
+
+
+def _number(value: int) -> bytes:
+    return b"%07o\0" % value if value <= _ID_MAX else b"\x80" + value.to_bytes(7, "big")
+
+
+def _pax(records: list[tuple[bytes, bytes]]) -> bytes:
+    body = b"".join(_record(key, value) for key, value in records)
+    # the name that Python's tarfile uses; nothing that unpacks PAX looks at it
+    header = _ustar(b"././@PaxHeader", PAX, 0o644, 0, 0, len(body), 0)
+    return header + body + bytes(-len(body) % BLOCK)
+
+
+def _record(key: bytes, value: bytes) -> bytes:
+    """One `LENGTH KEY=VALUE` line, whose length counts its own digits."""
+    rest = len(key) + len(value) + 3
+    size = rest + len(str(rest))
+    if rest + len(str(size)) != size:
+        size = rest + len(str(size))
+    return b"%d %b=%b\n" % (size, key, value)
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+# --- in ----------------------------------------------------------------------------------------
+
+_FIELDS: Final = struct.Struct("100s8s8s8s12s12s8sc100s6s2x32x32x8s8s155s12s")
+_ZERO: Final = bytes(BLOCK)
+
+
+class Header:
+    """One header as it stands; PAX records and GNU long names are the reader's to add."""
+
+    __slots__ = ("gid", "kind", "link", "major", "minor", "mode", "mtime", "name", "size", "uid")
+
+    def __init__(
+        self,
+        name: bytes,
+        kind: bytes,
+        mode: int,
+        uid: int,
+        gid: int,
+        size: int,
+        mtime: int,
+        link: bytes,
+        major: int,
+        minor: int,
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.size = size
+        self.mtime = mtime
+        self.link = link
+        self.major = major
+        self.minor = minor
+
+
+def decode(block: bytes) -> Header:
+    """The header in 512 bytes. Raises HeaderError."""
+    name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix, tail = (
+        _FIELDS.unpack(block)
+    )
+    try:
+        wanted = int(checksum.rstrip(b"\0 ") or b"x", 8)
+    except ValueError:
+        raise HeaderError("not a tar header") from None
+    if wanted != _block_sum(block) and wanted != _signed_sum(block):
+        raise HeaderError("the checksum of a header is wrong")
+    zero = name.find(b"\0")
+    if zero >= 0:
+        name = name[:zero]
+    # GNU tar has times where POSIX has the prefix, and says so by its magic
+    if prefix[0] and magic == b"ustar\0":
+        prefix = prefix[:131] if tail[8:] == b"tar\0" else prefix
+        name = prefix.split(b"\0", 1)[0] + b"/" + name
+    is_device = kind in b"34"
+    return Header(
+        name,
+        REGULAR if kind == b"\0" else kind,
+        number(mode, "mode") & 0o7777,
+        number(uid, "uid"),
+        number(gid, "gid"),
+        number(size, "size"),
+        number(mtime, "mtime"),
+        link.split(b"\0", 1)[0],
+        number(major, "devmajor") if is_device else 0,
+        number(minor, "devminor") if is_device else 0,
+    )
+
+
+def number(field: bytes, what: str) -> int:
+    """An octal or base-256 field. Raises HeaderError."""
+    text = field[:-1]
+    if text.isdigit() and field[-1] in b"\0 ":
+        try:
+            return int(text, 8)
+        except ValueError:
+            raise HeaderError(f"the {what} of a header is not octal") from None
+    if field[0] & 0x80:
+        # GNU: the rest is a big-endian number, negative if its own top bit is set
+        value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
+        return value - (1 << (8 * len(field) - 1)) if field[0] & 0x40 else value
+    text = field.split(b"\0", 1)[0].strip(b" ")
+    if not text:
+        return 0
+    try:
+        # int() would take a sign and underscores too
+        return int(text, 8) if text.isdigit() else int(b"x")
+    except ValueError:
+        raise HeaderError(f"the {what} of a header is not a number") from None
+
+
+def _block_sum(block: bytes) -> int:
+    # 256 bytes of 0xFF are 65280, so neither half wraps
+    whole = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    return whole - ((zlib.adler32(block[148:156]) & 0xFFFF) - 1) + 8 * 0x20
+
+
+def _signed_sum(block: bytes) -> int:
+    """What tars of systems with signed chars put there."""
+    counted = block[:148] + _SPACES + block[156:]
+    return sum(counted) - 256 * sum(byte > 127 for byte in counted)
+
+
+def is_zero(block: bytes) -> bool:
+    """Whether this is a block of the end marker."""
+    return block == _ZERO
+
+
+def parse_pax(body: bytes) -> list[tuple[bytes, bytes]]:
+    """The records of a PAX header, in order; a key may come twice. Raises HeaderError."""
+    records = []
+    at, end = 0, len(body)
+    while at < end:
+        space = body.find(b" ", at, at + 20)
+        try:
+            size = int(body[at:space]) if body[at:space].isdigit() else 0
+        except ValueError:
+            size = 0
+        stop = at + size
+        equals = body.find(b"=", space, stop)
+        if space < 0 or stop > end or equals < 0 or body[stop - 1 : stop] != b"\n":
+            raise HeaderError("a PAX record is malformed")
+        key, value = body[space + 1 : equals], body[equals + 1 : stop - 1]
+        if not key:
+            raise HeaderError("a PAX record has no key")
+        records.append((key, value))
+        at = stop
+    return records

@@ -1,0 +1,367 @@
+"""Archive jobs, as the daemon sees them: a child process each, forked by a server kept for that.
+
+The daemon opens what a job may see as detached mounts (open_tree(2)) and sends descriptors; paths
+mean nothing to a child. A job's socket ending without a result means that its child was killed.
+"""
+
+import array
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
+
+import trio
+
+from aufsd import answers
+from aufsd.archive import requests
+from aufsd.archive.requests import Branch, Limits, Settings
+from aufsd.idmap import IdMap
+from aufsd.kernel import syscalls as sc
+from aufsd.store.layout import Layout
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import InternalError, Overloaded, from_wire
+
+_LINE = 1 << 16
+
+
+@dataclass(slots=True)
+class _Running:
+    """A job that has its child, and how far it said it is."""
+
+    id: str
+    kind: str
+    since: float
+    bytes: int = 0
+    entries: int = 0
+
+
+@dataclass(slots=True)
+class Jobs:
+    """Runs archive jobs. Every method may raise Overloaded, and InternalError if the child dies.
+
+    Cancelled while it waits, a job was not begun. Cancelled later, its child is killed, and the
+    call ends when that is gone; what it wrote by then is where it wrote it.
+    """
+
+    layout: Layout
+    settings: Settings
+    max_waiting: int
+    slots: trio.CapacityLimiter
+    # of their own, so that no mount waits for somebody's slow stream
+    conversions: trio.CapacityLimiter
+    server: "_ForkServer"
+    jobs: dict[int, _Running] = field(default_factory=dict)
+
+    async def diff(
+        self,
+        chain: tuple[Branch, ...],
+        out: int,
+        *,
+        against: tuple[Branch, ...] | None = None,
+        digest: bool = False,
+    ) -> answers.Streamed:
+        """Write what chain[0] changed as a tar to the descriptor `out`, which stays the caller's.
+
+        `against` is another chain to compare with, () for no layer at all; None for the layer's own
+        content, which is what it changed against its parent. Raises StreamBroken.
+        """
+        work = requests.Diff(chain, against, digest)
+        root = self._content(chain[0]) if against is None else self.layout.diff
+        result = await self._run(chain[0].id, "diff", work, [root], [out])
+        return _expect(result, requests.Packed).streamed
+
+    async def apply(
+        self, chain: tuple[Branch, ...], staging: str, source: int, *, digest: bool = False
+    ) -> answers.Streamed:
+        """Unpack the tar from `source` into the directory `staging`, as chain[0].
+
+        Earlier content may lie there (`clone`). The descriptor stays the caller's. The result's
+        `size` is that of all regular files there, its digest that of the bytes read, as they were
+        sent. Raises BadArchive, ArchiveEscape, StreamBroken, LimitExceeded, NoSpace; then, and when
+        cancelled, staging is to be thrown away.
+        """
+        work = requests.Apply(chain, digest)
+        mounts = [staging, self.layout.diff]
+        result = await self._run(chain[0].id, "apply_diff", work, mounts, [source])
+        return _expect(result, requests.Packed).streamed
+
+    async def changes(
+        self,
+        chain: tuple[Branch, ...],
+        *,
+        against: tuple[Branch, ...],
+        after: str = "",
+        limit: int = 10000,
+    ) -> answers.Changes:
+        """What differs between the merged views of two chains, one page.
+
+        `after` is a page's `next`: the base64 of its last path. Raises InvalidParams if it is not.
+        """
+        work = requests.Compare(chain, against, after, limit)
+        result = await self._run(chain[0].id, "changes", work, [self.layout.diff], [])
+        return _expect(result, requests.Compared).changes
+
+    async def diff_size(
+        self, chain: tuple[Branch, ...], *, against: tuple[Branch, ...] | None = None
+    ) -> int:
+        """Bytes of the regular files that `diff` would write, each inode once."""
+        work = requests.Measure(chain, against)
+        root = self._content(chain[0]) if against is None else self.layout.diff
+        result = await self._run(chain[0].id, "diff_size", work, [root], [])
+        return _expect(result, requests.Measured).size
+
+    async def clone(self, id: str, staging: str) -> None:
+        """Copy the content of a layer into the empty directory `staging` below the store's root.
+
+        Regular files become hard links: replace them, never write to one.
+        """
+        root = self.layout.root
+        if not staging.startswith(f"{root}/"):
+            raise ValueError(f"{staging} is not in the store")
+        work = requests.Clone(f"/diff/{id}", staging.removeprefix(root))
+        _expect(await self._run(id, "clone", work, [root], []), requests.Cloned)
+
+    async def convert(self, id: str, to: Dialect) -> bool:
+        """Rewrite the layer's whiteouts; False if it was in that dialect already.
+
+        The caller sees to it that nobody uses the layer. Cancelled or killed it stays half done,
+        is read correctly, and the next call finishes it. Raises LayerDamaged if the layer holds
+        what the other dialect cannot say.
+        """
+        path = f"{self.layout.diff}/{id}"
+        result = await self._run(id, "convert", requests.Convert(to), [path], [])
+        return _expect(result, requests.Converted).converted
+
+    def running(self) -> list[answers.Job]:
+        """The jobs that have a child now, and how far they are."""
+        return [
+            answers.Job(job.id, job.kind, job.since, job.bytes, job.entries)
+            for job in self.jobs.values()
+        ]
+
+    def _content(self, branch: Branch) -> str:
+        return f"{self.layout.diff}/{branch.id}"
+
+    async def _run(
+        self, id: str, kind: str, work: requests.Work, mounts: Sequence[str], passed: Sequence[int]
+    ) -> requests.Result:
+        limiter = self.conversions if isinstance(work, requests.Convert) else self.slots
+        waiting = self.slots.statistics().tasks_waiting
+        if limiter is self.slots and waiting >= self.max_waiting:
+            raise Overloaded(f"{waiting} archive jobs wait already", limit=self.max_waiting)
+        async with limiter:
+            job = _Running(id, kind, time.time())
+            key = object.__hash__(job)
+            self.jobs[key] = job
+            try:
+                return await self._child(job, requests.Request(work, self.settings), mounts, passed)
+            finally:
+                del self.jobs[key]
+
+    async def _child(
+        self,
+        job: _Running,
+        request: requests.Request,
+        mounts: Sequence[str],
+        passed: Sequence[int],
+    ) -> requests.Result:
+        with ExitStack() as stack:
+            ours, theirs = socket.socketpair()
+            stack.enter_context(ours)
+            with theirs:
+                fds = [stack.enter_context(_cloned(path)) for path in mounts]
+                await self.server.fork(theirs)
+            child = _Child(job, trio.socket.from_stdlib_socket(ours))
+            try:
+                await child.send(requests.encode(request) + b"\n", [*fds, *passed])
+                return await child.result()
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await child.kill()
+                raise
+            finally:
+                child.close()
+
+
+@dataclass(slots=True)
+class _Child:
+    """The daemon's end of a job's socket."""
+
+    job: _Running
+    stream: trio.socket.SocketType
+    # names the child for good; it comes with the first line
+    pidfd: int = -1
+    held: bytes = b""
+
+    async def send(self, line: bytes, fds: Sequence[int]) -> None:
+        """Send the request."""
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        try:
+            sent = await self.stream.sendmsg([line], ancillary)
+            while sent < len(line):
+                sent += await self.stream.send(line[sent:])
+        except (BrokenPipeError, ConnectionResetError):
+            raise _died(self.job) from None
+
+    async def kill(self) -> None:
+        """Kill the child, and wait until it is gone."""
+        while self.pidfd < 0 and await self._receive():
+            pass
+        if self.pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(self.pidfd)
+
+    def close(self) -> None:
+        """Let go of the child."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+
+    async def result(self) -> requests.Result:
+        """What the child answers. Raises what it raised, and InternalError if it was killed."""
+        while True:
+            while b"\n" not in self.held:
+                if not await self._receive():
+                    raise _died(self.job)
+            line, _, self.held = self.held.partition(b"\n")
+            reply: requests.Reply = requests.decode_reply(line)
+            if isinstance(reply, requests.Progress):
+                self.job.bytes, self.job.entries = reply.bytes, reply.entries
+            elif isinstance(reply, requests.Failed):
+                raise from_wire(reply.error)
+            elif not isinstance(reply, requests.Started):
+                return reply
+
+    async def _receive(self) -> bool:
+        """Read more of the replies; False if no more can come."""
+        room = socket.CMSG_SPACE(array.array("i").itemsize)
+        try:
+            data, ancillary, _, _ = await self.stream.recvmsg(_LINE, room, socket.MSG_CMSG_CLOEXEC)
+        except ConnectionResetError:
+            return False
+        for level, kind, payload in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                self.pidfd = array.array("i", payload)[0]
+        self.held += data
+        return bool(data)
+
+
+@dataclass(slots=True)
+class _ForkServer:
+    """The process that children are forked from; started again if it is gone."""
+
+    scratch: str
+    process: subprocess.Popen[bytes] | None = None
+    channel: socket.socket | None = None
+
+    async def fork(self, channel: socket.socket) -> None:
+        """Have a child made that serves `channel`, which the caller closes."""
+        for attempt in range(2):
+            self.start()
+            assert self.channel is not None
+            try:
+                # one byte, into a queue of many: this does not wait for anything but the kernel
+                socket.send_fds(self.channel, [b"j"], [channel.fileno()])
+            except (BrokenPipeError, ConnectionResetError):
+                self.stop()
+                if attempt:
+                    raise
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.channel)
+            else:
+                return
+        raise InternalError("the archive server takes no jobs")
+
+    def start(self) -> None:
+        """Start the process unless it runs, without waiting: a job sent early waits in line."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.stop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "aufsd.archive.forkserver",
+                    str(theirs.fileno()),
+                    self.scratch,
+                ],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                # what this process imports from, and not the directory it happens to be in
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                cwd="/",
+            )
+        ours.setblocking(False)
+        self.channel = ours
+
+    def stop(self) -> None:
+        """End the process, and with it every child."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@asynccontextmanager
+async def open_jobs(
+    layout: Layout,
+    *,
+    uid_maps: Sequence[IdMap] = (),
+    gid_maps: Sequence[IdMap] = (),
+    limits: Limits = Limits(),  # noqa: B008  (frozen)
+    max_jobs: int = 4,
+    max_waiting: int = 256,
+    sync: Literal["filesystem", "none"] = "filesystem",
+    acls: bool = False,
+    xattr_namespace: Literal["trusted", "user"] = "trusted",
+) -> AsyncIterator[Jobs]:
+    """Archive jobs over a store, `max_jobs` at a time; at the end all are killed."""
+    settings = Settings(tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace)
+    server = _ForkServer(layout.private)
+    server.start()
+    try:
+        yield Jobs(
+            layout,
+            settings,
+            max_waiting,
+            trio.CapacityLimiter(max_jobs),
+            trio.CapacityLimiter(max_jobs),
+            server,
+        )
+    finally:
+        server.stop()
+
+
+@contextmanager
+def _cloned(path: str) -> Iterator[int]:
+    """A detached mount of a directory: not what is mounted in it, nor what it lies in."""
+    fd = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _died(job: _Running) -> InternalError:
+    return InternalError(f"the process of this {job.kind} was killed", id=job.id)
+
+
+T = TypeVar("T")
+
+
+def _expect(result: requests.Result, kind: type[T]) -> T:
+    if not isinstance(result, kind):
+        raise InternalError(f"an archive job answered with {type(result).__name__}")
+    return result

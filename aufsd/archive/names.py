@@ -1,0 +1,79 @@
+"""Pure: what a name in a tar means to a layer, or why it means nothing that may be.
+
+The names of a union's own metadata are never content, whoever asks for it (api.md section 3).
+"""
+
+from typing import Final
+
+from aufsd.archive.meter import shown
+from aufsd.union import dialect as marks
+from aufsd_client.errors import ArchiveEscape, BadArchive
+
+ROOT: Final = b""
+_ROUGH: Final = (b".", b"/")
+
+
+def inside(name: bytes) -> bytes:
+    """The name relative to the layer's root, without `.` and `..`; ROOT for the root itself.
+
+    Raises ArchiveEscape for one that leaves the root on its way, wherever it would end.
+    """
+    if not name:
+        raise BadArchive("an entry without a name", entry="")
+    # the common case: nothing to clean
+    bare = name[:-1] if name.endswith(b"/") else name
+    if bare[:1] not in _ROUGH and bare[-1:] != b"/" and b"//" not in bare and b"/." not in bare:
+        return bare
+    parts: list[bytes] = []
+    for part in name.split(b"/"):
+        if part == b"..":
+            if not parts:
+                raise ArchiveEscape(f"{shown(name)} leaves the layer", entry=shown(name))
+            parts.pop()
+        elif part not in (b"", b"."):
+            parts.append(part)
+    return b"/".join(parts)
+
+
+def is_housekeeping(path: bytes) -> bool:
+    """Whether this is what aufs keeps at the top of a branch, or lies in it."""
+    return path.split(b"/", 1)[0] in marks.HOUSEKEEPING
+
+
+def is_pseudo_link(path: bytes) -> bool:
+    """Whether this is the content of an aufs pseudo-link."""
+    return path.startswith(marks.PLINKS + b"/")
+
+
+def check_content(path: bytes) -> None:
+    """Raise ArchiveEscape if a part of the path is a name that union file systems keep."""
+    if b".wh." not in path:
+        return
+    for part in path.split(b"/"):
+        if part.startswith(marks.WHITEOUT):
+            raise ArchiveEscape(
+                f"{shown(path)}: names that begin with .wh. stand for deleted files",
+                entry=shown(path),
+            )
+
+
+def mark(path: bytes) -> bytes | None:
+    """The name that the mark at `path` deletes, b"" for an opaque directory's; None for content.
+
+    Raises ArchiveEscape for a mark that means nothing, and for one in a directory that is none.
+    """
+    if b".wh." not in path:
+        return None
+    directory, _, name = path.rpartition(b"/")
+    check_content(directory)
+    if not name.startswith(marks.WHITEOUT):
+        return None
+    if name == marks.OPAQUE:
+        return b""
+    deleted = marks.deleted_name(name)
+    if deleted is None:
+        raise ArchiveEscape(
+            f"{shown(path)} would be the union's own metadata, and means nothing here",
+            entry=shown(path),
+        )
+    return deleted

@@ -1,0 +1,284 @@
+"""A layer's own content as a tar.
+
+Works in the current directory of a process of its own and moves through the tree with fchdir(2), so
+that no path is ever longer than one name. Nothing follows a symlink.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Collection, Iterator
+from typing import Final, NamedTuple
+
+from aufsd.archive import headers
+from aufsd.archive.attributes import Owners, exported
+from aufsd.archive.meter import Meter, shown
+from aufsd.archive.requests import Settings
+from aufsd.archive.sink import Sink
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import InternalError
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# not to wait for a writer, should a name have become a fifo since it was listed
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+_END: Final = bytes(2 * headers.BLOCK)
+
+
+class Packer:
+    """Writes entries. Knows what one looks like in a tar, not which there are."""
+
+    __slots__ = ("_links", "_owners", "_settings", "meter", "sink")
+
+    def __init__(self, sink: Sink, settings: Settings, meter: Meter) -> None:
+        self.sink = sink
+        self.meter = meter
+        self._settings = settings
+        self._owners = Owners(settings, outward=True)
+        self._links: dict[tuple[int, int], bytes] = {}
+
+    def whiteout(self, name: bytes) -> None:
+        """A mark: an empty regular file, the same on every union file system."""
+        self.meter.entries += 1
+        self.sink.write(headers.encode(name, headers.REGULAR, mode=0o444, uid=0, gid=0))
+
+    def directory(self, name: bytes, fd: int, found: os.stat_result) -> list[str]:
+        """A directory, by its descriptor; returns the names of all its xattrs."""
+        self.meter.entries += 1
+        names = os.listxattr(fd)
+        self.sink.write(
+            headers.encode(
+                name + b"/",
+                headers.DIRECTORY,
+                mode=found.st_mode,
+                uid=self._owners.uid(found.st_uid, name),
+                gid=self._owners.gid(found.st_gid, name),
+                mtime=found.st_mtime_ns // 1_000_000_000,
+                xattrs=self._xattrs(fd, name, names) if names else (),
+            )
+        )
+        return names
+
+    def file(self, name: bytes, fd: int, found: os.stat_result) -> None:
+        """A regular file with its content, or a link to the name it was written under before."""
+        link = self._linked(name, found)
+        names = () if link else os.listxattr(fd)
+        self.meter.entries += 1
+        size = 0 if link else found.st_size
+        self.sink.write(
+            headers.encode(
+                name,
+                headers.LINK if link else headers.REGULAR,
+                mode=found.st_mode,
+                uid=self._owners.uid(found.st_uid, name),
+                gid=self._owners.gid(found.st_gid, name),
+                size=size,
+                mtime=found.st_mtime_ns // 1_000_000_000,
+                link=link,
+                xattrs=self._xattrs(fd, name, names) if names else (),
+            )
+        )
+        if size:
+            missing = self.sink.body(fd, size)
+            if missing:
+                self.meter.warn(
+                    f"{shown(name)} shrank by {missing} bytes while it was read; zeros stand there"
+                )
+
+    def other(self, name: bytes, found: os.stat_result, target: bytes) -> None:
+        """A symlink (to `target`), device or fifo; a socket is left out."""
+        mode = found.st_mode
+        device = None
+        if stat.S_ISLNK(mode):
+            kind = headers.SYMLINK
+        elif stat.S_ISFIFO(mode):
+            kind = headers.FIFO
+        elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+            kind = headers.CHARACTER if stat.S_ISCHR(mode) else headers.BLOCK_DEVICE
+            device = (os.major(found.st_rdev), os.minor(found.st_rdev))
+        else:
+            self.meter.warn(f"left out the socket {shown(name)}")
+            return
+        link = self._linked(name, found)
+        self.meter.entries += 1
+        self.sink.write(
+            headers.encode(
+                name,
+                headers.LINK if link else kind,
+                mode=mode,
+                uid=self._owners.uid(found.st_uid, name),
+                gid=self._owners.gid(found.st_gid, name),
+                mtime=found.st_mtime_ns // 1_000_000_000,
+                link=link or target,
+                device=None if link else device,
+            )
+        )
+
+    def finish(self) -> None:
+        """The end marker."""
+        self.sink.write(_END)
+        self.sink.flush()
+
+    def vanished(self, name: bytes, error: OSError) -> None:
+        """Say that an entry was listed and is gone; any other error is raised again."""
+        if error.errno not in _GONE:
+            raise error
+        self.meter.warn(f"{shown(name)} went away while the layer was read")
+
+    def _linked(self, name: bytes, found: os.stat_result) -> bytes:
+        if found.st_nlink < 2:
+            return b""
+        key = (found.st_dev, found.st_ino)
+        first = self._links.setdefault(key, name)
+        return b"" if first is name else first
+
+    def _xattrs(self, fd: int, name: bytes, names: Collection[str]) -> list[tuple[bytes, bytes]]:
+        incomplete = next((n for n in names if n.endswith((".redirect", ".metacopy"))), "")
+        if incomplete.startswith(f"{self._settings.namespace}.overlay."):
+            raise InternalError(
+                f"{shown(name)} has the attribute {incomplete}: part of it lies in another layer, "
+                "and this one cannot be read by itself",
+                entry=shown(name),
+            )
+        return exported(
+            names, lambda text: os.getxattr(fd, text), self._settings, self._owners, name
+        )
+
+
+def pack(packer: Packer, dialect: Dialect, namespace: str) -> None:
+    """Write the layer that the current directory is the root of.
+
+    `./` comes first, names without `./` after it; within a directory they are sorted by the bytes
+    they have in the tar, so that both dialects give the same stream.
+    """
+    reading = _Reading(packer, dialect, namespace)
+    levels: list[tuple[int, bytes, Iterator[_Row]]] = []
+
+    def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
+        xattrs = packer.directory(name, fd, os.fstat(fd))
+        opaque = opaque or (reading.overlay and reading.is_opaque(fd, xattrs))
+        os.fchdir(fd)
+        levels.append((fd, prefix, iter(reading.rows(prefix, opaque=opaque))))
+
+    enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)
+    while levels:
+        fd, prefix, rows = levels[-1]
+        for row in rows:
+            path = prefix + row.name
+            if row.entry is None:
+                packer.whiteout(path)
+            elif row.entry.is_dir(follow_symlinks=False):
+                try:
+                    below = os.open(row.name, _DIRECTORY)
+                except OSError as error:
+                    packer.vanished(path, error)
+                    continue
+                enter(below, path, path + b"/", opaque=row.opaque)
+                break
+            else:
+                _leaf(packer, path, row.entry)
+        else:
+            os.close(fd)
+            levels.pop()
+            if levels:
+                os.fchdir(levels[-1][0])
+    packer.finish()
+
+
+class _Row(NamedTuple):
+    """A name as it goes into the tar; a mark has no `entry`.
+
+    `opaque` is a directory that stands beside a whiteout of its own name, which means that.
+    """
+
+    name: bytes
+    entry: os.DirEntry[bytes] | None
+    opaque: bool = False
+
+
+class _Reading:
+    """How directories are read: in one dialect, or in both if a conversion was cut off."""
+
+    def __init__(self, packer: Packer, dialect: Dialect, namespace: str) -> None:
+        both = marks.interrupted(".", namespace) is not None
+        self.aufs = both or dialect is Dialect.AUFS
+        self.overlay = both or dialect is Dialect.OVERLAY
+        self._opaque_xattr = marks.opaque_xattr(namespace)
+        self._packer = packer
+
+    def is_opaque(self, fd: int, xattrs: Collection[str]) -> bool:
+        """Whether overlayfs takes a directory that has these xattrs for opaque."""
+        return self._opaque_xattr in xattrs and os.getxattr(fd, self._opaque_xattr) == b"y"
+
+    def rows(self, prefix: bytes, *, opaque: bool) -> list[_Row]:
+        """What the current directory holds, sorted."""
+        rows = []
+        deleted = set()
+        if opaque:
+            rows.append(_Row(marks.OPAQUE, None))
+        with os.scandir(b".") as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(marks.WHITEOUT):
+                    if self.aufs and name == marks.OPAQUE:
+                        if not opaque:
+                            rows.append(_Row(name, None))
+                    elif self.aufs and (hidden := marks.deleted_name(name)) is not None:
+                        deleted.add(hidden)
+                    elif not (self.aufs and not prefix and name in marks.HOUSEKEEPING):
+                        self._left_out(prefix + name)
+                elif self.overlay and _is_node(entry):
+                    deleted.add(name)
+                else:
+                    rows.append(_Row(name, entry))
+        if deleted:
+            rows = [
+                row._replace(opaque=True) if row.entry and row.name in deleted else row
+                for row in rows
+            ]
+            deleted.difference_update(row.name for row in rows)
+            rows += [_Row(marks.WHITEOUT + name, None) for name in deleted]
+        rows.sort(key=_name)
+        return rows
+
+    def _left_out(self, name: bytes) -> None:
+        self._packer.meter.warn(f"left out {shown(name)}: an archive cannot hold such a name")
+
+
+def _name(row: _Row) -> bytes:
+    return row.name
+
+
+def _is_node(entry: os.DirEntry[bytes]) -> bool:
+    """Whether this is overlayfs's whiteout; asks the kernel for devices, fifos and sockets only."""
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return False
+    if entry.is_symlink():
+        return False
+    try:
+        return marks.is_whiteout_node(os.lstat(entry.name))
+    except FileNotFoundError:
+        return False
+
+
+def _leaf(packer: Packer, path: bytes, entry: os.DirEntry[bytes]) -> None:
+    name = entry.name
+    try:
+        if not entry.is_file(follow_symlinks=False):
+            found = os.lstat(name)
+            target = os.readlink(name) if stat.S_ISLNK(found.st_mode) else b""
+            packer.other(path, found, target)
+            return
+        fd = os.open(name, _FILE)
+    except OSError as error:
+        packer.vanished(path, error)
+        return
+    try:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode):
+            packer.file(path, fd, found)
+        else:
+            packer.vanished(path, OSError(errno.ENOENT, "another file took its name"))
+    finally:
+        os.close(fd)

@@ -1,0 +1,154 @@
+"""What crosses between the daemon and the child that does an archive job, as lines of JSON."""
+
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from aufsd.answers import Changes, Streamed
+from aufsd.idmap import IdMap
+from aufsd.union.dialect import Dialect
+
+
+class Branch(Struct, frozen=True):
+    """One layer of a chain, and how its whiteouts are written."""
+
+    id: str
+    dialect: Dialect
+
+
+class Limits(Struct, frozen=True):
+    """What an archive may make of a layer; 0 for no limit.
+
+    `bytes` and `entries` count the layer's own content, `depth` the components of a name.
+    `open_files` bounds the descriptors of a child; a hard limit of the host's may be lower.
+    """
+
+    bytes: int = 0
+    entries: int = 0
+    depth: int = 4096
+    open_files: int = 65536
+
+
+class Settings(Struct, frozen=True):
+    """What is the same for every job of a store."""
+
+    uid_maps: tuple[IdMap, ...] = ()
+    gid_maps: tuple[IdMap, ...] = ()
+    limits: Limits = Limits()
+    sync: Literal["filesystem", "none"] = "filesystem"
+    acls: bool = False
+    namespace: Literal["trusted", "user"] = "trusted"
+
+
+# --- requests; beside each, the descriptors that come with it ----------------------------------
+
+
+class Diff(Struct, frozen=True, tag=True):
+    """Write a tar. Descriptors: where branches lie (the layer itself if `against` is None), out."""
+
+    chain: tuple[Branch, ...]
+    against: tuple[Branch, ...] | None
+    digest: bool
+
+
+class Apply(Struct, frozen=True, tag=True):
+    """Unpack a tar. Descriptors: the staging directory, all branches, source."""
+
+    chain: tuple[Branch, ...]
+    digest: bool
+
+
+class Compare(Struct, frozen=True, tag=True):
+    """List changes. Descriptors: all branches."""
+
+    chain: tuple[Branch, ...]
+    against: tuple[Branch, ...]
+    after: str
+    limit: int
+
+
+class Measure(Struct, frozen=True, tag=True):
+    """Sum up file sizes. Descriptors: as for Diff, without out."""
+
+    chain: tuple[Branch, ...]
+    against: tuple[Branch, ...] | None
+
+
+class Clone(Struct, frozen=True, tag=True):
+    """Copy content into staging. Descriptors: the store's root, under which both paths lie."""
+
+    source: str
+    staging: str
+
+
+class Convert(Struct, frozen=True, tag=True):
+    """Rewrite whiteouts. Descriptors: the layer's content."""
+
+    to: Dialect
+
+
+Work: TypeAlias = Diff | Apply | Compare | Measure | Clone | Convert
+
+
+class Request(Struct, frozen=True):
+    """One job."""
+
+    work: Work
+    settings: Settings
+
+
+# --- replies -----------------------------------------------------------------------------------
+
+
+class Started(Struct, frozen=True, tag=True):
+    """The child runs; a pidfd of it comes with this line."""
+
+
+class Progress(Struct, frozen=True, tag=True):
+    """How far the job is: bytes of the stream and entries."""
+
+    bytes: int
+    entries: int
+
+
+class Failed(Struct, frozen=True, tag=True):
+    """The job raised; `error` is AufsdError.to_wire()."""
+
+    error: dict[str, object]
+
+
+class Packed(Struct, frozen=True, tag=True):
+    """Result of Diff and Apply."""
+
+    streamed: Streamed
+
+
+class Compared(Struct, frozen=True, tag=True):
+    """Result of Compare."""
+
+    changes: Changes
+
+
+class Measured(Struct, frozen=True, tag=True):
+    """Result of Measure: bytes."""
+
+    size: int
+
+
+class Cloned(Struct, frozen=True, tag=True):
+    """Result of Clone."""
+
+
+class Converted(Struct, frozen=True, tag=True):
+    """Result of Convert; false if nothing was to do."""
+
+    converted: bool
+
+
+Result: TypeAlias = Packed | Compared | Measured | Cloned | Converted
+Reply: TypeAlias = Started | Progress | Failed | Result
+
+encode = msgspec.json.Encoder().encode
+decode_request = msgspec.json.Decoder(Request).decode
+decode_reply = msgspec.json.Decoder(Reply).decode

@@ -1,0 +1,175 @@
+"""The stream on its way out: a buffer for headers and small files, the kernel's copy for the rest.
+
+Whatever goes wrong with the descriptor is StreamBroken, a full disk behind it included.
+"""
+
+import errno
+import hashlib
+import os
+import select
+from collections.abc import Callable
+from typing import Final
+
+from aufsd.archive.headers import BLOCK
+from aufsd.archive.meter import Meter
+from aufsd.kernel import pipes
+from aufsd_client.errors import StreamBroken
+
+_BUFFER: Final = 1 << 20
+# a body up to this size goes through the buffer: one read, and a share of one write
+_SMALL: Final = 64 << 10
+_ZEROS: Final = bytes(64 << 10)
+_STEP: Final = 1 << 24
+
+
+class Sink:
+    """Where a tar is written to. The descriptor stays the caller's."""
+
+    __slots__ = ("_at", "_buffer", "_copies", "_fd", "_hash", "_meter", "_view")
+
+    def __init__(self, fd: int, meter: Meter, *, digest: bool) -> None:
+        self._fd = fd
+        self._meter = meter
+        self._hash = hashlib.sha256() if digest else None
+        self._buffer = bytearray(_BUFFER)
+        self._view = memoryview(self._buffer)
+        self._at = 0
+        # a digest needs every byte in this process
+        self._copies = not digest
+        pipes.enlarge(fd, _BUFFER)
+
+    def write(self, data: bytes) -> None:
+        """Add bytes; they may stay in the buffer."""
+        end = self._at + len(data)
+        if end > _BUFFER:
+            self.flush()
+            end = len(data)
+            if end > _BUFFER:
+                self._send(memoryview(data))
+                return
+        self._buffer[end - len(data) : end] = data
+        self._at = end
+
+    def body(self, fd: int, size: int) -> int:
+        """Add `size` bytes from a regular file's start, and padding to the block.
+
+        What the file lacks is filled with zeros; returns how many bytes those were.
+        """
+        padded = size + -size % BLOCK
+        if size > _SMALL:
+            missing = self._large(fd, size)
+            self.write(_ZEROS[: padded - size])
+            return missing
+        if self._at + padded > _BUFFER:
+            self.flush()
+        at = self._at
+        end = at + size
+        got = os.readv(fd, (self._view[at:end],)) if size else 0
+        at += got
+        while at < end and got:
+            got = os.readv(fd, (self._view[at:end],))
+            at += got
+        stop = self._at + padded
+        self._buffer[at:stop] = _ZEROS[: stop - at]
+        self._at = stop
+        return end - at
+
+    def _large(self, fd: int, size: int) -> int:
+        """Bytes that were missing. Data by sendfile or through the buffer, holes as zeros."""
+        self.flush()
+        at = 0
+        sparse = os.fstat(fd).st_blocks * 512 < size
+        while at < size:
+            stop = size
+            if sparse:
+                start = _seek(fd, at, os.SEEK_DATA, size)
+                self.zeros(start - at)
+                self.flush()
+                at = start
+                stop = _seek(fd, at, os.SEEK_HOLE, size)
+            done = self._copy(fd, at, stop - at)
+            at += done
+            if done == 0 and at < size:
+                self.zeros(size - at)
+                return size - at
+        return 0
+
+    def _copy(self, fd: int, offset: int, count: int) -> int:
+        """Copy up to `count` bytes of a file from `offset`; 0 at its end."""
+        done = 0
+        while self._copies and done < count:
+            try:
+                sent = self._waiting(os.sendfile, fd, offset + done, min(count - done, _STEP))
+            except StreamBroken as error:
+                # a descriptor that sendfile(2) cannot write to, such as one opened with O_APPEND
+                if done or error.data["errno"] != "EINVAL":
+                    raise
+                self._copies = False
+                break
+            if sent == 0:
+                return done
+            done += sent
+            self._count(sent)
+        while done < count:
+            got = os.preadv(fd, (self._view[: min(count - done, _BUFFER)],), offset + done)
+            if got == 0:
+                break
+            self._send(self._view[:got])
+            done += got
+        return done
+
+    def zeros(self, count: int) -> None:
+        """Add this many zero bytes."""
+        while count:
+            step = min(count, len(_ZEROS))
+            self.write(_ZEROS if step == len(_ZEROS) else _ZEROS[:step])
+            count -= step
+
+    def flush(self) -> None:
+        """Write what the buffer holds."""
+        if self._at:
+            at, self._at = self._at, 0
+            self._send(self._view[:at])
+
+    def digest(self) -> str | None:
+        """`sha256:HEX` of what was written, if asked for."""
+        return f"sha256:{self._hash.hexdigest()}" if self._hash else None
+
+    def _send(self, data: memoryview) -> None:
+        if self._hash:
+            self._hash.update(data)
+        while data:
+            sent = self._waiting(os.write, data)
+            data = data[sent:]
+            self._count(sent)
+
+    def _waiting(self, call: Callable[..., int], *args: object) -> int:
+        """What the call on our descriptor returns; if that is full, once it has room again."""
+        while True:
+            try:
+                return call(self._fd, *args)
+            except BlockingIOError:
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
+            except OSError as error:
+                name = errno.errorcode.get(error.errno or 0, "EIO")
+                raise StreamBroken(
+                    f"writing the stream failed: {error.strerror}", errno=name
+                ) from error
+
+    def _count(self, sent: int) -> None:
+        self._meter.bytes += sent
+        self._meter.tick()
+
+
+def _seek(fd: int, at: int, whence: int, size: int) -> int:
+    """lseek(2) for data or a hole, at most `size`; past the last data it fails with ENXIO."""
+    try:
+        return min(os.lseek(fd, at, whence), size)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            return size
+        if error.errno == errno.EINVAL:
+            return at if whence == os.SEEK_DATA else size
+        raise

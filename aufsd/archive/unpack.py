@@ -1,0 +1,375 @@
+"""A tar becomes a layer's content, in the dialect that the layer is to have.
+
+Runs in a process of its own whose root is the layer (confine.py). What a name means is decided by
+names.py, before anything is touched; where it lies by tree.py. For each entry: owner, xattrs, mode,
+times, in that order (chown clears set-id bits and capabilities); directories get their times last.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Final
+
+from aufsd.archive import headers, names
+from aufsd.archive.attributes import Owners, imported
+from aufsd.archive.measure import measure
+from aufsd.archive.meter import Meter, shown
+from aufsd.archive.names import ROOT
+from aufsd.archive.reader import Member, Reader
+from aufsd.archive.requests import Settings
+from aufsd.archive.tree import Tree, directory_of
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
+
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_SPECIAL_BITS: Final = 0o7000
+_SPARSE_STEP: Final = 1 << 20
+_NODES: Final = {
+    headers.CHARACTER: stat.S_IFCHR,
+    headers.BLOCK_DEVICE: stat.S_IFBLK,
+    headers.FIFO: stat.S_IFIFO,
+}
+# what a kernel says of a name or value that no file system takes
+_UNTAKEN: Final = {
+    errno.ENAMETOOLONG: "a name that is too long",
+    errno.ENOTDIR: "a file stands where a directory has to be",
+    errno.EFBIG: "larger than the file system takes",
+    errno.ELOOP: "symlinks lead in a circle",
+    # of chown(2): an id that the user namespace we run in does not map
+    errno.EINVAL: "an owner or another value that the file system here does not take",
+    errno.EOVERFLOW: "an owner or another value that the file system here does not take",
+}
+
+# Makes the current directory's attributes those of the directory of this path in the layers below.
+Inherit = Callable[[bytes], bool]
+
+
+class Unpacker:
+    """Unpacks one tar into the layer that is the root directory."""
+
+    def __init__(
+        self, reader: Reader, dialect: Dialect, settings: Settings, meter: Meter, inherit: Inherit
+    ) -> None:
+        with os.scandir(b"/") as entries:
+            fresh = next(entries, None) is None
+        self._reader = reader
+        self._dialect = dialect
+        self._settings = settings
+        self._limits = settings.limits
+        self._meter = meter
+        self._inherit = inherit
+        self._owners = Owners(settings, outward=False)
+        self._tree = Tree(dialect, settings.namespace, fresh=fresh)
+        before = (0, 0) if fresh else self._measure()
+        self._bytes, self._entries = before
+        # of the current entry, for directories that it implies
+        self._mtime = 0
+        self._told: set[bytes] = set()
+
+    def run(self) -> int:
+        """Unpack everything; the bytes of the layer's regular files afterwards.
+
+        Raises BadArchive, ArchiveEscape, LimitExceeded, NoSpace, StreamBroken.
+        """
+        os.umask(0)
+        for member in self._reader.members():
+            try:
+                self._member(member)
+            except OSError as error:
+                raise self._translated(error, member) from error
+            except (BadArchive, ArchiveEscape, LimitExceeded) as error:
+                error.data.setdefault("entry", shown(member.name))
+                error.data.setdefault("offset", member.start)
+                raise
+        tree = self._tree
+        if marks.PLINKS in self._told and os.path.lexists(b"/" + marks.PLINKS):
+            tree.enter(ROOT, self._implied)
+            tree.clear(marks.PLINKS)
+        tree.set_times()
+        exact = tree.fresh and not tree.removed
+        return self._bytes if exact else self._measure()[0]
+
+    # --- one entry ----------------------------------------------------------------------------
+
+    def _member(self, member: Member) -> None:
+        path = names.inside(member.name)
+        kind = member.kind
+        if self._limits.depth and path.count(b"/") >= self._limits.depth:
+            raise LimitExceeded(f"an entry more than {self._limits.depth} directories deep")
+        self._mtime = member.mtime
+        if b".wh." in path and self._mark(path, member):
+            return
+        if path == ROOT:
+            if kind != headers.DIRECTORY:
+                raise ArchiveEscape("an entry would take the place of the layer's root")
+            self._tree.enter(ROOT, self._implied)
+            self._directory(b".", ROOT, member, made=False)
+            return
+        slash = path.rfind(b"/")
+        if slash < 0:
+            name = path
+            self._tree.enter(ROOT, self._implied)
+        else:
+            name = path[slash + 1 :]
+            self._tree.enter(path[:slash], self._implied)
+        if kind == headers.REGULAR or kind == b"7":
+            self._file(name, member)
+        elif kind == headers.DIRECTORY or kind == b"D":
+            made = self._tree.make_directory(name, member.mode & 0o1777)
+            self._count(made)
+            self._directory(name, path, member, made=made)
+        elif kind == headers.SYMLINK:
+            if not member.link:
+                raise BadArchive(f"{shown(path)} is a symlink to nothing")
+            self._make(name, lambda: os.symlink(member.link, name))
+            self._owner(name, member)
+            os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
+        elif kind == headers.LINK:
+            self._link(name, path, member)
+        elif kind in _NODES:
+            self._node(name, path, member)
+        elif kind in b"VAN":
+            self._meter.warn(f"left out {shown(path)}, of type {shown(kind)}, which holds no file")
+            return
+        else:
+            raise BadArchive(f"{shown(path)} has the unknown type {shown(kind)}")
+        self._tree.note(name)
+
+    def _file(self, name: bytes, member: Member) -> None:
+        size = member.size
+        self._count(1, size)
+        mode = member.mode
+        try:
+            fd = os.open(name, _CREATE, mode & 0o777)
+        except FileExistsError:
+            self._tree.clear(name)
+            fd = os.open(name, _CREATE, mode & 0o777)
+        try:
+            if member.extents is not None:
+                self._sparse(fd, member)
+            elif size:
+                body = self._reader.small_body(size)
+                # a file that the window holds whole takes one write
+                if body is None or os.write(fd, body) < size:
+                    os.lseek(fd, 0, os.SEEK_SET)
+                    self._reader.copy(fd, size)
+            uid = self._owners.uid(member.uid, member.name)
+            gid = self._owners.gid(member.gid, member.name)
+            if uid or gid or self._tree.here.setgid:
+                os.fchown(fd, uid, gid)
+            if member.xattrs:
+                self._set_xattrs(fd, member)
+            if mode & _SPECIAL_BITS:
+                os.fchmod(fd, mode)
+            os.utime(fd, ns=(member.mtime, member.mtime))
+        finally:
+            os.close(fd)
+        self._tree.unhide(name)
+
+    def _sparse(self, fd: int, member: Member) -> None:
+        assert member.extents is not None
+        for offset, length in member.extents:
+            os.lseek(fd, offset, os.SEEK_SET)
+            self._reader.copy(fd, length)
+        os.ftruncate(fd, member.size)
+
+    def _directory(self, name: bytes, path: bytes, member: Member, *, made: bool) -> None:
+        tree = self._tree
+        inherits = made and tree.here.setgid
+        uid = self._owners.uid(member.uid, member.name)
+        gid = self._owners.gid(member.gid, member.name)
+        if uid or gid or inherits or not made:
+            os.chown(name, uid, gid, follow_symlinks=False)
+        if not made:
+            self._remove_xattrs(name, member)
+        if member.xattrs:
+            self._set_xattrs(name, member)
+        if member.mode & 0o6000 or inherits or not made:
+            os.chmod(name, member.mode)
+        record = tree.at(path, name)
+        record.mtime = member.mtime
+        record.setgid = bool(member.mode & stat.S_ISGID)
+
+    def _link(self, name: bytes, path: bytes, member: Member) -> None:
+        target = names.inside(member.link)
+        if not names.is_pseudo_link(target):
+            names.check_content(target)
+        if target == path:
+            raise BadArchive(f"{shown(path)} is a hard link to itself")
+        self._count(1)
+        try:
+            with directory_of(target) as (fd, source):
+                if self._dialect is Dialect.OVERLAY and marks.is_whiteout_node(
+                    os.stat(source, dir_fd=fd, follow_symlinks=False)
+                ):
+                    raise BadArchive(f"{shown(path)} is a hard link to a deleted file")
+                self._make(
+                    name, lambda: os.link(source, name, src_dir_fd=fd, follow_symlinks=False)
+                )
+        except FileNotFoundError:
+            raise BadArchive(
+                f"{shown(path)} is a hard link to {shown(target)}, which the archive has not put "
+                "into the layer"
+            ) from None
+        except PermissionError:
+            raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
+
+    def _node(self, name: bytes, path: bytes, member: Member) -> None:
+        kind = _NODES[member.kind]
+        device = 0
+        if member.kind != headers.FIFO:
+            device = _device(member, path)
+            if kind == stat.S_IFCHR and device == 0 and self._dialect is Dialect.OVERLAY:
+                raise ArchiveEscape(f"{shown(path)} would read as a deleted file in this store")
+        try:
+            self._make(name, lambda: os.mknod(name, kind | member.mode & 0o777, device))
+        except PermissionError:
+            # as in any user namespace but the first
+            self._meter.warn(f"left out the device {shown(path)}: making one is not permitted")
+            return
+        self._count(1)
+        self._owner(name, member)
+        if member.xattrs:
+            self._set_xattrs(name, member)
+        os.chmod(name, member.mode)
+        os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
+
+    # --- marks --------------------------------------------------------------------------------
+
+    def _mark(self, path: bytes, member: Member) -> bool:
+        """Take a name of the union's own for what it means; False if it is content after all."""
+        if names.is_housekeeping(path):
+            return self._housekeeping(path, member)
+        deleted = names.mark(path)
+        if deleted is None:
+            return False
+        if member.kind not in (headers.REGULAR, headers.LINK, b"7"):
+            raise ArchiveEscape(f"{shown(path)} stands for a deleted file, and is no regular file")
+        directory = path.rpartition(b"/")[0]
+        self._tree.enter(directory, self._implied)
+        if deleted:
+            self._count(self._tree.whiteout(deleted))
+        else:
+            self._tree.keep_put(b".", self._tree.here.inode)
+            self._tree.set_opaque(b".")
+            self._count(self._dialect is Dialect.AUFS)
+        return True
+
+    def _housekeeping(self, path: bytes, member: Member) -> bool:
+        """aufs's own at the top of a branch is dropped; what links point to is kept meanwhile."""
+        top = path.split(b"/", 1)[0]
+        if top not in self._told:
+            self._told.add(top)
+            self._meter.warn(f"left out {shown(top)}, which aufs keeps for itself")
+        if names.is_pseudo_link(path) and path.count(b"/") == 1:
+            name = path.rpartition(b"/")[2]
+            self._tree.enter(marks.PLINKS, lambda _: None)
+            if member.kind == headers.REGULAR:
+                self._file(name, member)
+            elif member.kind == headers.LINK:
+                self._link(name, path, member)
+        return True
+
+    # --- parts --------------------------------------------------------------------------------
+
+    def _make(self, name: bytes, make: Callable[[], None]) -> None:
+        """Make an entry in the place of whatever has its name."""
+        try:
+            make()
+        except FileExistsError:
+            self._tree.clear(name)
+            make()
+        self._tree.unhide(name)
+
+    def _owner(self, name: bytes, member: Member) -> None:
+        uid = self._owners.uid(member.uid, member.name)
+        gid = self._owners.gid(member.gid, member.name)
+        if uid or gid or self._tree.here.setgid:
+            os.chown(name, uid, gid, follow_symlinks=False)
+
+    def _set_xattrs(self, where: bytes | int, member: Member) -> None:
+        assert member.xattrs is not None
+        for name, value in imported(
+            member.xattrs, self._settings, self._owners, member.name, self._meter
+        ):
+            try:
+                if isinstance(where, int):
+                    os.setxattr(where, name, value)
+                else:
+                    os.setxattr(where, name, value, follow_symlinks=False)
+            except OSError as error:
+                if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.E2BIG):
+                    raise
+                self._meter.warn(
+                    f"dropped the attribute {name} of {shown(member.name)}: {error.strerror}"
+                )
+
+    def _remove_xattrs(self, name: bytes, member: Member) -> None:
+        """The entry says all that a directory which is there already is to have."""
+        wanted = {key for key, _ in member.xattrs or ()}
+        for text in os.listxattr(name, follow_symlinks=False):
+            key = text.encode("utf-8", "surrogateescape")
+            if key.startswith(b"user.") and key not in wanted:
+                if key.startswith((b"user.aufsd.", b"user.overlay.")):
+                    continue
+                os.removexattr(name, text, follow_symlinks=False)
+
+    def _implied(self, path: bytes) -> None:
+        """The current directory has just been made, because an entry lies in it."""
+        self._count(1)
+        if self._inherit(path):
+            return
+        os.chown(b".", self._owners.uid(0, path), self._owners.gid(0, path))
+        os.chmod(b".", 0o755)
+        # not the time of day: the same tar has to give the same layer
+        os.utime(b".", ns=(self._mtime, self._mtime))
+
+    # --- limits and errors --------------------------------------------------------------------
+
+    def _count(self, entries: int, size: int = 0) -> None:
+        self._entries += entries
+        self._bytes += size
+        limits = self._limits
+        if limits.bytes and self._bytes > limits.bytes:
+            self._recount(size)
+            if self._bytes > limits.bytes:
+                raise LimitExceeded(
+                    f"the layer would hold more than {limits.bytes} bytes", limit=limits.bytes
+                )
+        if limits.entries and self._entries > limits.entries:
+            self._recount(size)
+            if self._entries > limits.entries:
+                raise LimitExceeded(
+                    f"the layer would hold more than {limits.entries} entries",
+                    limit=limits.entries,
+                )
+
+    def _recount(self, size: int) -> None:
+        """What was taken away since was counted too."""
+        if self._tree.removed:
+            here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY)
+            found = self._measure()
+            self._bytes, self._entries = found[0] + size, found[1] + 1
+            os.fchdir(here)
+            os.close(here)
+
+    def _measure(self) -> tuple[int, int]:
+        os.chdir(b"/")
+        return measure(aufs=self._dialect is Dialect.AUFS)
+
+    def _translated(self, error: OSError, member: Member) -> Exception:
+        path = shown(member.name)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return NoSpace(f"no space left for {path}: {error.strerror}", entry=path)
+        if error.errno in _UNTAKEN:
+            return BadArchive(f"{path}: {_UNTAKEN[error.errno]}", entry=path, offset=member.start)
+        return error
+
+
+def _device(member: Member, path: bytes) -> int:
+    # the kernel's dev_t has 12 bits for the major number and 20 for the minor one
+    if not 0 <= member.major < 1 << 12 or not 0 <= member.minor < 1 << 20:
+        raise BadArchive(f"{shown(path)} is a device with a number out of range")
+    return os.makedev(member.major, member.minor)

@@ -1,0 +1,141 @@
+"""Merged views of chains of branches, from the branches alone: no mount, no symlink followed.
+
+The strict rule: going down, the first whiteout, opaque directory or non-directory ends the merge
+(what overlayfs shows and OCI means; aufs itself differs in corners, aufs-facts.md section 0).
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from typing import Final
+
+from aufsd.archive.requests import Branch
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Layer:
+    """How the directories of one branch are read."""
+
+    __slots__ = ("_namespace", "aufs", "id", "overlay")
+
+    def __init__(self, branch: Branch, root: int, namespace: str) -> None:
+        self.id = branch.id
+        both = marks.interrupted(root, namespace) is not None
+        self.aufs = both or branch.dialect is Dialect.AUFS
+        self.overlay = both or branch.dialect is Dialect.OVERLAY
+        self._namespace = namespace
+
+    def is_opaque(self, fd: int) -> bool:
+        """Whether the directory `fd` ends the merge."""
+        if self.overlay and marks.has_opaque_xattr(fd, self._namespace):
+            return True
+        return self.aufs and _exists(fd, marks.OPAQUE)
+
+    def hides(self, fd: int, name: bytes) -> bool:
+        """Whether an aufs whiteout of `name` stands in the directory `fd`."""
+        # .wh. and the name may be longer than a name can be
+        return self.aufs and len(name) <= 251 and _exists(fd, marks.WHITEOUT + name)
+
+    def is_whiteout(self, found: os.stat_result) -> bool:
+        """Whether this entry is overlayfs's whiteout."""
+        return self.overlay and marks.is_whiteout_node(found)
+
+
+class Place:
+    """A directory of one branch, that takes part in a merge."""
+
+    __slots__ = ("fd", "layer")
+
+    def __init__(self, layer: Layer, fd: int) -> None:
+        self.layer = layer
+        self.fd = fd
+
+    def close(self) -> None:
+        """Close the directory."""
+        os.close(self.fd)
+
+
+class Found:
+    """What a merged view has under a name: the topmost entry, and where it lies.
+
+    `beside` says that an aufs whiteout of the name stands beside it.
+    """
+
+    __slots__ = ("index", "place", "stat")
+
+    def __init__(self, index: int, place: Place, found: os.stat_result) -> None:
+        self.index = index
+        self.place = place
+        self.stat = found
+
+
+def roots(store: int, chain: Sequence[Branch], namespace: str) -> list[Place]:
+    """The roots of a chain's merged view; `store` is the directory that the branches lie in."""
+    merged: list[Place] = []
+    for branch in chain:
+        fd = os.open(branch.id, _DIRECTORY, dir_fd=store)
+        place = Place(Layer(branch, fd, namespace), fd)
+        merged.append(place)
+        if place.layer.is_opaque(fd):
+            break
+    return merged
+
+
+def lookup(merged: Sequence[Place], name: bytes) -> Found | None:
+    """What the merged directory has under `name`."""
+    for index, place in enumerate(merged):
+        try:
+            found = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            if place.layer.hides(place.fd, name):
+                return None
+            continue
+        return None if place.layer.is_whiteout(found) else Found(index, place, found)
+    return None
+
+
+def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
+    """The directories that make up `name`, of which `top` was found; the caller closes them."""
+    below: list[Place] = []
+    for place in merged[top.index :]:
+        try:
+            fd = os.open(name, _DIRECTORY, dir_fd=place.fd)
+        except FileNotFoundError:
+            if place.layer.hides(place.fd, name):
+                break
+            continue
+        except OSError:
+            # not a directory, or a symlink: what lies below it does not show
+            break
+        below.append(Place(place.layer, fd))
+        if place.layer.is_opaque(fd) or place.layer.hides(place.fd, name):
+            break
+    return below
+
+
+def open_directory(merged: Sequence[Place], path: bytes) -> int | None:
+    """The topmost directory that the merged view has at `path`; the caller closes it."""
+    current: list[Place] = list(merged)
+    opened: list[Place] = []
+    try:
+        for part in path.split(b"/"):
+            top = lookup(current, part)
+            if top is None or not stat.S_ISDIR(top.stat.st_mode):
+                return None
+            current = descend(current, part, top)
+            opened += current
+        return os.dup(current[0].fd) if current else None
+    finally:
+        for place in opened:
+            place.close()
+
+
+def _exists(fd: int, name: bytes) -> bool:
+    try:
+        os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True

@@ -1,0 +1,95 @@
+"""zstd streams, a bounded piece at a time.
+
+A few bytes may stand for 128 KiB, and zstandard's objects give back all that a piece of input
+stands for. So the input is cut where blocks end (RFC 8878, section 3.1.1), which also tells a
+stream that is cut short from one that is whole; zstandard reads either without a word.
+"""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import zstandard
+
+MAGIC: Final = b"\x28\xb5\x2f\xfd"
+# frames to be skipped have one of sixteen magic numbers
+_SKIPPABLE: Final = b"\x2a\x4d\x18"
+# what `zstd --long=27` needs, the most that zstd(1) takes without being asked to
+_WINDOW_MAX: Final = 1 << 27
+_CHECKSUM: Final = 4
+
+
+class ZstdError(ValueError):
+    """Not a zstd stream, or one that is cut short."""
+
+
+class _Decompressor(Protocol):
+    def decompress(self, data: bytes) -> bytes: ...
+
+
+class Frames:
+    """Decompresses frame after frame from `read(n)`, which gives n bytes, fewer at the end."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._object: _Decompressor | None = None
+        self._checksum = False
+
+    def next(self) -> bytes:
+        """What the next block stands for, 128 KiB at most; b"" at the end. Raises ZstdError."""
+        while True:
+            if self._object is None and not self._begin():
+                return b""
+            head = self._exactly(3)
+            word = int.from_bytes(head, "little")
+            last, kind, size = word & 1, word >> 1 & 3, word >> 3
+            if kind == 3 or size > 128 << 10:
+                raise ZstdError("a zstd block is malformed")
+            # a run-length block is one byte long, whatever it stands for
+            data = head + self._exactly(1 if kind == 1 else size)
+            if last and self._checksum:
+                data += self._exactly(_CHECKSUM)
+            found = self._decompress(data)
+            if last:
+                self._object = None
+            if found:
+                return found
+
+    def _begin(self) -> bool:
+        """Read a frame's header; False at the end of the stream."""
+        while True:
+            magic = self._read(4)
+            if not magic:
+                return False
+            if len(magic) == 4 and 0x50 <= magic[0] <= 0x5F and magic[1:] == _SKIPPABLE:
+                size = int.from_bytes(self._exactly(4), "little")
+                while size:
+                    size -= len(self._exactly(min(size, 1 << 20)))
+                continue
+            if magic != MAGIC:
+                raise ZstdError("something else follows the zstd stream")
+            descriptor = self._exactly(1)
+            flags = descriptor[0]
+            single = flags >> 5 & 1
+            dictionary = (0, 1, 2, 4)[flags & 3]
+            content = (single, 2, 4, 8)[flags >> 6]
+            rest = self._exactly((not single) + dictionary + content)
+            self._checksum = bool(flags >> 2 & 1)
+            made: _Decompressor = zstandard.ZstdDecompressor(
+                max_window_size=_WINDOW_MAX
+            ).decompressobj()
+            self._object = made
+            self._decompress(magic + descriptor + rest)
+            return True
+
+    def _decompress(self, data: bytes) -> bytes:
+        assert self._object is not None
+        try:
+            return self._object.decompress(data)
+        except zstandard.ZstdError as error:
+            raise ZstdError(f"the zstd stream is damaged: {error}") from None
+
+    def _exactly(self, count: int) -> bytes:
+        data = self._read(count)
+        if len(data) < count:
+            raise ZstdError("the zstd stream is cut short")
+        return data

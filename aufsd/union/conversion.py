@@ -1,0 +1,187 @@
+"""A layer's marks rewritten for the other union file system, in place.
+
+Crash-safe: a mark on the layer's root says what the work is going to, before the first change and
+until the last, so that it can be begun again at any point; nothing is lost in between, directory
+times included. Works in the current directory of a process of its own.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from typing import Final
+
+from aufsd.kernel import syscalls
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import LayerDamaged
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TIMES: Final = "aufsd.times"
+_NAME_MAX: Final = 255
+
+
+def convert(root: int, target: Dialect, namespace: str, *, sync: bool) -> bool:
+    """Bring the layer with the root directory `root` (a descriptor) into a dialect.
+
+    False if it was in it already. Raises LayerDamaged, with nothing changed, if the layer holds
+    what the other dialect cannot say; a conversion that was cut off is finished without asking.
+    With `sync` the content is on disk before it counts as converted.
+    """
+    half = marks.interrupted(root, namespace)
+    source = marks.read_dialect(root, namespace)
+    if half is None:
+        if source is target:
+            return False
+        _refuse(root, target, namespace)
+    marks.mark_converting(root, target, namespace)
+    if sync:
+        syscalls.syncfs(root)
+    rewrite(root, target, namespace)
+    if sync:
+        syscalls.syncfs(root)
+    marks.write_dialect(root, target, namespace)
+    marks.mark_converting(root, None, namespace)
+    if sync:
+        os.fsync(root)
+    return True
+
+
+def rewrite(root: int, target: Dialect, namespace: str) -> None:
+    """Rewrite every mark of the other dialect below `root`, whatever state a crash left."""
+    change = _to_overlay if target is Dialect.OVERLAY else _to_aufs
+    for fd in _walk(root):
+        with _times_kept(fd, namespace):
+            change(fd, namespace)
+
+
+def _refuse(root: int, target: Dialect, namespace: str) -> None:
+    """Raise LayerDamaged if something in the layer has no way of being said in `target`."""
+    overlay = f"{namespace}.overlay."
+    for _ in _walk(root):
+        with os.scandir(b".") as entries:
+            for entry in entries:
+                name = entry.name
+                if target is Dialect.OVERLAY:
+                    if _is_node(entry):
+                        raise _unsayable(name, "a device 0:0 would become a deleted file")
+                    continue
+                if name.startswith(marks.WHITEOUT):
+                    raise _unsayable(name, "its name would stand for a deleted file")
+                if _is_node(entry) and len(name) > _NAME_MAX - len(marks.WHITEOUT):
+                    raise _unsayable(name, "the name of its whiteout would be too long")
+                for xattr in os.listxattr(name, follow_symlinks=False):
+                    if xattr in (f"{overlay}redirect", f"{overlay}metacopy"):
+                        raise _unsayable(name, f"part of it lies elsewhere ({xattr})")
+
+
+def _unsayable(name: bytes, why: str) -> LayerDamaged:
+    shown = name.decode("utf-8", "backslashreplace")
+    return LayerDamaged(
+        f"the layer cannot be converted: it holds {shown!r}, and {why}", problem=why, entry=shown
+    )
+
+
+# --- one directory, which is the current one ----------------------------------------------------
+
+
+def _to_overlay(fd: int, namespace: str) -> None:
+    names = os.listdir(b".")
+    present = {name for name in names if not name.startswith(marks.WHITEOUT)}
+    for name in names:
+        if not name.startswith(marks.WHITEOUT):
+            continue
+        deleted = marks.deleted_name(name)
+        if name == marks.OPAQUE:
+            os.setxattr(fd, marks.opaque_xattr(namespace), b"y")
+        elif deleted is not None and deleted not in present:
+            os.mknod(deleted, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
+        elif deleted is not None and stat.S_ISDIR(os.lstat(deleted).st_mode):
+            # both stand side by side: the new directory is there, what lies below is not
+            os.setxattr(deleted, marks.opaque_xattr(namespace), b"y")
+        # all other names of this kind are aufs's housekeeping, or what a crash of it left
+        try:
+            os.unlink(name)
+        except IsADirectoryError:
+            shutil.rmtree(name)
+
+
+def _to_aufs(fd: int, namespace: str) -> None:
+    overlay = f"{namespace}.overlay."
+    if marks.has_opaque_xattr(fd, namespace):
+        _make_mark(marks.OPAQUE)
+    _strip(b".", overlay)
+    with os.scandir(b".") as found:
+        entries = list(found)
+    for entry in entries:
+        if _is_node(entry):
+            _make_mark(marks.WHITEOUT + entry.name)
+            os.unlink(entry.name)
+        elif not entry.is_dir(follow_symlinks=False):
+            _strip(entry.name, overlay)
+
+
+def _strip(name: bytes, overlay: str) -> None:
+    for xattr in os.listxattr(name, follow_symlinks=False):
+        if xattr.startswith(overlay):
+            os.removexattr(name, xattr, follow_symlinks=False)
+
+
+def _make_mark(path: bytes) -> None:
+    with contextlib.suppress(FileExistsError):
+        os.mknod(path, stat.S_IFREG | 0o444)
+    os.utime(path, ns=(0, 0))
+
+
+def _is_node(entry: os.DirEntry[bytes]) -> bool:
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return False
+    return not entry.is_symlink() and marks.is_whiteout_node(os.lstat(entry.name))
+
+
+@contextlib.contextmanager
+def _times_kept(fd: int, namespace: str) -> Iterator[None]:
+    """Give the directory its times back, also if a crash comes between: they are noted on it."""
+    name = f"{namespace}.{_TIMES}"
+    before = os.fstat(fd)
+    try:
+        noted = os.getxattr(fd, name)
+    except OSError as error:
+        if error.errno != errno.ENODATA:
+            raise
+        noted = b"%d %d" % (before.st_atime_ns, before.st_mtime_ns)
+        if _has_work() or marks.has_opaque_xattr(fd, namespace):
+            os.setxattr(fd, name, noted)
+    yield
+    atime, mtime = map(int, noted.split())
+    if os.fstat(fd).st_mtime_ns != mtime:
+        os.utime(fd, ns=(atime, mtime))
+    marks.remove_xattr(fd, name)
+
+
+def _has_work() -> bool:
+    with os.scandir(b".") as entries:
+        return any(entry.name.startswith(marks.WHITEOUT) or _is_node(entry) for entry in entries)
+
+
+def _walk(root: int) -> Iterator[int]:
+    """A descriptor of every directory, from the top down, which is the current one then.
+
+    The names below are read after the directory was handed out.
+    """
+    top = os.open(b".", _DIRECTORY, dir_fd=root)
+    levels: list[tuple[int, list[bytes]]] = []
+    below = top
+    while True:
+        os.fchdir(below)
+        yield below
+        with os.scandir(b".") as entries:
+            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        levels.append((below, names))
+        while levels and not levels[-1][1]:
+            os.close(levels.pop()[0])
+        if not levels:
+            return
+        below = os.open(levels[-1][1].pop(), _DIRECTORY, dir_fd=levels[-1][0])
