@@ -6,32 +6,23 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from aufsd.answers import Change, Changes
-from aufsd.archive import compare, view
-from aufsd.archive.requests import Branch, Settings
+from aufsd.archive import compare
+from aufsd.archive.requests import Settings
 from aufsd.archive.view import Place
 from aufsd_client.errors import InvalidParams
 
 
 def changes(
-    store: int,
-    chain: Sequence[Branch],
-    against: Sequence[Branch],
-    settings: Settings,
-    *,
-    after: str,
-    limit: int,
+    now: list[Place], then: list[Place], settings: Settings, *, after: str, limit: int
 ) -> Changes:
     """One page. `after` is the `next` of the page before: its last path in base64.
 
-    `store` is the directory that the branches lie in. Raises InvalidParams for an `after` that no
-    page gave.
+    Raises InvalidParams for an `after` that no page gave.
     """
     try:
         cursor = base64.b64decode(after, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidParams("`after` is not the `next` of a page") from None
-    now = view.roots(store, chain, settings.namespace)
-    then = view.roots(store, against, settings.namespace)
     found = _listed(now, then, settings, cursor)
     page = list(islice(found, limit))
     more = next(found, None) is not None

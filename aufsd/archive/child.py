@@ -27,7 +27,6 @@ from aufsd.archive.source import Source
 from aufsd.archive.unpack import Unpacker
 from aufsd.kernel import syscalls
 from aufsd.union import conversion
-from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import AufsdError, InternalError, NoSpace
 
@@ -110,33 +109,22 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
         case requests.Apply():
             return _apply(request.work, fds, settings, meter)
         case requests.Compare(chain, against, after, limit):
-            _enter(settings, fds[0], (*chain, *against), read_only=True)
-            return requests.Compared(
-                changes.changes(_here(), chain, against, settings, after=after, limit=limit)
-            )
+            now, then = _views(settings, fds[0], chain, against)
+            return requests.Compared(changes.changes(now, then, settings, after=after, limit=limit))
+        case requests.Measure(chain, None):
+            layer = _own(settings, fds[0], chain[0])
+            return requests.Measured(measure(aufs=layer.aufs).bytes)
         case requests.Measure(chain, against):
-            _enter(settings, fds[0], (*chain, *(against or ())), read_only=True)
-            if against is not None:
-                return requests.Measured(compare.size(_here(), chain, against, settings))
-            half = marks.interrupted(".", settings.namespace)
-            aufs = half is not None or chain[0].dialect is Dialect.AUFS
-            return requests.Measured(measure(aufs=aufs).bytes)
+            now, then = _views(settings, fds[0], chain, against or ())
+            return requests.Measured(compare.size(now, then, settings))
         case requests.Clone(source, staging):
-            confine.enter(
-                fds[0],
-                read_only=False,
-                keep=confine.WRITING | confine.TRUSTED_XATTRS,
-                open_files=settings.limits.open_files,
-            )
+            confine.enter(fds[0], read_only=False)
+            _drop(settings, confine.WRITING, trusted=True)
             clone.clone(source, staging, settings.namespace)
             return requests.Cloned()
         case requests.Convert(to):
-            confine.enter(
-                fds[0],
-                read_only=False,
-                keep=confine.WRITING | confine.TRUSTED_XATTRS,
-                open_files=settings.limits.open_files,
-            )
+            confine.enter(fds[0], read_only=False)
+            _drop(settings, confine.WRITING, trusted=True)
             sync = settings.sync == "filesystem"
             return requests.Converted(
                 conversion.convert(_here(), to, settings.namespace, sync=sync)
@@ -145,13 +133,13 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
 
 def _diff(work: requests.Diff, fds: list[int], settings: Settings, meter: Meter) -> requests.Packed:
     root, out = fds
-    _enter(settings, root, (*work.chain, *(work.against or ())), read_only=True)
     sink = Sink(out, meter, digest=work.digest)
     packer = Packer(sink, settings, meter)
     if work.against is None:
-        pack(packer, work.chain[0].dialect, settings.namespace)
+        pack(packer, _own(settings, root, work.chain[0]))
     else:
-        compare.pack(packer, _here(), work.chain, work.against, settings)
+        now, then = _views(settings, root, work.chain, work.against)
+        compare.pack(packer, now, then, settings)
     return _packed(meter, meter.bytes, sink.digest())
 
 
@@ -160,12 +148,15 @@ def _apply(
 ) -> requests.Packed:
     root, branches, stream = fds
     own, *parents = work.chain
-    below = _enter(settings, root, work.chain, read_only=False, branches=branches)
+    below = confine.enter(root, read_only=False, branches=branches)
     assert below is not None
+    trusted = any(branch.dialect is Dialect.OVERLAY for branch in work.chain)
+    _drop(settings, confine.WRITING, trusted=trusted)
     merged: list[view.Place] | None = None
 
     def inherit_from_below(path: bytes) -> bool:
         nonlocal merged
+        # most archives name every directory, and then this is never asked for
         if merged is None:
             merged = view.roots(below, parents, settings.namespace)
         return inherit(view.open_directory(merged, path) if merged else None)
@@ -184,25 +175,32 @@ def _packed(meter: Meter, size: int, digest: str | None) -> requests.Packed:
     )
 
 
-def _enter(
-    settings: Settings,
-    root: int,
-    chain: Sequence[Branch],
-    *,
-    read_only: bool,
-    branches: int | None = None,
-) -> int | None:
-    keep = confine.READING if read_only else confine.WRITING
-    # the mark of an interrupted conversion is a trusted.* xattr too
-    if settings.namespace == "trusted":
+def _own(settings: Settings, root: int, branch: Branch) -> view.Layer:
+    """Confine this process to one layer's content; how that is read."""
+    confine.enter(root, read_only=True)
+    layer = view.Layer(branch, _here(), settings.namespace)
+    _drop(settings, confine.READING, trusted=layer.overlay)
+    return layer
+
+
+def _views(
+    settings: Settings, store: int, chain: Sequence[Branch], against: Sequence[Branch]
+) -> tuple[list[view.Place], list[view.Place]]:
+    """Confine this process to the branches; the roots of two merged views of them."""
+    confine.enter(store, read_only=True)
+    here = _here()
+    now = view.roots(here, chain, settings.namespace)
+    then = view.roots(here, against, settings.namespace)
+    overlay = any(place.layer.overlay for place in (*now, *then))
+    _drop(settings, confine.READING, trusted=overlay)
+    return now, then
+
+
+def _drop(settings: Settings, keep: frozenset[int], *, trusted: bool) -> None:
+    """Give up privileges. `trusted`: overlayfs's marks are to be read or written."""
+    if trusted and settings.namespace == "trusted":
         keep |= confine.TRUSTED_XATTRS
-    return confine.enter(
-        root,
-        read_only=read_only,
-        keep=keep,
-        open_files=settings.limits.open_files,
-        branches=branches,
-    )
+    confine.drop(keep, open_files=settings.limits.open_files)
 
 
 def _here() -> int:

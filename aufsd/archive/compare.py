@@ -12,7 +12,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
 from aufsd.archive.pack import Packer
-from aufsd.archive.requests import Branch, Settings
+from aufsd.archive.requests import Settings
 from aufsd.archive.view import Found, Place
 from aufsd.union import dialect as marks
 
@@ -208,16 +208,8 @@ def _same_content(name: bytes, now: Found, then: Found) -> bool:
 # --- as a tar, as a size ------------------------------------------------------------------------
 
 
-def pack(
-    packer: Packer,
-    store: int,
-    chain: Sequence[Branch],
-    against: Sequence[Branch],
-    settings: Settings,
-) -> None:
-    """Write what turns the view of `against` into that of `chain`: over it, it gives the other."""
-    now = view.roots(store, chain, settings.namespace)
-    then = view.roots(store, against, settings.namespace)
+def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings) -> None:
+    """Write what turns the view `then` into `now`: a layer of it over the one gives the other."""
     packer.directory(b".", now[0].fd, os.fstat(now[0].fd))
     # directories that are not written yet: they are once something in them is
     waiting: list[tuple[bytes, int, os.stat_result] | None] = []
@@ -260,10 +252,8 @@ def _write(packer: Packer, event: Event) -> None:
         packer.vanished(event.path, error)
 
 
-def size(store: int, chain: Sequence[Branch], against: Sequence[Branch], settings: Settings) -> int:
+def size(now: list[Place], then: list[Place], settings: Settings) -> int:
     """Bytes of the regular files that `pack` would write, each inode once."""
-    now = view.roots(store, chain, settings.namespace)
-    then = view.roots(store, against, settings.namespace)
     seen: set[int] = set()
     total = 0
     for event in events(now, then, settings):

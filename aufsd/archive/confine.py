@@ -58,15 +58,8 @@ def prepare(scratch: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def enter(
-    root: int,
-    *,
-    read_only: bool,
-    keep: frozenset[int],
-    open_files: int,
-    branches: int | None = None,
-) -> int | None:
-    """Make the detached mount `root` all that this process sees, and keep only these capabilities.
+def enter(root: int, *, read_only: bool, branches: int | None = None) -> int | None:
+    """Make the detached mount `root` all that this process sees.
 
     `branches` is another detached mount, for reading through a descriptor only: returns one on its
     root, from which `..` leads nowhere. Both descriptors given are closed.
@@ -81,12 +74,16 @@ def enter(
     sc.pivot_root(".", ".")
     sc.umount2(".", sc.MNT_DETACH)
     os.chdir("/")
+    return found
+
+
+def drop(keep: frozenset[int], *, open_files: int) -> None:
+    """Keep only these capabilities, and at most as many descriptors; fewer if the host says so."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY:
         open_files = min(open_files, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     sc.capset(keep)
-    return found
 
 
 def _attach(mount: int, target: str, *, read_only: bool) -> None:

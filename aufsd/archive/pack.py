@@ -15,8 +15,8 @@ from aufsd.archive.attributes import Owners, exported
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
+from aufsd.archive.view import Layer
 from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -146,20 +146,20 @@ class Packer:
         )
 
 
-def pack(packer: Packer, dialect: Dialect, namespace: str) -> None:
+def pack(packer: Packer, layer: Layer) -> None:
     """Write the layer that the current directory is the root of.
 
     `./` comes first, names without `./` after it; within a directory they are sorted by the bytes
     they have in the tar, so that both dialects give the same stream.
     """
-    reading = _Reading(packer, dialect, namespace)
     levels: list[tuple[int, bytes, Iterator[_Row]]] = []
 
     def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
         xattrs = packer.directory(name, fd, os.fstat(fd))
-        opaque = opaque or (reading.overlay and reading.is_opaque(fd, xattrs))
+        if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
+            opaque = layer.is_opaque(fd)
         os.fchdir(fd)
-        levels.append((fd, prefix, iter(reading.rows(prefix, opaque=opaque))))
+        levels.append((fd, prefix, iter(_rows(packer, layer, prefix, opaque=opaque))))
 
     enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)
     while levels:
@@ -197,53 +197,38 @@ class _Row(NamedTuple):
     opaque: bool = False
 
 
-class _Reading:
-    """How directories are read: in one dialect, or in both if a conversion was cut off."""
-
-    def __init__(self, packer: Packer, dialect: Dialect, namespace: str) -> None:
-        both = marks.interrupted(".", namespace) is not None
-        self.aufs = both or dialect is Dialect.AUFS
-        self.overlay = both or dialect is Dialect.OVERLAY
-        self._opaque_xattr = marks.opaque_xattr(namespace)
-        self._packer = packer
-
-    def is_opaque(self, fd: int, xattrs: Collection[str]) -> bool:
-        """Whether overlayfs takes a directory that has these xattrs for opaque."""
-        return self._opaque_xattr in xattrs and os.getxattr(fd, self._opaque_xattr) == b"y"
-
-    def rows(self, prefix: bytes, *, opaque: bool) -> list[_Row]:
-        """What the current directory holds, sorted."""
-        rows = []
-        deleted = set()
-        if opaque:
-            rows.append(_Row(marks.OPAQUE, None))
-        with os.scandir(b".") as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith(marks.WHITEOUT):
-                    if self.aufs and name == marks.OPAQUE:
-                        if not opaque:
-                            rows.append(_Row(name, None))
-                    elif self.aufs and (hidden := marks.deleted_name(name)) is not None:
-                        deleted.add(hidden)
-                    elif not (self.aufs and not prefix and name in marks.HOUSEKEEPING):
-                        self._left_out(prefix + name)
-                elif self.overlay and _is_node(entry):
-                    deleted.add(name)
-                else:
-                    rows.append(_Row(name, entry))
-        if deleted:
-            rows = [
-                row._replace(opaque=True) if row.entry and row.name in deleted else row
-                for row in rows
-            ]
-            deleted.difference_update(row.name for row in rows)
-            rows += [_Row(marks.WHITEOUT + name, None) for name in deleted]
-        rows.sort(key=_name)
-        return rows
-
-    def _left_out(self, name: bytes) -> None:
-        self._packer.meter.warn(f"left out {shown(name)}: an archive cannot hold such a name")
+def _rows(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> list[_Row]:
+    """What the current directory holds, sorted."""
+    rows = []
+    deleted = set()
+    if opaque:
+        rows.append(_Row(marks.OPAQUE, None))
+    with os.scandir(b".") as entries:
+        for entry in entries:
+            name = entry.name
+            if name.startswith(marks.WHITEOUT):
+                if layer.aufs and name == marks.OPAQUE:
+                    if not opaque:
+                        rows.append(_Row(name, None))
+                elif layer.aufs and (hidden := marks.deleted_name(name)) is not None:
+                    deleted.add(hidden)
+                elif not (layer.aufs and not prefix and name in marks.HOUSEKEEPING):
+                    packer.meter.warn(
+                        f"left out {shown(prefix + name)}: an archive cannot hold such a name"
+                    )
+            elif layer.overlay and _is_node(entry):
+                deleted.add(name)
+            else:
+                rows.append(_Row(name, entry))
+    if deleted:
+        # what stands beside a whiteout of its own is there, and what lies below it is not
+        rows = [
+            row._replace(opaque=True) if row.entry and row.name in deleted else row for row in rows
+        ]
+        deleted.difference_update([row.name for row in rows])
+        rows += [_Row(marks.WHITEOUT + name, None) for name in deleted]
+    rows.sort(key=_name)
+    return rows
 
 
 def _name(row: _Row) -> bytes:

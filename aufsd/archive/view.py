@@ -17,15 +17,19 @@ _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Layer:
-    """How the directories of one branch are read."""
+    """How the directories of one branch are read: for aufs's marks, or for overlayfs's.
 
-    __slots__ = ("_namespace", "aufs", "id", "overlay")
+    For both while a conversion is half done.
+    """
+
+    __slots__ = ("_namespace", "aufs", "id", "opaque_xattr", "overlay")
 
     def __init__(self, branch: Branch, root: int, namespace: str) -> None:
         self.id = branch.id
         both = marks.interrupted(root, namespace) is not None
         self.aufs = both or branch.dialect is Dialect.AUFS
         self.overlay = both or branch.dialect is Dialect.OVERLAY
+        self.opaque_xattr = marks.opaque_xattr(namespace)
         self._namespace = namespace
 
     def is_opaque(self, fd: int) -> bool:
