@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench test-vm install clean
+.PHONY: help demo test lint format bench test-vm man install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml client/pyproject.toml
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 		|| { echo "this Python has no venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e './client[cli,trio]' -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 -e './client[cli,trio]' -e '.[dev]'
 	@touch $@
 
 demo: $(VENV)/installed ## load a root file system, stack two layers, mount, change, export, compare
@@ -40,6 +40,54 @@ bench: $(VENV)/installed ## measure, each case as a ratio to a yardstick of the 
 
 test-vm: $(VENV)/installed ## run the tests in a virtual machine: make test-vm KERNEL=path/to/bzImage
 	tests/vm/run $(KERNEL)
+
+man: $(VENV)/installed ## the man pages and a commented configuration, into build/doc
+	$(BIN)/python docs/man/build.py build/doc
+
+# --- Installing. PREFIX is where things go, DESTDIR a root to put in front of that. The programs are
+# one directory of Python packages that touches no other, and two launchers. A packager who installs
+# the two distributions by other means wants `install-files` alone, with AUFSD= where his lies.
+
+PREFIX ?= /usr/local
+AUFSD ?= $(PREFIX)/bin/aufsd
+# systemd reads these below /usr/lib and /usr/local/lib
+SYSTEMD ?= $(PREFIX)/lib
+LIBRARY := $(PREFIX)/lib/aufsd
+SHARE := $(PREFIX)/share/aufsd
+PLACED = sed -e 's|@AUFSD@|$(AUFSD)|' -e 's|@PREFIX@|$(PREFIX)|'
+
+install: $(VENV)/installed install-files ## put the programs and all below in place: DESTDIR= PREFIX=/usr/local
+	rm -rf '$(DESTDIR)$(LIBRARY).new'
+	$(BIN)/pip install --quiet --disable-pip-version-check --target '$(DESTDIR)$(LIBRARY).new' \
+		'./client[cli]' .
+	rm -rf '$(DESTDIR)$(LIBRARY).new/bin' '$(DESTDIR)$(LIBRARY)'
+	mv '$(DESTDIR)$(LIBRARY).new' '$(DESTDIR)$(LIBRARY)'
+	install -d '$(DESTDIR)$(PREFIX)/bin'
+	$(BIN)/python systemd/launcher.py '$(LIBRARY)' aufsd.__main__ >'$(DESTDIR)$(PREFIX)/bin/aufsd'
+	$(BIN)/python systemd/launcher.py '$(LIBRARY)' aufsd_client.cli.__main__ \
+		>'$(DESTDIR)$(PREFIX)/bin/aufsctl'
+	chmod 755 '$(DESTDIR)$(PREFIX)/bin/aufsd' '$(DESTDIR)$(PREFIX)/bin/aufsctl'
+	@test -n '$(DESTDIR)' || { echo 'Now, as root:'; \
+		echo '    systemd-sysusers && systemctl daemon-reload'; \
+		echo '    systemctl enable --now aufsd.socket aufsd-monitor.socket aufsd.service'; }
+
+install-files: man ## only the units, man pages and monitoring: DESTDIR= PREFIX= AUFSD=path of the program
+	install -d $(foreach directory,systemd/system sysusers.d tmpfiles.d modules-load.d,\
+		'$(DESTDIR)$(SYSTEMD)/$(directory)') '$(DESTDIR)$(SHARE)'
+	for unit in systemd/*.in systemd/monitoring/*.in; do \
+		$(PLACED) "$$unit" >"$(DESTDIR)$(SYSTEMD)/systemd/system/$$(basename "$$unit" .in)" || exit; \
+	done
+	install -m 644 systemd/*.socket systemd/monitoring/*.timer '$(DESTDIR)$(SYSTEMD)/systemd/system'
+	for kind in sysusers.d tmpfiles.d modules-load.d; do \
+		install -m 644 systemd/$$kind/aufsd.conf "$(DESTDIR)$(SYSTEMD)/$$kind" || exit; \
+	done
+	install -D systemd/monitoring/check_aufsd.py '$(DESTDIR)$(PREFIX)/lib/nagios/plugins/check_aufsd'
+	install -D systemd/monitoring/textfile.py '$(DESTDIR)$(PREFIX)/libexec/aufsd-textfile'
+	install -m 644 systemd/monitoring/aufsd.rules.yml systemd/monitoring/grafana-aufsd.json \
+		build/doc/aufsd.toml '$(DESTDIR)$(SHARE)'
+	for page in build/doc/*.[158]; do \
+		install -D -m 644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}" || exit; \
+	done
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) build client/build *.egg-info client/*.egg-info
