@@ -236,6 +236,7 @@ def test_calls_of_a_daemon_that_stops_are_refused(daemon: Daemon) -> None:
         thread.start()
         daemon.until_running(1)
         daemon.do(daemon.served.shutdown.set)
+        daemon.settle()
         with pytest.raises(ShuttingDown):
             client.ping()
         daemon.do(daemon.driver.go.set)
@@ -272,7 +273,7 @@ def test_a_socket_that_this_user_may_not_open_is_unreachable(daemon: Daemon) -> 
     script = (
         "import os, sys\n"
         "from aufsd_client import Client, DaemonUnreachable\n"
-        "os.setresuid(12345, 12345, 12345)\n"
+        "os.setgroups([]); os.setresgid(*[12345] * 3); os.setresuid(*[12345] * 3)\n"
         "try: Client(sys.argv[1]).ping()\n"
         "except DaemonUnreachable as error: print(error)\n"
     )

@@ -9,6 +9,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 import trio
+import trio.testing
 
 from aufsd.rpc.server import Settings
 from tests.rpc.fake_driver import FakeDriver
@@ -45,6 +46,10 @@ class Daemon:
                 await self.driver.until_running(count)
 
         trio.from_thread.run(wait, trio_token=self.token)
+
+    def settle(self) -> None:
+        """Wait until the server has nothing to do but wait."""
+        trio.from_thread.run(trio.testing.wait_all_tasks_blocked, trio_token=self.token)
 
     def until_done(self) -> None:
         """Wait until the server has stopped."""
