@@ -4,6 +4,7 @@ Ids and labels that arrive here are parsed. Every method either does all of what
 one of aufsd_client.errors and has done nothing; what cancellation leaves is said where it differs.
 """
 
+import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -168,8 +169,8 @@ class Driver:
             references = error.data["references"]
             assert isinstance(references, int)
             return answers.Removed(False, "in-use", references)
-        for error in left:
-            log.warning("content of a removed layer stays until the next start", error=str(error))
+        for failure in left:
+            log.warning("content of a removed layer stays until the next start", error=str(failure))
         self.erase.set()
         return answers.Removed(True)
 
@@ -225,10 +226,10 @@ class Driver:
         """Unmount every mount of the store, whatever its count."""
         done, failed = await self.unions.cleanup()
         rows = []
-        for id, error in failed.items():
+        for id, failure in failed.items():
             holders = (await self.holders(id)).holders
-            number = os.strerror(error.errno or 0) if isinstance(error, OSError) else "EBUSY"
-            rows.append(answers.FailedUnmount(id, number, holders))
+            number = failure.errno if isinstance(failure, OSError) else errno.EBUSY
+            rows.append(answers.FailedUnmount(id, errno.errorcode[number or 0], holders))
         return answers.Cleanup(list(done), rows)
 
     async def holders(self, id: LayerId) -> answers.Holders:

@@ -24,6 +24,7 @@ import msgspec
 from aufsd.kernel import syscalls
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layout import Layout
+from aufsd.union.backend import XattrNamespace
 from aufsd_client.errors import (
     LayerDamaged,
     LayerExists,
@@ -64,7 +65,7 @@ class Store:
     uid: int
     gid: int
     format: Format
-    xattr_namespace: str
+    xattr_namespace: XattrNamespace
     lock_fd: int
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
@@ -281,7 +282,7 @@ def open_store(
     sync: Sync = "filesystem",
     uid: int = 0,
     gid: int = 0,
-    xattr_namespace: str = "trusted",
+    xattr_namespace: XattrNamespace = "trusted",
 ) -> Store:
     """Lock the store at `root` (absolute, resolved, existing) and read its index.
 

@@ -1,4 +1,4 @@
-"""The error table of the API: one class per name, for the daemon that raises and the client that re-raises.
+"""The error table of the API: one class per name, raised by the daemon, raised again by clients.
 
 An error crosses the socket as `{"code", "message", "data": {"name", ...}}`. The name is what
 programs match; it is the class's own name. Standard library only.
