@@ -20,6 +20,7 @@ from aufsd.store.layers import Store, open_store
 from aufsd.table import Table
 from aufsd.union import dialect as dialects
 from aufsd.union import overlay
+from aufsd.union.backend import XattrNamespace
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     LabelConflict,
@@ -33,7 +34,7 @@ from aufsd_client.errors import (
 
 pytestmark = pytest.mark.mounts
 
-NAMESPACE = "trusted" if os.geteuid() == 0 else "user"
+NAMESPACE: XattrNamespace = "trusted" if os.geteuid() == 0 else "user"
 BASE, TOP, SIDE = LayerId("base"), LayerId("top"), LayerId("side")
 MANUAL = Reference(1, 0, "test", "manual", 0.0, 0)
 

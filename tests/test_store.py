@@ -12,6 +12,7 @@ from aufsd.kernel import syscalls
 from aufsd.store import layers, recovery
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store, open_store
+from aufsd.union.backend import XattrNamespace
 from aufsd_client.errors import (
     LayerDamaged,
     LayerExists,
@@ -35,7 +36,7 @@ def opened(root: Path, *, adopt: bool = False) -> Iterator[Store]:
         store.close()
 
 
-NAMESPACE = "trusted" if os.geteuid() == 0 else "user"
+NAMESPACE: XattrNamespace = "trusted" if os.geteuid() == 0 else "user"
 
 
 def make(store: Store, id: LayerId, *parents: LayerId) -> None:
