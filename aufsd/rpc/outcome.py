@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import structlog
 import trio
@@ -23,15 +24,22 @@ def translate(raised: BaseException) -> AufsdError:
     for leaf in leaves:
         if not isinstance(leaf, Exception):
             raise raised
-    if leaves and all(isinstance(leaf, AufsdError) for leaf in leaves):
-        assert isinstance(leaves[0], AufsdError)
-        return leaves[0]
+    known = [leaf for leaf in leaves if _is_answer(leaf)]
+    if known and len(known) == len(leaves):
+        return known[0]
     incident = secrets.token_hex(8)
-    log.error("incident", incident=incident, exc_info=raised)
+    # an archive job's exception comes from another process, as text
+    told = {key: value for leaf in leaves for key, value in getattr(leaf, "data", {}).items()}
+    log.error("incident", exc_info=raised, **told, incident=incident)
     return InternalError(
         f"the daemon failed in a way it did not expect; its log tells more of incident {incident}",
         incident=incident,
     )
+
+
+def _is_answer(leaf: BaseException) -> TypeGuard[AufsdError]:
+    """Whether a peer may see this as it is: an InternalError is a fault that we gave a name to."""
+    return isinstance(leaf, AufsdError) and not isinstance(leaf, InternalError)
 
 
 def _leaves(raised: BaseException) -> Iterator[BaseException]:

@@ -1,0 +1,56 @@
+"""Nothing of an unexpected failure reaches a peer but the number of an incident."""
+
+import pytest
+import trio
+from structlog.testing import capture_logs
+
+from aufsd.rpc.outcome import translate
+from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound
+
+KNOWN = LayerNotFound("there is no layer a", id="a")
+FROM_A_JOB = InternalError("the archive job failed: /secret/path", traceback="/secret/code.py")
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [
+        OSError(5, "I/O error", "/secret/path"),
+        FROM_A_JOB,
+        BaseExceptionGroup("g", [KNOWN, ValueError("/secret/value")]),
+        BaseExceptionGroup("g", [FROM_A_JOB]),
+    ],
+    ids=["unexpected", "an archive job's", "a group with one", "a group of a job's"],
+)
+def test_an_unexpected_failure_is_an_incident(raised: BaseException) -> None:
+    with capture_logs() as logged:
+        error = translate(raised)
+    assert type(error) is InternalError
+    assert "/secret" not in str(error.to_wire())
+    (line,) = [line for line in logged if line["event"] == "incident"]
+    assert line["incident"] == error.data["incident"]
+    assert line["exc_info"] is raised
+
+
+@pytest.mark.parametrize(
+    "raised", [KNOWN, BaseExceptionGroup("g", [KNOWN, LayerInUse("another")])], ids=["one", "group"]
+)
+def test_an_error_of_the_api_goes_out_as_it_is(raised: BaseException) -> None:
+    assert translate(raised) is KNOWN
+
+
+def test_what_is_not_ours_to_handle_is_raised_again() -> None:
+    group = BaseExceptionGroup("g", [KeyboardInterrupt()])
+    with pytest.raises(BaseExceptionGroup):
+        translate(group)
+
+
+async def test_a_cancellation_inside_a_group_hides_nothing() -> None:
+    caught: list[BaseException] = []
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        try:
+            await trio.lowlevel.checkpoint()
+        except trio.Cancelled as cancelled:
+            caught.append(cancelled)
+            raise
+    assert translate(BaseExceptionGroup("g", [*caught, KNOWN])) is KNOWN
