@@ -6,6 +6,7 @@ key or a bad value is one sentence and exit status 2, before anything is touched
 
 import argparse
 import grp
+import ipaddress
 import os
 import pwd
 from pathlib import Path
@@ -40,11 +41,14 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_layer_entries: int = 0
     max_connections: int = 2000
     max_connections_per_uid: int = 0
+    max_calls_per_uid: int = 0
+    max_jobs_per_uid: int = 0
     max_jobs: int = 4
     drain_timeout: float = 10.0
     read_users: tuple[str, ...] = ("*",)
     use_users: tuple[str, ...] = ("*",)
     change_users: tuple[str, ...] = ("*",)
+    metrics_listen: str = "off"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
 
@@ -63,13 +67,16 @@ HELP = {
     "gid_maps": "CONTAINER:HOST:SIZE, group ids likewise; repeatable",
     "max_layer_bytes": "refuse an archive that makes a layer's own content larger",
     "max_layer_entries": "refuse an archive that makes a layer hold more entries",
-    "max_connections": "connections at a time",
-    "max_connections_per_uid": "connections of one user at a time; root's do not count",
+    "max_connections": "connections at a time, for each of the two sockets",
+    "max_connections_per_uid": "connections of one user at a time, for each of the two sockets",
+    "max_calls_per_uid": "calls of one user at a time, over all its connections",
+    "max_jobs_per_uid": "archives of one user at a time",
     "max_jobs": "archives at a time; 256 more wait",
     "drain_timeout": "how long running calls may take once the daemon is told to stop",
     "read_users": "users and @groups that may call what reads; * for all, repeatable",
     "use_users": "users and @groups that may get and put; * for all, repeatable",
     "change_users": "users and @groups that may change layers; * for all, repeatable",
+    "metrics_listen": "where Prometheus may fetch metrics, ADDRESS:PORT of the loopback; or off",
     "log_level": "the least severe lines that are logged",
     "log_format": "auto: JSON unless standard error is a terminal",
 }
@@ -150,6 +157,7 @@ def _check(config: Config) -> None:
             raise ConfigError(f"{path}: the directory {parent} does not exist")
     if os.path.abspath(config.socket) == os.path.abspath(config.monitor_socket):
         raise ConfigError("socket and monitor_socket must differ")
+    metrics_address(config)
     for name in ("read_users", "use_users", "change_users"):
         allowed(getattr(config, name))
 
@@ -167,6 +175,27 @@ def _check_maps(name: str, maps: tuple[IdMap, ...]) -> None:
 
 def _overlap(a: int, b: int, a_size: int, b_size: int) -> bool:
     return a < b + b_size and b < a + a_size
+
+
+def metrics_address(config: Config) -> tuple[str, int] | None:
+    """Address and port of `metrics_listen`; None if it is off. Raises ConfigError.
+
+    Loopback only: whoever can connect may read, and there is neither TLS nor a password.
+    """
+    text = config.metrics_listen
+    if text == "off":
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        address = None
+    if address is None or not address.is_loopback or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(
+            f"metrics_listen = {text}: not a loopback address with a port, such as "
+            "127.0.0.1:9433 or [::1]:9433, and not off"
+        )
+    return str(address), int(port)
 
 
 def allowed(names: tuple[str, ...]) -> tuple[frozenset[int], frozenset[int]] | None:

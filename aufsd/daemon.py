@@ -6,6 +6,7 @@ is deleted after READY. Stop: take no new calls, let running ones end, leave mou
 
 import os
 import signal
+import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from aufsd.mounts import open_mounts
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
 from aufsd.rpc.server import Allow, Listener, Server, Settings
+from aufsd.service import exporter, gauges, notify
 from aufsd.service import log as logging
 from aufsd.service.activation import inherited
-from aufsd.service.metrics import Metrics, rooms
-from aufsd.service.notify import Notifier, feed_watchdog
+from aufsd.service.metrics import Metrics
+from aufsd.service.notify import Notifier
 from aufsd.status import Overview
 from aufsd.store import recovery
 from aufsd.store.ids import LayerId
@@ -116,7 +118,13 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
         ):
             backing = probe.ground(store.layout.private).kind
             overview = Overview(store, backend, unions, jobs, backing, opened.warnings)
-            metrics.watch(rooms(store, unions, jobs, opened.recovered))
+            metrics.watch(
+                gauges.build(backend.name),
+                gauges.store(store, overview, opened.recovered),
+                gauges.mounts(unions),
+                gauges.archives(jobs),
+                gauges.process(),
+            )
             driver = Driver(
                 store=store,
                 backend=backend,
@@ -147,25 +155,28 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     # descriptors of the caller's working directory and umask must not decide anything
     os.umask(0o022)
     os.chdir("/")
+    notifier = Notifier()
+    notifier.tell(f"STATUS=opening the store at {config.root}")
     opened = open_root(config)
     try:
-        trio.run(_serve, opened, config, reload)
+        trio.run(_serve, opened, config, reload, notifier)
     finally:
         opened.store.close()
     return 0
 
 
-async def _serve(opened: Opened, config: Config, reload: Callable[[], Config]) -> None:
-    notifier = Notifier()
+async def _serve(
+    opened: Opened, config: Config, reload: Callable[[], Config], notifier: Notifier
+) -> None:
     metrics = Metrics()
-    sockets = _listen(config)
     shutdown = trio.Event()
+    sockets = _listen(config)
     try:
+        scrapes = _listen_for_scrapes(config)
         async with (
             open_driver(opened, config, metrics) as driver,
             trio.open_nursery() as background,
         ):
-            background.start_soon(feed_watchdog, notifier, driver.unions.breathe)
             async with trio.open_nursery() as serving:
                 serve_api = partial(
                     server.serve,
@@ -176,11 +187,16 @@ async def _serve(opened: Opened, config: Config, reload: Callable[[], Config]) -
                     observe=metrics.observe,
                 )
                 running: Server = await serving.start(serve_api)
-                background.start_soon(_signals, shutdown, running, notifier, reload)
-                notifier.tell("READY=1", f"STATUS={_state(driver)}")
+                metrics.watch(gauges.edge(running.statistics))
+                if scrapes is not None:
+                    background.start_soon(exporter.serve, scrapes, metrics.render)
+                state = State(driver, running, shutdown)
+                await background.start(_signals, config, reload, state, notifier)
+                notifier.tell("READY=1", f"STATUS={state}")
+                background.start_soon(notify.report, notifier, driver.unions.breathe, state.__str__)
                 log.info("ready", backend=driver.backend.name, layers=len(driver.store.parent))
                 await shutdown.wait()
-                notifier.tell("STOPPING=1", "STATUS=draining; mounts stay")
+                notifier.tell("STOPPING=1", f"STATUS={state}")
             background.cancel_scope.cancel()
     finally:
         for listener in sockets:
@@ -188,31 +204,80 @@ async def _serve(opened: Opened, config: Config, reload: Callable[[], Config]) -
     log.info("stopped")
 
 
+@dataclass(slots=True)
+class State:
+    """What the service manager is told: its text is a line for `systemctl status`."""
+
+    driver: Driver
+    running: Server
+    shutdown: trio.Event
+    # what an operator has to know beside it
+    note: str = ""
+
+    def __str__(self) -> str:
+        status = self.driver.status()
+        parts = [
+            f"{status.backend}: {status.layers} layers, {status.mounts} mounts, "
+            f"{status.references} references, {len(status.jobs)} archives running",
+            *status.degraded,
+            *([self.note] if self.note else ()),
+        ]
+        if self.shutdown.is_set():
+            calls = self.running.statistics().in_flight
+            parts.insert(0, f"draining {calls} calls, mounts stay")
+        return "; ".join(parts)
+
+
+# the keys whose new values count at once
+RELOADED = frozenset(
+    {
+        *("max_connections", "max_connections_per_uid", "max_calls_per_uid", "max_jobs_per_uid"),
+        *("drain_timeout", "read_users", "use_users", "change_users", "log_level", "log_format"),
+    }
+)
+
+
 async def _signals(
-    shutdown: trio.Event, running: Server, notifier: Notifier, reload: Callable[[], Config]
+    config: Config,
+    reload: Callable[[], Config],
+    state: State,
+    notifier: Notifier,
+    task_status: trio.TaskStatus[None],
 ) -> None:
     """SIGTERM and SIGINT drain and stop; SIGHUP reads the configuration again. Endless."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        task_status.started()
         async for number in received:
             if number != signal.SIGHUP:
-                shutdown.set()
+                state.shutdown.set()
                 continue
             notifier.reloading()
             try:
-                config = reload()
+                found = reload()
             except ConfigError as error:
                 log.error("configuration is not reloaded", error=str(error))
+                state.note = f"the new configuration was not taken: {error}"
             else:
-                # what else changes counts from the next start on
-                running.settings = _settings(config)
-                logging.configure(config.log_level, json=_json(config))
-                log.info("configuration reloaded")
-            notifier.tell("READY=1")
+                state.running.settings = _settings(found)
+                logging.configure(found.log_level, json=_json(found))
+                waiting = [
+                    key
+                    for key in found.__struct_fields__
+                    if key not in RELOADED and getattr(found, key) != getattr(config, key)
+                ]
+                state.note = f"a restart is needed for {', '.join(waiting)}" if waiting else ""
+                log.info("configuration reloaded", restart_needed_for=waiting)
+            notifier.tell("READY=1", f"STATUS={state}")
+
+
+def _listen_for_scrapes(config: Config) -> socket.socket | None:
+    address = configuration.metrics_address(config)
+    return None if address is None else exporter.bind(*address)
 
 
 def _listen(config: Config) -> list[Listener]:
     """The two sockets: systemd's where it passed them, else our own."""
-    passed = inherited()
+    passed = inherited(("control", "monitor"))
     found = []
     for name, path, monitor in (
         ("control", config.socket, False),
@@ -241,14 +306,11 @@ def _settings(config: Config) -> Settings:
     return Settings(
         max_connections=config.max_connections,
         max_connections_per_user=config.max_connections_per_uid,
+        max_calls_per_user=config.max_calls_per_uid,
+        max_archives_per_user=config.max_jobs_per_uid,
         drain_timeout=config.drain_timeout,
         allow=allow,
     )
-
-
-def _state(driver: Driver) -> str:
-    entries = driver.unions.table.entries
-    return f"{driver.backend.name}, {len(driver.store.parent)} layers, {len(entries)} in use"
 
 
 def _json(config: Config) -> bool | None:

@@ -4,6 +4,7 @@ Work given to a thread is never abandoned: a cancelled caller still waits for th
 its result, so that what was done is always known to who asked for it.
 """
 
+import time
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -44,6 +45,17 @@ class MountThread:
 
     def __init__(self) -> None:
         self._limiter = trio.CapacityLimiter(1)
+        # for metrics: calls that ended, and the seconds that they waited and took
+        self.calls = 0
+        self.wait_seconds = 0.0
+        self.busy_seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the present call has been running; 0 if there is none."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
 
     @property
     def queued(self) -> int:
@@ -52,4 +64,16 @@ class MountThread:
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """See `run` above."""
-        return await run(function, self._limiter, *args, **kwargs)
+        asked = time.monotonic()
+
+        def timed() -> T:
+            began = self._since = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._since = None
+                self.calls += 1
+                self.wait_seconds += began - asked
+                self.busy_seconds += time.monotonic() - began
+
+        return await run(timed, self._limiter)

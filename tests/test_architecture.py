@@ -42,7 +42,6 @@ LEVELS = {
 ROOMS = {
     "ctypes": ("aufsd.kernel.",),
     "jsonrpcserver": ("aufsd.rpc.dispatch",),
-    "prometheus_client": ("aufsd.service.metrics",),
     "trio": (
         *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.mounts", "aufsd.table"),
         *("aufsd.threads", "aufsd.processes", "aufsd.archive.jobs", "aufsd.rpc."),

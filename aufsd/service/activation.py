@@ -2,24 +2,43 @@
 
 import os
 import socket
+from collections.abc import Collection
 
 _FIRST = 3
 
 
-def inherited() -> dict[str, socket.socket]:
-    """Listening sockets by name (FileDescriptorName=), owned by the caller; none is the usual case.
+def inherited(names: Collection[str]) -> dict[str, socket.socket]:
+    """Listening Unix sockets by name (FileDescriptorName=); the caller owns them.
 
-    The variables are taken out of the environment, so that no child takes them for its own.
+    None is the usual case. The variables are taken out of the environment, so that no child takes
+    them for its own. Raises OSError for a descriptor that is something else or has another name:
+    that is a mistake in a unit, and to listen elsewhere instead would hide it.
     """
     ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
-    count = int(os.environ.pop("LISTEN_FDS", "0") or 0)
-    names = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if not ours:
+    count = os.environ.pop("LISTEN_FDS", "")
+    given = os.environ.pop("LISTEN_FDNAMES", "").split(":")
+    if not ours or not count.isdigit():
         return {}
-    found = {}
-    for index in range(count):
+    found: dict[str, socket.socket] = {}
+    for index in range(int(count)):
         fd = _FIRST + index
         os.set_inheritable(fd, False)
-        name = names[index] if index < len(names) else str(index)
-        found[name] = socket.socket(fileno=fd)
+        name = given[index] if index < len(given) else ""
+        if name not in names or name in found:
+            raise OSError(
+                f"the service manager passed a socket named {name!r}; "
+                f"FileDescriptorName= has to be one of: {', '.join(names)}"
+            )
+        found[name] = _listening(fd, name)
     return found
+
+
+def _listening(fd: int, name: str) -> socket.socket:
+    try:
+        sock = socket.socket(fileno=fd)
+        listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise OSError(error.errno, f"passed as the {name} socket: {error.strerror}") from None
+    if (sock.family, sock.type) != (socket.AF_UNIX, socket.SOCK_STREAM) or not listens:
+        raise OSError(f"passed as the {name} socket: not a Unix stream socket that listens")
+    return sock

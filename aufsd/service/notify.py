@@ -7,9 +7,15 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 import trio
 
+# the status text is told anew at least so often
+_PAUSE = 10.0  # seconds
+
 
 class Notifier:
-    """Tells the service manager. `watchdog`: half the interval it expects, in seconds, or None."""
+    """Tells the service manager. `watchdog`: the interval that it expects, in seconds, or None.
+
+    Takes its variables out of the environment, so that no child speaks for the daemon.
+    """
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
@@ -17,7 +23,12 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         own = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         interval = os.environ.pop("WATCHDOG_USEC", "")
-        self.watchdog = int(interval) / 2e6 if own and interval.isdigit() else None
+        self.watchdog = int(interval) / 1e6 if own and interval.isdigit() else None
+
+    @property
+    def listening(self) -> bool:
+        """Whether there is a manager to tell."""
+        return bool(self._address)
 
     def tell(self, *lines: str) -> None:
         """Send assignments such as READY=1. A datagram to a socket in memory does not block."""
@@ -26,7 +37,7 @@ class Notifier:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
             peer.setblocking(False)
             try:
-                peer.sendto("\n".join(lines).encode(), self._address)
+                peer.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
             except OSError:
                 # a manager that does not listen must not stop the daemon
                 return
@@ -37,15 +48,22 @@ class Notifier:
         self.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
 
 
-async def feed_watchdog(notifier: Notifier, answers: Callable[[], Awaitable[None]]) -> None:
-    """Feed the watchdog for as long as `answers` returns in time. Endless; returns at once if off.
+async def report(
+    notifier: Notifier, answers: Callable[[], Awaitable[None]], state: Callable[[], str]
+) -> None:
+    """Keep the status text true, and feed the watchdog for as long as `answers` returns in time.
 
     A daemon that cannot do its work is not fed, and the manager restarts it: mounts outlive that.
+    Endless; returns at once where nobody listens.
     """
-    if notifier.watchdog is None:
+    if not notifier.listening:
         return
+    within = notifier.watchdog / 2 if notifier.watchdog else _PAUSE
     while True:
-        with trio.move_on_after(notifier.watchdog):
+        with trio.move_on_after(within) as waiting:
             await answers()
-            notifier.tell("WATCHDOG=1")
-        await trio.sleep(notifier.watchdog / 2)
+        if waiting.cancelled_caught:
+            notifier.tell(f"STATUS=the mount thread has not answered for {within:g} s; {state()}")
+        else:
+            notifier.tell("WATCHDOG=1", f"STATUS={state()}")
+            await trio.sleep(min(within / 2, _PAUSE))

@@ -1,0 +1,108 @@
+"""Metrics over TCP for a Prometheus on this host: as much of HTTP/1.1 as a scrape needs.
+
+One request a connection, GET and HEAD of /metrics, nothing else. Every user of the host can
+connect, as to the monitoring socket, and sees what everybody sees there.
+"""
+
+import errno
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+
+import structlog
+import trio
+
+from aufsd import answers
+
+log = structlog.get_logger(__name__)
+
+# at a time; more wait in the kernel's queue
+_CONNECTIONS = 8
+_REQUEST = 8192  # bytes of a request at most
+_WITHIN = 5.0  # seconds for one connection
+_EXHAUSTED_PAUSE = 0.1  # seconds
+_EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+
+
+def bind(address: str, port: int) -> socket.socket:
+    """A listening socket, the caller's. Raises OSError that names the address."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            # the port of a daemon that ended a moment ago is still held by its last connections
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((address, port))
+            sock.listen(_CONNECTIONS)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        where = f"metrics_listen = {address}:{port}"
+        raise OSError(error.errno, error.strerror, where) from None
+    return sock
+
+
+async def serve(sock: socket.socket, render: Callable[[], answers.Metrics]) -> None:
+    """Answer scrapes until cancelled; closes the socket then."""
+    slots = trio.Semaphore(_CONNECTIONS)
+    with trio.socket.from_stdlib_socket(sock) as listener:
+        async with trio.open_nursery() as nursery:
+            while True:
+                await slots.acquire()
+                try:
+                    peer, _ = await listener.accept()
+                except OSError as error:
+                    # anything else is of the one connection that is gone again (accept(2))
+                    slots.release()
+                    if error.errno in _EXHAUSTED:
+                        log.error("cannot accept scrapes", error=error.strerror)
+                        await trio.sleep(_EXHAUSTED_PAUSE)
+                else:
+                    nursery.start_soon(_converse, trio.SocketStream(peer), render, slots)
+
+
+async def _converse(
+    stream: trio.SocketStream, render: Callable[[], answers.Metrics], slots: trio.Semaphore
+) -> None:
+    try:
+        async with stream:
+            with trio.move_on_after(_WITHIN), suppress(trio.BrokenResourceError):
+                head = await _head(stream)
+                if head:
+                    await stream.send_all(_answer(head, render))
+    finally:
+        slots.release()
+
+
+async def _head(stream: trio.SocketStream) -> bytes:
+    """A request up to its empty line, or as much as will be read of it; b"" if none came."""
+    head = b""
+    while b"\r\n\r\n" not in head and len(head) < _REQUEST:
+        data = await stream.receive_some(_REQUEST)
+        if not data:
+            return b""
+        head += data
+    return head
+
+
+def _answer(head: bytes, render: Callable[[], answers.Metrics]) -> bytes:
+    parts = head.split(b"\r\n", 1)[0].split(b" ")
+    if b"\r\n\r\n" not in head or len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
+        return _response("400 Bad Request", "this is no HTTP request\n")
+    method, target, _ = parts
+    if target.partition(b"?")[0] != b"/metrics":
+        return _response("404 Not Found", "only /metrics is here\n")
+    if method not in (b"GET", b"HEAD"):
+        return _response("405 Method Not Allowed", "metrics are only read\n", "Allow: GET, HEAD")
+    found = render()
+    response = _response("200 OK", found.text, f"Content-Type: {found.content_type}")
+    return response.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if method == b"HEAD" else response
+
+
+def _response(status: str, text: str, *headers: str) -> bytes:
+    body = text.encode()
+    if not headers or "Content-Type" not in headers[0]:
+        headers = (*headers, "Content-Type: text/plain; charset=utf-8")
+    head = (f"HTTP/1.1 {status}", *headers, f"Content-Length: {len(body)}", "Connection: close")
+    return "\r\n".join((*head, "", "")).encode() + body
