@@ -35,7 +35,8 @@ class Mount:
 
 def parse(text: bytes) -> Iterator[Mount]:
     """The rows of a mountinfo file, in its order. ValueError for a line that is not one."""
-    for line in text.splitlines():
+    # not splitlines(): a carriage return in a name is not escaped
+    for line in text.removesuffix(b"\n").split(b"\n") if text else ():
         # "36 35 98:0 /mnt1 /mnt2 rw,noatime shared:1 - ext3 /dev/root rw": any number of tags
         # stand before the lone dash, and no field holds a space unescaped
         head, dash, tail = line.partition(b" - ")

@@ -13,14 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
-from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog, open_log
-from aufsd.kernel.mountinfo import unescape
 from aufsd.store.layout import Layout
 from aufsd.union import plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import MountCall, plan_aufs
+from aufsd.union.causes import refused
 from aufsd.union.dialect import Dialect
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
@@ -46,8 +46,8 @@ class Aufs:
     namespace: XattrNamespace = "trusted"
     # udba=reval, the default, looks at the branch again
     live_lower_warning: str = ""
-    # first branch of each live union by its directory in sysfs and that one's inode number
-    _tops: dict[tuple[str, int], str] = field(default_factory=dict, repr=False)
+    # the unions in sysfs when the last one was mounted, by name and inode number
+    _known: set[tuple[str, int]] = field(default_factory=set, repr=False)
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """As Backend.plan. An opaque root hides nothing, as aufs itself has it."""
@@ -68,7 +68,7 @@ class Aufs:
         with suppress(FileNotFoundError):
             # unlinked by aufs as soon as it is open; there only if the machine stopped in between
             os.unlink(f"{union.work}/xino")
-        if not union.read_only and self._is_written(union.top):
+        if not union.read_only and self._is_written(union.work):
             raise MountFailed(
                 f"the content of layer {union.id} is still written by another mount, one that was "
                 "detached or lives on in another mount namespace: end what uses it",
@@ -82,22 +82,40 @@ class Aufs:
             runner.undo(union.target)
             cut = OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
             raise runner.failure(union.id, calls[-1], cut, self.log)
+        if not union.read_only:
+            with suppress(FileNotFoundError):
+                os.unlink(f"{union.work}/union")
+            self._remember(union)
 
-    def _is_written(self, top: str) -> bool:
-        """Whether a live union has `top` as its writable branch: aufs itself does not mind.
+    def _is_written(self, work: str) -> bool:
+        """Whether the last writable union of this layer still lives: aufs would allow another.
 
-        A union stays in sysfs for as long as its superblock lives. Each is read once; its name may
-        come again, the inode number of its directory does not.
+        A union has a directory in sysfs for as long as its superblock lives, mounted or detached.
+        Its name may come again, its inode number does not.
         """
-        live: dict[tuple[str, int], str] = {}
-        with suppress(FileNotFoundError), os.scandir(_SYSFS) as entries:
-            for entry in entries:
-                if entry.name.startswith("si_"):
-                    key = (entry.name, entry.inode())
-                    live[key] = self._tops.get(key) or _first_branch(entry.path)
-        self._tops.clear()
-        self._tops.update(live)
-        return f"{top}=rw" in live.values()
+        try:
+            name, inode = os.readlink(f"{work}/union").split()
+            return os.stat(f"{_SYSFS}/{name}").st_ino == int(inode)
+        except FileNotFoundError:
+            return False
+
+    def _remember(self, union: Union) -> None:
+        """Note in the work directory which union of sysfs this is.
+
+        Never by reading the branches there: on aufs 6.1 that crashes the kernel (a null pointer in
+        sysaufs_si_show()) if it meets a union that some process is just mounting or unmounting.
+        """
+        live = _unions()
+        new = live - self._known
+        self._known.clear()
+        self._known.update(live)
+        if len(new) != 1:
+            # others mount too: mountinfo has the number of each
+            row = mountinfo.mounted_under(union.target)[-1]
+            number = row.super_options.partition("si=")[2].partition(",")[0]
+            new = {one for one in live if one[0] == f"si_{number}"}
+        for name, inode in new:
+            os.symlink(f"{name} {inode}", f"{union.work}/union")
 
     def flush(self, target: str) -> None:
         """As Backend.flush: every pseudo-link becomes a real one."""
@@ -129,17 +147,15 @@ def probe(layout: Layout) -> Aufs | Verdict:
             return Verdict(f"this kernel has no aufs ({tried or 'the module has another type'})")
     # dirperm1 came late to aufs; the store decides, and not the file system of $TMPDIR
     for options in (("dio", "dirperm1"), ("dio",), ()):
-        found = Aufs(options, open_log())
         try:
-            return _tried_out(found, layout.probes)
+            return _tried_out(Aufs(options, open_log()), layout.probes)
         except MountFailed as error:
-            refused = error
+            failed = error
+            if error.data["errno"] != "EINVAL":
+                break
         except OSError as error:
-            return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
-        if refused.data["errno"] != "EINVAL":
-            break
-    by_host = refused.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
-    return Verdict(f"a trial mount failed: {refused.message}", incompatible=not by_host)
+            return refused("aufs", layout.root, error)
+    return refused("aufs", layout.root, failed)
 
 
 def _tried_out(backend: Aufs, scratch: str) -> Aufs:
@@ -166,8 +182,7 @@ def _tried_out(backend: Aufs, scratch: str) -> Aufs:
                 ("dirperm1", "true" if "dirperm1" in backend.options else "false"),
                 ("aufs_branch_max", str(limit)),
                 ("aufs_xattrs", "true" if _takes_xattrs(union.target) else "false"),
-                # each union has its branches in sysfs, unless the module was loaded with brs=0
-                ("upper_in_use", "sysfs" if backend._is_written(union.top) else "unseen"),
+                ("upper_in_use", "sysfs" if backend._is_written(union.work) else "unseen"),
             )
             return replace(backend, max_branches=limit, facts=facts)
         finally:
@@ -211,10 +226,10 @@ def branch_count(target: str) -> int:
         os.close(root)
 
 
-def _first_branch(union: str) -> str:
-    """`PATH=rw` of the first branch of a union in sysfs; "" if it went meanwhile."""
+def _unions() -> set[tuple[str, int]]:
+    """The live unions of the host, as sysfs has them: name and inode number of a directory."""
     try:
-        with open(f"{union}/br0", "rb") as file:
-            return unescape(file.read().rstrip(b"\n"))
-    except OSError:
-        return ""
+        with os.scandir(_SYSFS) as entries:
+            return {(one.name, one.inode()) for one in entries if one.name.startswith("si_")}
+    except FileNotFoundError:
+        return set()

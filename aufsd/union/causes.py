@@ -4,9 +4,12 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from aufsd.kernel import probe, syscalls
+from aufsd.union.backend import Verdict
 from aufsd.union.branches import MountCall
+from aufsd_client.errors import MountFailed
 
 
 def likely_cause(call: MountCall, error: OSError, kernel_log: Sequence[str]) -> str:
@@ -56,13 +59,25 @@ def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
     if not stat.S_ISDIR(found.st_mode):
         yield f"the branch {path} is no directory"
         return
-    reason = UNFIT.get((fstype, syscalls.statfs_type(path)))
+    reason = _UNFIT.get((fstype, syscalls.statfs_type(path)))
     if reason:
         yield f"the branch {path} lies on {reason}"
 
 
-# by (union, f_type of the branch): what the trial mount of the probe cannot say in words
-UNFIT = {
+def refused(fstype: str, store: str, error: OSError | MountFailed) -> Verdict:
+    """The verdict on a store on which a trial union could not be mounted, or did not work."""
+    unfit = _UNFIT.get((fstype, syscalls.statfs_type(store)))
+    if unfit:
+        return Verdict(f"the store lies on {unfit}", incompatible=True)
+    if isinstance(error, MountFailed):
+        by_host = error.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
+        return Verdict(f"a trial mount failed: {error.message}", incompatible=not by_host)
+    return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
+
+
+# by (union, f_type of the branch): what the kernel does not say in words. The trial mount decides;
+# this names the reason. Docker refused btrfs too, on which aufs works today
+_UNFIT: Final = {
     ("aufs", syscalls.AUFS_SUPER_MAGIC): "aufs, which aufs refuses as a branch",
     ("aufs", syscalls.ECRYPTFS_SUPER_MAGIC): "eCryptfs, whose names are too short for aufs",
     ("aufs", syscalls.OVERLAYFS_SUPER_MAGIC): "overlayfs, which aufs refuses as a branch",

@@ -20,6 +20,7 @@ from aufsd.store.layout import Layout
 from aufsd.union import plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
+from aufsd.union.causes import refused
 from aufsd.union.dialect import Dialect
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
@@ -157,11 +158,8 @@ def probe(layout: Layout) -> Overlay | Verdict:
     found = Overlay(ground.xattrs, options, empty, layout.probes, open_log())
     try:
         in_use = _try_out(found)
-    except MountFailed as error:
-        by_host = error.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
-        return Verdict(f"a trial mount failed: {error.message}", incompatible=not by_host)
-    except OSError as error:
-        return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
+    except (MountFailed, OSError) as error:
+        return refused("overlay", layout.probes, error)
     facts = (("overlay_options", ",".join(options)), ("upper_in_use", in_use))
     return replace(found, in_use=in_use, facts=facts)
 

@@ -4,8 +4,9 @@ When one name of a hard-linked lower file is written, aufs copies the file up un
 alone, keeps the inode in memory, and links it as `.wh..wh.plnk/INODE.BRANCHINODE` at the top of the
 writable branch. The other names lead to the new file for as long as the union is mounted; after
 that they show the old content again. What `auplink flush` of aufs-tools did about it, which no
-current distribution ships: have the kernel link every other name in the branch. Opening a name
-does that (au_do_refresh_plink() in fs/aufs/file.c); for what cannot be opened, setting its times.
+current distribution ships: have the kernel link every other name in the branch. The first read(2)
+through a name does that (au_file_refresh_by_inode() in fs/aufs/file.c; merely to open it does not);
+for what cannot be read, to set its times does.
 
 Unmounting is here because nothing else may come between the two. Both backends use it: a union
 outlives the daemon, and the next one may be set to another backend.
@@ -131,7 +132,11 @@ def _forget(branch: int) -> None:
 def _link(directory: int, name: str) -> None:
     found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if stat.S_ISREG(found.st_mode):
-        os.close(os.open(name, _FILE, dir_fd=directory))
+        fd = os.open(name, _FILE, dir_fd=directory)
+        try:
+            os.read(fd, 1)
+        finally:
+            os.close(fd)
     else:
         # not chown(-1, -1), as auplink does: that drops set-id bits and security.capability
         times = (found.st_atime_ns, found.st_mtime_ns)

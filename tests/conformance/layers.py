@@ -95,7 +95,7 @@ def open_layers(name: str, root: str) -> Iterator[Layers]:
 
 def tree(root: str) -> dict[str, str]:
     """Every name below `root` with the text of files; directories end in a slash."""
-    found = {}
+    found: dict[str, str] = {}
     for directory, names, files in os.walk(root):
         below = os.path.relpath(directory, root).removeprefix(".")
         prefix = f"{below}/" if below else ""

@@ -1,0 +1,227 @@
+"""What only aufs does, and what has to be done about it."""
+
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel import syscalls
+from aufsd.union import aufs, plink
+from aufsd.union.backend import Union
+from aufsd.union.choice import PROBES
+from aufsd.union.overlay import Overlay
+from tests.conformance.layers import Layers, open_layers, tree
+
+pytestmark = [pytest.mark.mounts, pytest.mark.aufs]
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Iterator[Layers]:
+    """An empty store served by aufs."""
+    with open_layers("aufs", f"{tmp_path}/store") as opened:
+        yield opened
+
+
+@pytest.fixture
+def linked(layers: Layers) -> str:
+    """A layer with `a`, `d/b` and `c` as names of one file."""
+    base = layers.add({"a": "old", "d/": "", "other": "other"})
+    content = layers.content(base)
+    os.link(f"{content}/a", f"{content}/d/b")
+    os.link(f"{content}/a", f"{content}/c")
+    return base
+
+
+def plinks(layers: Layers, id: str) -> list[str]:
+    return os.listdir(f"{layers.content(id)}/{plink.DIRECTORY}")
+
+
+def test_all_names_of_a_written_file_show_the_new_content_after_a_remount(
+    layers: Layers, linked: str
+) -> None:
+    """Docker's TestHardlinks, with a look at the content after the union is gone."""
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    assert tree(union.target) == {"a": "new", "d/": "", "d/b": "new", "c": "new", "other": "other"}
+    layers.backend.unmount(union.target)
+    assert plinks(layers, union.id) == []
+    layers.backend.mount(union)
+    assert tree(union.target) == {"a": "new", "d/": "", "d/b": "new", "c": "new", "other": "other"}
+    assert len({os.lstat(f"{union.target}/{name}").st_ino for name in ("a", "d/b", "c")}) == 1
+    layers.backend.unmount(union.target)
+    above = layers.mount(layers.add(), union.id, linked)
+    assert Path(above.target, "d/b").read_text() == "new"
+
+
+def test_without_the_flush_the_other_names_show_the_old_content(
+    layers: Layers, linked: str
+) -> None:
+    """The fault that the flush is for: names that are never opened are not linked."""
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    syscalls.umount2(union.target)
+    assert len(plinks(layers, union.id)) == 1
+    layers.backend.mount(union)
+    assert Path(union.target, "a").read_text() == "new"
+    assert Path(union.target, "c").read_text() == "old"
+
+
+def test_the_branch_of_a_live_union_is_whole_after_a_flush(layers: Layers, linked: str) -> None:
+    """`diff` of a mounted layer reads the branch."""
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    branch = Path(layers.content(union.id))
+    assert not (branch / "d").exists()
+    layers.backend.flush(union.target)
+    assert {(branch / name).read_text() for name in ("a", "d/b", "c")} == {"new"}
+    assert (branch / "a").stat().st_ino == (branch / "d/b").stat().st_ino
+    assert not (branch / "other").exists()
+    Path(union.target, "c").write_text("newer")
+    layers.backend.unmount(union.target)
+    assert (branch / "d/b").read_text() == "newer"
+
+
+MAKE: dict[str, Callable[[str], None]] = {
+    "symlink": lambda path: os.symlink("somewhere", path),
+    "fifo": os.mkfifo,
+    "device": lambda path: os.mknod(path, stat.S_IFCHR, os.makedev(1, 3)),
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK),
+    "set-id file": lambda path: os.close(os.open(path, os.O_CREAT, 0o600)),
+}
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_hard_links_of_every_type_stay_together(kind: str, layers: Layers) -> None:
+    base = layers.add({"d/": ""})
+    first, second = f"{layers.content(base)}/first", f"{layers.content(base)}/d/second"
+    MAKE[kind](first)
+    if kind == "set-id file":
+        os.chmod(first, 0o4755)
+        # CAP_NET_RAW in a version 2 capability (linux/capability.h)
+        os.setxattr(
+            first, "security.capability", bytes.fromhex("01000002" + "00200000" + "00" * 12)
+        )
+    os.link(first, second, follow_symlinks=False)
+    union = layers.mount(layers.add(), base)
+    os.utime(f"{union.target}/first", ns=(0, 10**9), follow_symlinks=False)
+    layers.backend.unmount(union.target)
+    found = [os.lstat(f"{layers.content(union.id)}/{name}") for name in ("first", "d/second")]
+    assert found[0].st_ino == found[1].st_ino
+    assert {status.st_mtime_ns for status in found} == {10**9}
+    if kind == "set-id file":
+        assert stat.S_IMODE(found[1].st_mode) == 0o4755
+        name = f"{layers.content(union.id)}/d/second"
+        assert len(os.getxattr(name, "security.capability")) == 20
+
+
+def test_a_name_deleted_meanwhile_is_not_brought_back(layers: Layers, linked: str) -> None:
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    Path(union.target, "c").unlink()
+    layers.backend.unmount(union.target)
+    layers.backend.mount(union)
+    assert tree(union.target) == {"a": "new", "d/": "", "d/b": "new", "other": "other"}
+
+
+def test_pseudo_links_of_an_earlier_union_are_harmless(layers: Layers, linked: str) -> None:
+    """Docker left them in its stores; their numbers mean nothing to a new union."""
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    syscalls.umount2(union.target)
+    layers.backend.mount(union)
+    before = tree(union.target)
+    layers.backend.unmount(union.target)
+    layers.backend.mount(union)
+    assert tree(union.target) == before
+    assert plinks(layers, union.id) == []
+
+
+def test_a_flush_stays_out_of_what_is_mounted_inside(layers: Layers, linked: str) -> None:
+    union = layers.mount(layers.add(), linked)
+    inside = f"{union.target}/d"
+    syscalls.mount("none", inside, "tmpfs", 0)
+    try:
+        Path(inside, "b").write_text("another file")
+        Path(union.target, "a").write_text("new")
+        layers.backend.flush(union.target)
+    finally:
+        syscalls.umount2(inside)
+    branch = Path(layers.content(union.id))
+    assert (branch / "c").read_text() == "new"
+    assert not (branch / "d").exists()
+
+
+def test_a_union_of_aufs_is_flushed_by_the_overlay_backend_too(layers: Layers, linked: str) -> None:
+    """It outlives the daemon, and the next daemon may be set to another backend."""
+    overlay = PROBES["overlay"](layers.layout)
+    assert isinstance(overlay, Overlay)
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    overlay.unmount(union.target)
+    assert Path(layers.content(union.id), "c").read_text() == "new"
+
+
+def test_part_of_a_chain_is_not_whole(layers: Layers) -> None:
+    """What a process killed between two mount calls leaves."""
+    chain = [layers.add() for _ in range(100)]
+    union = layers.union(*chain)
+    calls = layers.backend.plan(union)
+    assert len(calls) == 2
+    layers.backend.mount(union)
+    assert aufs.branch_count(union.target) == 100
+    layers.backend.unmount(union.target)
+    layers.mount(*chain[:70])
+    assert layers.backend.is_mounted(union.target)
+    assert not layers.backend.is_whole(union)
+
+
+def test_a_long_read_only_chain_stays_read_only(layers: Layers) -> None:
+    """A remount without MS_RDONLY would make it writable."""
+    union = layers.mount(*[layers.add() for _ in range(100)], read_only=True)
+    with pytest.raises(OSError, match="Read-only"):
+        Path(union.target, "new").touch()
+    assert os.listdir(layers.content(union.id)) == []
+
+
+def test_an_opaque_root_hides_nothing(layers: Layers) -> None:
+    """aufs ignores the marker there, and on aufs the union is what aufs shows."""
+    base, top = layers.add({"a": "base"}), layers.add({"b": "top"})
+    layers.make_opaque(top)
+    assert tree(layers.mount(layers.add(), top, base).target) == {"a": "base", "b": "top"}
+
+
+def test_concurrent_mounts_do_not_share_a_translation_file(layers: Layers) -> None:
+    """moby#21545: one xino path for all made concurrent mounts fail with EINVAL."""
+    base = layers.add({"a": ""})
+    unions = [layers.union(layers.add(), base) for _ in range(16)]
+
+    def again_and_again(union: Union) -> None:
+        # each as a daemon of its own: one backend is used by one thread
+        assert isinstance(layers.backend, aufs.Aufs)
+        backend = replace(layers.backend, _known=set())
+        for _ in range(10):
+            backend.mount(union)
+            assert os.listdir(union.target) == ["a"]
+            backend.unmount(union.target)
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(again_and_again, unions))
+    assert [os.listdir(union.work) for union in unions] == [["union"]] * len(unions)
+
+
+def test_lower_permissions_do_not_count_with_dirperm1(layers: Layers) -> None:
+    """moby#783: a directory opened to others in an upper layer stayed closed."""
+    assert dict(layers.backend.facts)["dirperm1"] == "true"
+    base = layers.add({"d/file": "content"})
+    os.chmod(f"{layers.content(base)}/d", 0o700)
+    union = layers.mount(layers.add(), base)
+    os.chmod(f"{union.target}/d", 0o755)
+    # the child changes its directory while it is still root
+    read = ["cat", "d/file"]
+    done = subprocess.run(read, cwd=union.target, user=1000, capture_output=True, check=False)
+    assert (done.stdout, done.stderr) == (b"content", b"")

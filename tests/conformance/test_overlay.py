@@ -1,0 +1,87 @@
+"""What only overlayfs does, and what has to be done about it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel.log import KernelLog
+from aufsd.union.overlay import Overlay
+from aufsd_client.errors import MountFailed
+from tests.conformance.layers import Layers, open_layers, tree
+
+pytestmark = pytest.mark.mounts
+
+
+@pytest.fixture
+def layers(tmp_path: Path) -> Iterator[Layers]:
+    """An empty store served by overlayfs."""
+    with open_layers("overlay", f"{tmp_path}/store") as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_an_opaque_root_ends_the_chain(depth: int, read_only: bool, layers: Layers) -> None:
+    """The kernel ignores the marker there, and the rule of Docker and OCI holds on overlay."""
+    chain = [layers.add({f"file-{n}": ""}) for n in range(3)]
+    layers.make_opaque(chain[depth])
+    union = layers.mount(*chain, read_only=read_only)
+    assert sorted(tree(union.target)) == [f"file-{n}" for n in range(depth + 1)]
+    if not read_only:
+        Path(union.target, "new").touch()
+        os.unlink(f"{union.target}/file-{depth}")
+    assert os.listdir(f"{layers.layout.private}/empty") == []
+
+
+def test_a_layer_is_whole_by_itself(layers: Layers) -> None:
+    """No redirect, metacopy or index: the content is the same over a copy of its parents."""
+    base = layers.add({"d/x": "base", "file": "base"})
+    top = layers.add()
+    union = layers.mount(top, base)
+    os.chmod(f"{union.target}/file", 0o600)
+    with pytest.raises(OSError, match="cross-device"):
+        os.rename(f"{union.target}/d", f"{union.target}/e")
+    layers.backend.unmount(union.target)
+    assert Path(layers.content(top), "file").read_text() == "base"
+    copy = layers.add({"d/x": "base", "file": "another copy"})
+    assert tree(layers.mount(top, copy).target) == {"d/": "", "d/x": "base", "file": "base"}
+
+
+def test_without_the_kernel_log_a_branch_in_use_is_found_by_trial(layers: Layers) -> None:
+    assert isinstance(layers.backend, Overlay)
+    blind = replace(layers.backend, log=KernelLog(-1), in_use="trial")
+    union = layers.mount(layers.add(), layers.add())
+    before = os.listxattr(union.top)
+    again = replace(union, target=layers.union(layers.add()).target)
+    with pytest.raises(MountFailed, match="still written by another mount"):
+        blind.mount(again)
+    assert os.listdir(layers.layout.probes) == []
+    assert os.listxattr(union.top) == before
+    layers.backend.unmount(union.target)
+    blind.mount(again)
+    assert blind.is_mounted(again.target)
+
+
+def test_another_overlay_in_use_on_the_host_is_no_false_alarm(layers: Layers) -> None:
+    """The line in the kernel's log names no path."""
+    assert isinstance(layers.backend, Overlay)
+    if layers.backend.in_use != "log":
+        pytest.skip("the kernel's log cannot be read here")
+    said = os.open("/dev/kmsg", os.O_WRONLY)
+
+    class LoudLog(KernelLog):
+        def mark(self) -> None:
+            super().mark()
+            os.write(said, b"overlayfs: upperdir is in-use as upperdir/workdir of another mount\n")
+
+    log = LoudLog(os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK))
+    union = layers.union(layers.add(), layers.add({"a": ""}))
+    try:
+        replace(layers.backend, log=log).mount(union)
+    finally:
+        os.close(said)
+        os.close(log.fd)
+    assert tree(union.target) == {"a": ""}

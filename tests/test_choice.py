@@ -1,0 +1,154 @@
+"""Which backend serves a store: real file systems under it, real probes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel import probe, syscalls
+from aufsd.store.layout import Layout
+from aufsd.union.choice import PROBES, choose, survey
+from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
+
+pytestmark = pytest.mark.mounts
+HAS_AUFS = "aufs" in probe.filesystems()
+
+
+@contextmanager
+def mounted(target: Path, fstype: str, data: str = "", flags: int = 0) -> Iterator[str]:
+    target.mkdir(exist_ok=True)
+    syscalls.mount("none", str(target), fstype, flags, data)
+    try:
+        yield str(target)
+    finally:
+        syscalls.umount2(str(target))
+
+
+def test_auto_takes_aufs_where_the_kernel_has_it_and_else_overlay(tmp_path: Path) -> None:
+    choice = choose("auto", "", Layout(str(tmp_path)))
+    assert choice.backend.name == ("aufs" if HAS_AUFS else "overlay")
+    assert choice.warnings == ()
+
+
+def test_auto_stays_with_the_backend_that_the_store_had(tmp_path: Path) -> None:
+    choice = choose("auto", "overlay", Layout(str(tmp_path)))
+    assert choice.backend.name == "overlay"
+    assert choice.warnings == ()
+
+
+@pytest.mark.skipif(HAS_AUFS, reason="this kernel has aufs")
+def test_auto_leaves_a_backend_that_cannot_load_and_says_so(tmp_path: Path) -> None:
+    choice = choose("auto", "aufs", Layout(str(tmp_path)))
+    assert choice.backend.name == "overlay"
+    (warning,) = choice.warnings
+    assert "last served by aufs" in warning
+    assert "this kernel has no aufs (" in warning
+
+
+@pytest.mark.skipif(HAS_AUFS, reason="this kernel has aufs")
+def test_a_backend_that_the_kernel_lacks_is_unsupported_and_modprobe_was_tried(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(BackendUnsupported, match="this kernel has no aufs") as caught:
+        choose("aufs", "", Layout(str(tmp_path)))
+    reasons = caught.value.data["reasons"]
+    assert isinstance(reasons, dict)
+    assert list(reasons) == ["aufs"]
+    assert "modprobe" in reasons["aufs"] or "host's root" in reasons["aufs"]
+
+
+def test_a_store_on_overlayfs_cannot_be_served(tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    data = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    with (
+        mounted(tmp_path / "store", "overlay", data) as store,
+        pytest.raises((IncompatibleFilesystem, BackendUnsupported)) as caught,
+    ):
+        choose("auto", "", Layout(store))
+    reasons = caught.value.data["reasons"]
+    assert isinstance(reasons, dict)
+    assert "lies on overlayfs" in reasons["overlay"]
+    assert isinstance(caught.value, IncompatibleFilesystem) == HAS_AUFS
+
+
+def test_overlay_alone_on_overlayfs_is_an_incompatible_file_system(tmp_path: Path) -> None:
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    data = f"lowerdir={tmp_path}/lower,upperdir={tmp_path}/upper,workdir={tmp_path}/work"
+    with (
+        mounted(tmp_path / "store", "overlay", data) as store,
+        pytest.raises(IncompatibleFilesystem, match="lies on overlayfs"),
+    ):
+        choose("overlay", "", Layout(store))
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_a_store_on_tmpfs_can_be_served(name: str, tmp_path: Path) -> None:
+    if name == "aufs" and not HAS_AUFS:
+        pytest.skip("this kernel has no aufs")
+    with mounted(tmp_path / "store", "tmpfs") as store:
+        assert choose(name, "", Layout(store)).backend.name == name
+
+
+def test_a_read_only_store_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    with (
+        mounted(tmp_path / "store", "tmpfs", flags=syscalls.MS_RDONLY) as store,
+        pytest.raises(OSError, match="Read-only file system"),
+    ):
+        choose("overlay", "", Layout(store))
+
+
+def test_a_survey_leaves_nothing_behind(tmp_path: Path) -> None:
+    found = dict(survey(Layout(str(tmp_path))))
+    assert list(found) == ["aufs", "overlay"]
+    assert isinstance(found["aufs"], str) != HAS_AUFS
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_unprivileged_user_is_served_through_user_xattrs(tmp_path: Path) -> None:
+    """In a user namespace, where trusted.* cannot be written (Linux 5.11)."""
+    script = """
+from aufsd.union.choice import choose
+from aufsd.store.layout import Layout
+import sys
+backend = choose("auto", "", Layout(sys.argv[1])).backend
+print(backend.name, backend.namespace, *backend.options)
+"""
+    done = subprocess.run(
+        [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            sys.executable,
+            "-c",
+            script,
+            str(tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[:2] == ["overlay", "user"], done.stderr
+    assert "userxattr" in done.stdout
+
+
+def test_the_ground_of_a_store(tmp_path: Path) -> None:
+    with mounted(tmp_path / "store", "tmpfs") as store:
+        found = probe.ground(store)
+        assert os.listdir(store) == []
+    assert (found.kind, found.magic) == ("tmpfs", syscalls.TMPFS_MAGIC)
+    assert found.d_type
+    assert found.xattrs in ("trusted", "user")
+
+
+def test_the_host_says_what_it_is() -> None:
+    host = probe.host()
+    assert host.kernel == os.uname().release
+    assert "proc" in host.filesystems
+    assert host.root == (os.geteuid() == 0)
