@@ -85,6 +85,21 @@ def encode(
     return before + _ustar(name, kind, mode, uid, gid, shown, mtime, link, device)
 
 
+def encode_plain(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int) -> bytes | None:
+    """The header of a regular file that needs nothing more than ustar, as most do; else None."""
+    if (
+        len(name) > 100
+        or not name.isascii()
+        or not 0 <= mtime <= _SIZE_MAX
+        or size > _SIZE_MAX
+        or uid > _ID_MAX
+        or gid > _ID_MAX
+    ):
+        return None
+    first = _FIRST % (name.ljust(100, b"\0"), mode & 0o7777, uid, gid, size, mtime)
+    return b"%b%06o\0 %b" % (first, (zlib.adler32(first) & 0xFFFF) + _PLAIN_SUM, _PLAIN)
+
+
 def _ustar(
     name: bytes,
     kind: bytes,
@@ -114,6 +129,11 @@ def _sum(data: bytes | memoryview) -> int:
     low = (zlib.adler32(data[:256]) & 0xFFFF) - 1
     rest = data[256:]
     return low + (zlib.adler32(rest) & 0xFFFF) - 1 if rest else low
+
+
+# what stands behind the checksum of a regular file, and what it and the adler32 add to that
+_PLAIN: Final = REGULAR + bytes(100) + _USTAR + _NO_DEVICE
+_PLAIN_SUM: Final = sum(_PLAIN) + 8 * 0x20 - 1
 
 
 def _number(value: int) -> bytes:

@@ -8,7 +8,8 @@ import errno
 import os
 import stat
 from collections.abc import Collection, Iterator
-from typing import Final, NamedTuple
+from operator import itemgetter
+from typing import Final, NamedTuple, TypeAlias
 
 from aufsd.archive import headers
 from aufsd.archive.attributes import Owners, exported
@@ -62,19 +63,26 @@ class Packer:
 
     def file(self, name: bytes, fd: int, found: os.stat_result) -> None:
         """A regular file with its content, or a link to the name it was written under before."""
-        link = self._linked(name, found)
-        names = () if link else os.listxattr(fd)
-        self.meter.entries += 1
+        link = self._linked(name, found) if found.st_nlink > 1 else b""
+        names = os.listxattr(fd) if not link else ()
+        uid = self._owners.uid(found.st_uid, name)
+        gid = self._owners.gid(found.st_gid, name)
         size = 0 if link else found.st_size
+        mtime = found.st_mtime_ns // 1_000_000_000
+        header = None
+        if not link and not names:
+            header = headers.encode_plain(name, found.st_mode, uid, gid, size, mtime)
+        self.meter.entries += 1
         self.sink.write(
-            headers.encode(
+            header
+            or headers.encode(
                 name,
                 headers.LINK if link else headers.REGULAR,
                 mode=found.st_mode,
-                uid=self._owners.uid(found.st_uid, name),
-                gid=self._owners.gid(found.st_gid, name),
+                uid=uid,
+                gid=gid,
                 size=size,
-                mtime=found.st_mtime_ns // 1_000_000_000,
+                mtime=mtime,
                 link=link,
                 xattrs=self._xattrs(fd, name, names) if names else (),
             )
@@ -100,7 +108,7 @@ class Packer:
         else:
             self.meter.warn(f"left out the socket {shown(name)}")
             return
-        link = self._linked(name, found)
+        link = self._linked(name, found) if found.st_nlink > 1 else b""
         self.meter.entries += 1
         self.sink.write(
             headers.encode(
@@ -127,8 +135,6 @@ class Packer:
         self.meter.warn(f"{shown(name)} went away while the layer was read")
 
     def _linked(self, name: bytes, found: os.stat_result) -> bytes:
-        if found.st_nlink < 2:
-            return b""
         key = (found.st_dev, found.st_ino)
         first = self._links.setdefault(key, name)
         return b"" if first is name else first
@@ -146,38 +152,44 @@ class Packer:
         )
 
 
+# a name as it goes into the tar, and what it stands for; nothing for a mark
+_Row: TypeAlias = tuple[bytes, "os.DirEntry[bytes] | None"]
+
+
 def pack(packer: Packer, layer: Layer) -> None:
     """Write the layer that the current directory is the root of.
 
     `./` comes first, names without `./` after it; within a directory they are sorted by the bytes
     they have in the tar, so that both dialects give the same stream.
     """
-    levels: list[tuple[int, bytes, Iterator[_Row]]] = []
+    levels: list[tuple[int, bytes, _Listed]] = []
 
     def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
         xattrs = packer.directory(name, fd, os.fstat(fd))
         if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
             opaque = layer.is_opaque(fd)
         os.fchdir(fd)
-        levels.append((fd, prefix, iter(_rows(packer, layer, prefix, opaque=opaque))))
+        levels.append((fd, prefix, _list(packer, layer, prefix, opaque=opaque)))
 
     enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)
     while levels:
-        fd, prefix, rows = levels[-1]
-        for row in rows:
-            path = prefix + row.name
-            if row.entry is None:
-                packer.whiteout(path)
-            elif row.entry.is_dir(follow_symlinks=False):
+        fd, prefix, listed = levels[-1]
+        for name, entry in listed.rows:
+            if entry is None:
+                packer.whiteout(prefix + name)
+            elif entry.is_file(follow_symlinks=False):
+                _file(packer, prefix + name, name)
+            elif not entry.is_dir(follow_symlinks=False):
+                _other(packer, prefix + name, name)
+            else:
+                path = prefix + name
                 try:
-                    below = os.open(row.name, _DIRECTORY)
+                    below = os.open(name, _DIRECTORY)
                 except OSError as error:
                     packer.vanished(path, error)
                     continue
-                enter(below, path, path + b"/", opaque=row.opaque)
+                enter(below, path, path + b"/", opaque=name in listed.opaque)
                 break
-            else:
-                _leaf(packer, path, row.entry)
         else:
             os.close(fd)
             levels.pop()
@@ -186,30 +198,27 @@ def pack(packer: Packer, layer: Layer) -> None:
     packer.finish()
 
 
-class _Row(NamedTuple):
-    """A name as it goes into the tar; a mark has no `entry`.
+class _Listed(NamedTuple):
+    """What a directory holds, sorted.
 
-    `opaque` is a directory that stands beside a whiteout of its own name, which means that.
+    `opaque` are directories that stand beside a whiteout of their own name, which means that.
     """
 
-    name: bytes
-    entry: os.DirEntry[bytes] | None
-    opaque: bool = False
+    rows: Iterator[_Row]
+    opaque: Collection[bytes]
 
 
-def _rows(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> list[_Row]:
-    """What the current directory holds, sorted."""
-    rows = []
+def _list(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> _Listed:
+    """List the current directory."""
+    rows: list[_Row] = [(marks.OPAQUE, None)] if opaque else []
     deleted = set()
-    if opaque:
-        rows.append(_Row(marks.OPAQUE, None))
     with os.scandir(b".") as entries:
         for entry in entries:
             name = entry.name
             if name.startswith(marks.WHITEOUT):
                 if layer.aufs and name == marks.OPAQUE:
                     if not opaque:
-                        rows.append(_Row(name, None))
+                        rows.append((name, None))
                 elif layer.aufs and (hidden := marks.deleted_name(name)) is not None:
                     deleted.add(hidden)
                 elif not (layer.aufs and not prefix and name in marks.HOUSEKEEPING):
@@ -219,20 +228,12 @@ def _rows(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> list[
             elif layer.overlay and _is_node(entry):
                 deleted.add(name)
             else:
-                rows.append(_Row(name, entry))
-    if deleted:
-        # what stands beside a whiteout of its own is there, and what lies below it is not
-        rows = [
-            row._replace(opaque=True) if row.entry and row.name in deleted else row for row in rows
-        ]
-        deleted.difference_update([row.name for row in rows])
-        rows += [_Row(marks.WHITEOUT + name, None) for name in deleted]
-    rows.sort(key=_name)
-    return rows
-
-
-def _name(row: _Row) -> bytes:
-    return row.name
+                rows.append((name, entry))
+    beside = deleted.intersection([name for name, _ in rows]) if deleted else ()
+    # what stands beside a whiteout of its own is there, and what lies below it is not
+    rows += [(marks.WHITEOUT + name, None) for name in deleted.difference(beside)]
+    rows.sort(key=itemgetter(0))
+    return _Listed(iter(rows), beside)
 
 
 def _is_node(entry: os.DirEntry[bytes]) -> bool:
@@ -247,14 +248,8 @@ def _is_node(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _leaf(packer: Packer, path: bytes, entry: os.DirEntry[bytes]) -> None:
-    name = entry.name
+def _file(packer: Packer, path: bytes, name: bytes) -> None:
     try:
-        if not entry.is_file(follow_symlinks=False):
-            found = os.lstat(name)
-            target = os.readlink(name) if stat.S_ISLNK(found.st_mode) else b""
-            packer.other(path, found, target)
-            return
         fd = os.open(name, _FILE)
     except OSError as error:
         packer.vanished(path, error)
@@ -267,3 +262,13 @@ def _leaf(packer: Packer, path: bytes, entry: os.DirEntry[bytes]) -> None:
             packer.vanished(path, OSError(errno.ENOENT, "another file took its name"))
     finally:
         os.close(fd)
+
+
+def _other(packer: Packer, path: bytes, name: bytes) -> None:
+    try:
+        found = os.lstat(name)
+        target = os.readlink(name) if stat.S_ISLNK(found.st_mode) else b""
+    except OSError as error:
+        packer.vanished(path, error)
+    else:
+        packer.other(path, found, target)

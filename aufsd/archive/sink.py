@@ -15,8 +15,11 @@ from aufsd.archive.meter import Meter
 from aufsd.kernel import pipes
 from aufsd_client.errors import StreamBroken
 
-_BUFFER: Final = 1 << 20
-# a body up to this size goes through the buffer: one read, and a share of one write
+_PIPE: Final = 1 << 20
+_WINDOW: Final = 1 << 20
+# headers and small bodies are held back to be written together
+_HELD_MAX: Final = 256 << 10
+# a body up to this size is one of them: one read, and a share of one write
 _SMALL: Final = 64 << 10
 _ZEROS: Final = bytes(64 << 10)
 _STEP: Final = 1 << 24
@@ -25,54 +28,48 @@ _STEP: Final = 1 << 24
 class Sink:
     """Where a tar is written to. The descriptor stays the caller's."""
 
-    __slots__ = ("_at", "_buffer", "_copies", "_fd", "_hash", "_meter", "_view")
+    __slots__ = ("_copies", "_fd", "_hash", "_held", "_meter", "_parts", "_window")
 
     def __init__(self, fd: int, meter: Meter, *, digest: bool) -> None:
         self._fd = fd
         self._meter = meter
         self._hash = hashlib.sha256() if digest else None
-        self._buffer = bytearray(_BUFFER)
-        self._view = memoryview(self._buffer)
-        self._at = 0
+        # what waits for the next write, and how many bytes that is
+        self._parts: list[bytes] = []
+        self._held = 0
         # a digest needs every byte in this process
         self._copies = not digest
-        pipes.enlarge(fd, _BUFFER)
+        self._window: memoryview | None = None
+        pipes.enlarge(fd, _PIPE)
 
     def write(self, data: bytes) -> None:
-        """Add bytes; they may stay in the buffer."""
-        end = self._at + len(data)
-        if end > _BUFFER:
+        """Add bytes; they may be held back."""
+        self._parts.append(data)
+        self._held += len(data)
+        if self._held >= _HELD_MAX:
             self.flush()
-            end = len(data)
-            if end > _BUFFER:
-                self._send(memoryview(data))
-                return
-        self._buffer[end - len(data) : end] = data
-        self._at = end
 
     def body(self, fd: int, size: int) -> int:
         """Add `size` bytes from a regular file's start, and padding to the block.
 
         What the file lacks is filled with zeros; returns how many bytes those were.
         """
-        padded = size + -size % BLOCK
         if size > _SMALL:
             missing = self._large(fd, size)
-            self.write(_ZEROS[: padded - size])
+            self.write(_ZEROS[: -size % BLOCK])
             return missing
-        if self._at + padded > _BUFFER:
+        data = os.read(fd, size)
+        while len(data) < size:
+            more = os.read(fd, size - len(data))
+            if not more:
+                break
+            data += more
+        missing = size - len(data)
+        self._parts += (data, _ZEROS[: missing + -size % BLOCK])
+        self._held += size + -size % BLOCK
+        if self._held >= _HELD_MAX:
             self.flush()
-        at = self._at
-        end = at + size
-        got = os.readv(fd, (self._view[at:end],)) if size else 0
-        at += got
-        while at < end and got:
-            got = os.readv(fd, (self._view[at:end],))
-            at += got
-        stop = self._at + padded
-        self._buffer[at:stop] = _ZEROS[: stop - at]
-        self._at = stop
-        return end - at
+        return missing
 
     def _large(self, fd: int, size: int) -> int:
         """Bytes that were missing. Data by sendfile or through the buffer, holes as zeros."""
@@ -110,11 +107,14 @@ class Sink:
                 return done
             done += sent
             self._count(sent)
+        if done < count and self._window is None:
+            self._window = memoryview(bytearray(_WINDOW))
         while done < count:
-            got = os.preadv(fd, (self._view[: min(count - done, _BUFFER)],), offset + done)
+            assert self._window is not None
+            got = os.preadv(fd, (self._window[: min(count - done, _WINDOW)],), offset + done)
             if got == 0:
                 break
-            self._send(self._view[:got])
+            self._send(self._window[:got])
             done += got
         return done
 
@@ -126,10 +126,12 @@ class Sink:
             count -= step
 
     def flush(self) -> None:
-        """Write what the buffer holds."""
-        if self._at:
-            at, self._at = self._at, 0
-            self._send(self._view[:at])
+        """Write what is held back."""
+        if self._held:
+            data = b"".join(self._parts)
+            self._parts.clear()
+            self._held = 0
+            self._send(memoryview(data))
 
     def digest(self) -> str | None:
         """`sha256:HEX` of what was written, if asked for."""
