@@ -277,7 +277,7 @@ class Mounts:
             children = sorted(self.store.children_of(id))
             if children:
                 raise LayerHasChildren(
-                    f"layer {id} has {len(children)} layers standing on it; remove those first",
+                    f"other layers stand on {id} ({len(children)} in all); remove those first",
                     id=id,
                     children=children[:20],
                 )
