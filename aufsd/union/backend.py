@@ -19,7 +19,8 @@ class Union:
     """One union to be mounted: the layer on top, then its parents, nearest first.
 
     Paths are absolute. `work` is a directory for the file system's own use, on the file system of
-    `top`; the backend makes and empties it.
+    `top`; the backend makes and empties it. `opaque_roots` are those branches whose `/` is opaque,
+    from a caller that has looked at every branch anyway; None: the backend looks, where it matters.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Union:
     work: str
     label: str = ""
     read_only: bool = False
+    opaque_roots: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ class Overlay:
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """As Backend.plan: one call."""
-        branches = self._merged((union.top, *union.lowers))
+        branches = self._merged(union)
         # one directory alone is not a union to overlayfs, so an empty one stands below it
         if len(branches) == 1:
             branches = (*branches, self.empty)
@@ -77,14 +77,15 @@ class Overlay:
             )
         return (call,)
 
-    def _merged(self, branches: tuple[str, ...]) -> tuple[str, ...]:
+    def _merged(self, union: Union) -> tuple[str, ...]:
         """The branches down to the first whose root is opaque.
 
         The kernel looks at the marker when it looks a name up in a directory above, which a root
         does not have: it would merge what lies below all the same.
         """
+        branches, known = (union.top, *union.lowers), union.opaque_roots
         for depth, branch in enumerate(branches, 1):
-            if _is_opaque(branch, self.namespace):
+            if branch in known if known is not None else _is_opaque(branch, self.namespace):
                 return branches[:depth]
         return branches
 
@@ -241,13 +242,13 @@ def _is_opaque(path: str, namespace: XattrNamespace) -> bool:
 
 
 def _clean_work(work: str) -> None:
-    """Leave a work directory that holds nothing but the empty `work` of its last mount.
+    """Have a work directory whose `work`, if it is there, is empty.
 
-    The kernel makes `work` anew itself. Anything else was left by a crash, and may even stop the
-    mount (work/incompat/volatile); removing and making the directory costs a third of a mount.
+    The kernel makes `work` anew itself. What a crash left in it may stop the mount
+    (incompat/volatile); to remove the directory each time would cost a third of the mount.
     """
     try:
-        if os.listdir(work) in ([], ["work"]) and not os.listdir(f"{work}/work"):
+        if not os.listdir(f"{work}/work"):
             return
         shutil.rmtree(work)
     except FileNotFoundError:

@@ -24,11 +24,18 @@ def layers(tmp_path: Path) -> Iterator[Layers]:
 
 @pytest.mark.parametrize("read_only", [False, True])
 @pytest.mark.parametrize("depth", [0, 1, 2])
-def test_an_opaque_root_ends_the_chain(depth: int, read_only: bool, layers: Layers) -> None:
+@pytest.mark.parametrize("told", [False, True])
+def test_an_opaque_root_ends_the_chain(
+    told: bool, depth: int, read_only: bool, layers: Layers
+) -> None:
     """The kernel ignores the marker there, and the rule of Docker and OCI holds on overlay."""
     chain = [layers.add({f"file-{n}": ""}) for n in range(3)]
-    layers.make_opaque(chain[depth])
-    union = layers.mount(*chain, read_only=read_only)
+    union = layers.union(*chain, read_only=read_only)
+    if told:
+        union = replace(union, opaque_roots=frozenset({layers.content(chain[depth])}))
+    else:
+        layers.make_opaque(chain[depth])
+    layers.backend.mount(union)
     assert sorted(tree(union.target)) == [f"file-{n}" for n in range(depth + 1)]
     if not read_only:
         Path(union.target, "new").touch()
