@@ -6,12 +6,16 @@ which is everybody, cannot keep others off the control socket.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from aufsd.peer import Peer
 from aufsd.rpc.calls import Kind, Method
 from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
+
+K = TypeVar("K")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,26 +89,30 @@ class Admission:
 
     # --- connections --------------------------------------------------------------------------
 
-    def open_connection(self, uid: int, *, monitor: bool) -> None:
-        """Count one more, or Overloaded."""
-        socket = sum(n for (kind, _), n in self._connections.items() if kind is monitor)
-        limit, per_user = self.settings.max_connections, self.settings.max_connections_per_user
-        if socket >= limit:
+    @contextmanager
+    def connection(self, uid: int, *, monitor: bool) -> Iterator[None]:
+        """Count one more for the length of the block, or Overloaded."""
+        try:
+            self._room(uid, monitor=monitor)
+        except Overloaded:
             self.refused += 1
+            raise
+        self.accepted += 1
+        self._connections[monitor, uid] += 1
+        try:
+            yield
+        finally:
+            _less(self._connections, (monitor, uid))
+
+    def _room(self, uid: int, *, monitor: bool) -> None:
+        of_socket = sum(n for (kind, _), n in self._connections.items() if kind is monitor)
+        limit, per_user = self.settings.max_connections, self.settings.max_connections_per_user
+        if of_socket >= limit:
             raise Overloaded(f"there are {limit} connections already; try again later", limit=limit)
         if per_user and self._connections[monitor, uid] >= per_user:
-            self.refused += 1
             raise Overloaded(
                 f"user {uid} has {per_user} connections already; close some", limit=per_user
             )
-        self.accepted += 1
-        self._connections[monitor, uid] += 1
-
-    def close_connection(self, uid: int, *, monitor: bool) -> None:
-        """One that was counted has ended."""
-        self._connections[monitor, uid] -= 1
-        if not self._connections[monitor, uid]:
-            del self._connections[monitor, uid]
 
     # --- calls --------------------------------------------------------------------------------
 
@@ -139,9 +147,7 @@ class Admission:
     def end(self, uid: int) -> None:
         """It is answered."""
         self.in_flight -= 1
-        self._calls[uid] -= 1
-        if not self._calls[uid]:
-            del self._calls[uid]
+        _less(self._calls, uid)
         if self.draining and not self.in_flight:
             self.on_idle()
 
@@ -159,9 +165,13 @@ class Admission:
     def stop(self, uid: int, method: Method) -> None:
         """A call that was started has ended."""
         if method.streams:
-            self._archives[uid] -= 1
-            if not self._archives[uid]:
-                del self._archives[uid]
+            _less(self._archives, uid)
+
+
+def _less(counts: Counter[K], key: K) -> None:
+    counts[key] -= 1
+    if not counts[key]:
+        del counts[key]
 
 
 _MEANING: dict[Kind, str] = {

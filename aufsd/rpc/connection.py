@@ -1,6 +1,7 @@
 """One peer's socket: what comes in is cut into lines and handed to the runner, in order."""
 
 import socket
+from collections import deque
 from contextlib import suppress
 from functools import partial
 
@@ -12,7 +13,8 @@ from aufsd.rpc import dispatch
 from aufsd.rpc.descriptors import MAX_UNCLAIMED, Descriptors
 from aufsd.rpc.outbox import Outbox
 from aufsd.rpc.runner import Desk, Runner
-from aufsd_client.errors import InvalidRequest, ParseError
+from aufsd.rpc.stepping import watched
+from aufsd_client.errors import AufsdError, InvalidRequest, ParseError
 from aufsd_client.wire import MAX_LINE, READ_SIZE, LineSplitter
 
 # room for twice as many descriptors as may wait; the kernel closes what does not fit
@@ -20,6 +22,9 @@ _ANCILLARY = socket.CMSG_SPACE(2 * MAX_UNCLAIMED * 4)
 # how much of an overlong line is read and thrown away, and for how long, so that a peer that
 # writes before it reads comes to see why
 _LINGER_BYTES, _LINGER_SECONDS = 16 << 20, 5.0
+
+# after so many lines of one read the others have a turn
+_YIELD = 32
 
 # plain numbers: Python's own are enumerations, slow to combine
 _CMSG_CLOEXEC, _CTRUNC = int(socket.MSG_CMSG_CLOEXEC), int(socket.MSG_CTRUNC)
@@ -50,10 +55,13 @@ class Connection:
             sock, desk.admission, broken=self.hang_up, slow=partial(self._drop, "slow")
         )
         self._runner = Runner(desk, peer, groups, self._outbox, monitor=monitor)
-        # a task that has run a call and waits to be the reader again
-        self._standby = trio.lowlevel.ParkingLot()
+        # lines that were read and not begun
+        self._arrived: deque[bytes] = deque()
+        # how much the last read brought
+        self._length = 0
         # nothing more is read
         self._over = False
+        self._dropped = False
 
     async def serve(self) -> None:
         """Serve the peer until it is gone and its calls have ended; closes the socket.
@@ -81,9 +89,9 @@ class Connection:
 
     def _drop(self, reason: str) -> None:
         """Have done with a peer that misbehaves."""
-        if self._over and self._outbox.closed:
+        if self._dropped:
             return
-        self._over = True
+        self._over = self._dropped = True
         self._desk.admission.dropped[reason] += 1
         log.warning("peer dropped", reason=reason, **self._peer._asdict())
         with suppress(OSError):
@@ -93,32 +101,86 @@ class Connection:
     # --- reading ------------------------------------------------------------------------------
 
     async def _read(self, tasks: trio.Nursery) -> None:
-        """Be the reader, of which there is one at any time.
+        """Be the reader, of which there is one at any time, until a call has to wait.
 
-        It runs the last line of what it read itself and has another task read on: a peer that
-        waits for each answer is served by two tasks in turn, and not by a new one for each call.
+        Lines are begun in their order. A call that never waits is answered before the next line is
+        looked at, which costs no task; when one does wait, a new task reads on.
         """
-        while True:
-            await self._runner.below_the_limit()
-            await trio.lowlevel.wait_readable(self._sock)
-            data = None if self._over else self._receive()
-            if self._over or data == b"":
-                break
-            lines = self._lines.feed(data) if data else []
-            for index, line in enumerate(lines):
-                await self._runner.below_the_limit()
-                if self._over:
-                    break
-                answer = self._runner.begin(line, self._descriptors.claim)
-                self._descriptors.line_done()
-                if index < len(lines) - 1 or self._lines.overlong:
-                    tasks.start_soon(answer)
-            if self._lines.overlong or self._over:
-                break
-            self._descriptors.read_done(length=len(data or b""), unfinished=self._lines.pending > 0)
-            if lines:
-                self._pass_on(tasks)
-                await answer()
-                if not await self._reads_again():
-                    return
+        read_on = partial(tasks.start_soon, self._read, tasks)
+        while (line := await self._next_line()) is not None:
+            answer = self._runner.begin(line, self._descriptors.claim)
+            self._descriptors.line_done()
+            if not self._arrived:
+                pending = self._lines.pending > 0
+                self._descriptors.read_done(length=self._length, unfinished=pending)
+            if await watched(answer, read_on):
+                return
         await self._finish()
+
+    async def _next_line(self) -> bytes | None:
+        """The next line, once there may be another call; None if no more is to be read."""
+        await self._runner.below_the_limit()
+        while not self._arrived:
+            if self._over or self._lines.overlong:
+                return None
+            await trio.lowlevel.wait_readable(self._sock)
+            data = self._receive()
+            if data == b"":
+                return None
+            if data:
+                self._length = len(data)
+                self._arrived.extend(self._lines.feed(data))
+        if self._over:
+            return None
+        if len(self._arrived) % _YIELD == 0:
+            # many short calls in one piece are no reason to keep other peers waiting
+            await trio.lowlevel.checkpoint()
+        return self._arrived.popleft()
+
+    def _receive(self) -> bytes | None:
+        """One read; b"" at the end, None if there was nothing after all."""
+        try:
+            if self._monitor:
+                # No method there takes a descriptor. Read so, the kernel drops them unseen, and
+                # nobody can make us close(2), and wait for, a file of a file system of his own.
+                return self._sock.recv(READ_SIZE)
+            data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, _ANCILLARY, _CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return None
+        except OSError:
+            return b""
+        for level, kind, payload in ancillary:
+            if (level, kind) == _RIGHTS:
+                whole = len(payload) // 4 * 4
+                self._descriptors.receive(list(memoryview(payload[:whole]).cast("i")))
+        if flags & _CTRUNC or len(self._descriptors) > MAX_UNCLAIMED:
+            self._drop("descriptors")
+            return b""
+        return data
+
+    async def _finish(self) -> None:
+        """The peer sends no more, or nothing that is wanted."""
+        self._over = True
+        if self._lines.overlong:
+            error: AufsdError = InvalidRequest(f"a line of a request has at most {MAX_LINE} bytes")
+        elif self._lines.pending:
+            error = ParseError("the last line has no newline")
+        else:
+            return
+        await self._outbox.send(dispatch.failure(None, error) + b"\n")
+        if self._lines.overlong:
+            self._desk.admission.dropped["overlong"] += 1
+            with suppress(OSError):
+                self._sock.shutdown(socket.SHUT_WR)
+            await self._linger()
+            self.hang_up()
+
+    async def _linger(self) -> None:
+        left = _LINGER_BYTES
+        with trio.move_on_after(_LINGER_SECONDS):
+            while left > 0 and not self._outbox.closed:
+                await trio.lowlevel.wait_readable(self._sock)
+                with suppress(BlockingIOError, InterruptedError):
+                    if not (data := self._sock.recv(READ_SIZE)):
+                        return
+                    left -= len(data)

@@ -49,11 +49,15 @@ class Outbox:
             return 0
 
     async def send(self, frame: bytes) -> None:
-        """Send one frame, whole. A peer that does not take it in time is called slow.
+        """Send one frame, whole. A peer that does not take it in time is called slow."""
+        await self.finish(frame, self.send_now(frame))
+
+    async def finish(self, frame: bytes, sent: int) -> None:
+        """Send what `send_now` left of a frame; nothing may be awaited between the two.
 
         Cancellation counts until the first byte is out, and not after it.
         """
-        if (sent := self.send_now(frame)) == len(frame) or self.closed:
+        if sent == len(frame) or self.closed:
             return
         if sent:
             self._lock.acquire_nowait()

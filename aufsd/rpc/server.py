@@ -4,19 +4,21 @@ import errno
 import socket
 import struct
 from collections.abc import Sequence
+from contextlib import suppress
 
 import structlog
 import trio
 
-from aufsd.peer import Peer, identify
+from aufsd.peer import identify
 from aufsd.rpc import dispatch
 from aufsd.rpc.admission import Admission, Allow, Settings, Statistics
 from aufsd.rpc.calls import Operations
-from aufsd.rpc.connection import Connection, Desk, Observe
+from aufsd.rpc.connection import Connection
 from aufsd.rpc.hangups import Hangups
 from aufsd.rpc.listeners import Listener
 from aufsd.rpc.methods import TABLE
-from aufsd_client.errors import AufsdError
+from aufsd.rpc.runner import Desk, Observe
+from aufsd_client.errors import AufsdError, Overloaded
 
 __all__ = ["Allow", "Listener", "Server", "Settings", "Statistics", "serve"]
 
@@ -68,31 +70,28 @@ class Server:
                     log.error("cannot accept connections", error=error.strerror)
                     await trio.sleep(_EXHAUSTED_PAUSE)
                 continue
-            sock.setblocking(False)
-            self._welcome(sock, handlers, monitor=listener.monitor)
+            handlers.start_soon(self._serve, sock, listener.monitor)
 
-    def _welcome(self, sock: socket.socket, handlers: trio.Nursery, *, monitor: bool) -> None:
-        pid, uid, gid = struct.unpack(
-            "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        )
-        try:
-            self._admission.open_connection(uid, monitor=monitor)
-        except AufsdError as error:
-            _turn_away(sock, error)
-            return
-        peer = identify(pid, uid, gid)
-        connection = Connection(sock, peer, _groups(sock), self._desk, monitor=monitor)
-        handlers.start_soon(self._serve, connection, peer, monitor)
-
-    async def _serve(self, connection: Connection, peer: Peer, monitor: bool) -> None:
-        self._connections.add(connection)
-        try:
-            await connection.serve()
-        except Exception as error:
-            log.error("connection failed", exc_info=error, **peer._asdict())
-        finally:
-            self._connections.remove(connection)
-            self._admission.close_connection(peer.uid, monitor=monitor)
+    async def _serve(self, sock: socket.socket, monitor: bool) -> None:
+        """Serve one peer to its end, or tell it why not. What goes wrong here is its alone."""
+        with sock:
+            try:
+                sock.setblocking(False)
+                pid, uid, gid = struct.unpack(
+                    "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+                )
+                with self._admission.connection(uid, monitor=monitor):
+                    peer = identify(pid, uid, gid)
+                    connection = Connection(sock, peer, _groups(sock), self._desk, monitor=monitor)
+                    self._connections.add(connection)
+                    try:
+                        await connection.serve()
+                    finally:
+                        self._connections.remove(connection)
+            except Overloaded as error:
+                _turn_away(sock, error)
+            except Exception as error:
+                log.error("connection failed", exc_info=error)
 
     async def run(
         self,
@@ -138,16 +137,13 @@ class Server:
 
 
 def _turn_away(sock: socket.socket, error: AufsdError) -> None:
-    """Tell a peer why, and close. It is not waited for: this is for when there are too many."""
-    with sock:
-        try:
-            sock.send(dispatch.failure(None, error) + b"\n")
-            sock.shutdown(socket.SHUT_RDWR)
-            # unread data at close would reach the peer as ECONNRESET (net/unix/af_unix.c,
-            # unix_release_sock); after the shutdown no more can come
-            while sock.recv(1 << 16):
-                pass
-        except OSError:
+    """Tell a peer why. It is not waited for: this is for when there are too many."""
+    with suppress(OSError):
+        sock.send(dispatch.failure(None, error) + b"\n")
+        sock.shutdown(socket.SHUT_RDWR)
+        # unread data at close would reach the peer as ECONNRESET (net/unix/af_unix.c,
+        # unix_release_sock); after the shutdown no more can come
+        while sock.recv(1 << 16):
             pass
 
 

@@ -16,23 +16,27 @@ def admission(settings: Settings) -> Admission:
 
 def test_the_connections_of_one_socket_are_limited_and_leave_the_other_free() -> None:
     counts = admission(Settings(max_connections=2))
-    counts.open_connection(1000, monitor=True)
-    counts.open_connection(1001, monitor=True)
-    with pytest.raises(Overloaded):
-        counts.open_connection(1002, monitor=True)
-    counts.open_connection(1000, monitor=False)
-    counts.close_connection(1001, monitor=True)
-    counts.open_connection(1002, monitor=True)
-    found = counts.statistics()
-    assert (found.connections, found.accepted, found.refused) == (3, 4, 1)
+    with counts.connection(1000, monitor=True):
+        with counts.connection(1001, monitor=True):
+            with pytest.raises(Overloaded), counts.connection(1002, monitor=True):
+                pass
+            with counts.connection(1000, monitor=False):
+                found = counts.statistics()
+        with counts.connection(1002, monitor=True):
+            pass
+    assert (found.connections, found.accepted, found.refused) == (3, 3, 1)
+    assert counts.statistics().connections == 0
 
 
 def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> None:
     counts = admission(Settings(max_connections_per_user=1))
-    counts.open_connection(1000, monitor=False)
-    with pytest.raises(Overloaded):
-        counts.open_connection(1000, monitor=False)
-    counts.open_connection(1001, monitor=False)
+    with counts.connection(1000, monitor=False):
+        with pytest.raises(Overloaded), counts.connection(1000, monitor=False):
+            pass
+        with counts.connection(1001, monitor=False):
+            pass
+    with counts.connection(1000, monitor=False):
+        pass
 
 
 def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:

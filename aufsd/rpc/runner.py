@@ -1,0 +1,208 @@
+"""The calls of one peer: bound in the order they came in, run side by side, answered as they end.
+
+Whatever the peer does, its calls run to their end; only `diff` and `apply_diff`, whose other end is
+the peer, are cancelled when it is gone.
+"""
+
+import os
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import trio
+
+from aufsd.peer import Peer
+from aufsd.rpc import dispatch, outcome
+from aufsd.rpc.admission import Admission
+from aufsd.rpc.calls import Answer, Call, Operations
+from aufsd.rpc.dispatch import Bindings, Bound
+from aufsd.rpc.hangups import Hangups
+from aufsd.rpc.outbox import Outbox
+from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError, ShuttingDown
+
+# method, outcome ("ok", "cancelled" or an error's name), seconds
+Observe = Callable[[str, str, float], None]
+# The oldest descriptor that came and is not claimed; None if there is none
+Claim = Callable[[], int | None]
+# Runs what a line asks for, and answers it
+Answering = Coroutine[Any, Any, None]
+
+# what the answers of one batch may come to, in bytes, before the rest of it is refused
+_MAX_BATCH_REPLY = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What all connections of a server share."""
+
+    driver: Operations
+    bindings: Bindings
+    admission: Admission
+    observe: Observe
+    hangups: Hangups
+
+
+class _Done(NamedTuple):
+    """A call that has ended. No reply: it was a notification, or the peer is gone."""
+
+    reply: bytes | None
+    name: str
+    error: AufsdError | None
+    seconds: float
+
+
+class Runner:
+    """Owns the descriptors that its calls claimed, until they end."""
+
+    def __init__(
+        self, desk: Desk, peer: Peer, groups: tuple[int, ...], outbox: Outbox, *, monitor: bool
+    ) -> None:
+        self._desk = desk
+        self._peer = peer
+        self._admission = desk.admission
+        self._gate = partial(desk.admission.gate, peer, groups, monitor=monitor)
+        self._permit = partial(desk.admission.permit, peer, groups)
+        self._outbox = outbox
+        self._streams: set[trio.CancelScope] = set()
+        self._in_flight = 0
+        self._freed = trio.lowlevel.ParkingLot()
+
+    async def below_the_limit(self) -> None:
+        """Wait until another call may be begun."""
+        while self._in_flight >= self._admission.settings.max_in_flight:
+            await self._freed.park()
+
+    def cancel_streams(self) -> None:
+        """The outbox is closed: cancel what streams to or from the peer."""
+        for scope in self._streams:
+            scope.cancel()
+
+    def begin(self, line: bytes, claim: Claim) -> Answering:
+        """Bind what a line asks for, descriptors claimed.
+
+        It is in flight until what this returns, which has to be awaited, has ended.
+        """
+        self._in_flight += 1
+        self._admission.begin(self._peer.uid)
+        try:
+            request = dispatch.decode(line)
+        except ParseError as invalid:
+            return self._answer(self._refused(invalid))
+        if not isinstance(request, list) or not request:
+            fd = claim() if dispatch.claims(request) else None
+            return self._answer(self._bind(request, fd))
+        if len(request) > dispatch.MAX_BATCH:
+            error = InvalidRequest(f"a batch has at most {dispatch.MAX_BATCH} calls")
+            return self._answer(self._refused(error))
+        fds = [claim() if dispatch.claims(each) else None for each in request]
+        return self._answer_batch(request, fds)
+
+    def _bind(self, request: object, fd: int | None) -> Bound:
+        call = Call(self._desk.driver, self._peer, self._permit, fd)
+        return dispatch.bind(request, self._desk.bindings, self._gate, call)
+
+    def _refused(self, error: AufsdError) -> Bound:
+        return Bound(self._gate, Call(self._desk.driver, self._peer, self._permit), error=error)
+
+    def _end(self) -> None:
+        self._in_flight -= 1
+        self._admission.end(self._peer.uid)
+        self._freed.unpark()
+
+    # --- answers ------------------------------------------------------------------------------
+
+    async def _answer(self, bound: Bound) -> None:
+        try:
+            done = await self._perform(bound)
+            if done.reply is None:
+                self._report(bound, done)
+                return
+            frame = done.reply + b"\n"
+            sent = self._outbox.send_now(frame)
+            # the peer has its answer before the log has its line
+            self._report(bound, done)
+            await self._outbox.finish(frame, sent)
+        finally:
+            self._end()
+
+    async def _answer_batch(self, requests: list[object], fds: list[int | None]) -> None:
+        """Run the calls of a batch in order, and answer them in one line."""
+        replies: list[bytes] = []
+        size = 0
+        waiting = list(reversed(fds))
+        try:
+            for request in requests:
+                bound = self._bind(request, waiting.pop())
+                if size > _MAX_BATCH_REPLY and bound.error is None:
+                    bound.error = Overloaded("the answers of this batch are too long already")
+                done = await self._perform(bound)
+                self._report(bound, done)
+                if done.reply is not None:
+                    replies.append(done.reply)
+                    size += len(done.reply)
+                await trio.lowlevel.checkpoint()
+            if replies:
+                await self._outbox.send(b"[" + b",".join(replies) + b"]\n")
+        finally:
+            for fd in waiting:
+                if fd is not None:
+                    os.close(fd)
+            self._end()
+
+    def _report(self, bound: Bound, done: _Done) -> None:
+        outcome.report(bound, done.name, done.error, done.seconds)
+        self._desk.observe(bound.row.name if bound.row else "unknown", done.name, done.seconds)
+
+    # --- calls --------------------------------------------------------------------------------
+
+    async def _perform(self, bound: Bound) -> _Done:
+        """Make the call. Cancelled: it is reported, and the peer told if that needs no waiting."""
+        began = time.perf_counter()
+        error, reply, name = bound.error, None, ""
+        try:
+            if error is None:
+                answer = await self._run(bound)
+                if answer is None:
+                    name = "cancelled"
+                else:
+                    reply = dispatch.success(bound.id, answer)
+        except AufsdError as raised:
+            error = raised
+        except trio.Cancelled:
+            stopped = ShuttingDown("the daemon stopped before the call was done")
+            if not bound.silent:
+                self._outbox.send_now(dispatch.failure(bound.id, stopped) + b"\n")
+            self._report(bound, _Done(None, "cancelled", None, time.perf_counter() - began))
+            raise
+        except (Exception, BaseExceptionGroup) as raised:
+            error = outcome.translate(raised)
+        finally:
+            if bound.call.fd is not None:
+                os.close(bound.call.fd)
+        if error is not None:
+            name, reply = type(error).__name__, dispatch.failure(bound.id, error)
+        if bound.silent or self._outbox.closed:
+            reply = None
+        return _Done(reply, name or "ok", error, time.perf_counter() - began)
+
+    async def _run(self, bound: Bound) -> Answer | None:
+        """The bound call under this peer's limits; None if it was cut off with its peer."""
+        assert bound.run is not None
+        assert bound.row is not None
+        self._admission.start(self._peer.uid, bound.row)
+        try:
+            if not bound.row.streams:
+                return await bound.run()
+            with trio.CancelScope() as scope:
+                self._streams.add(scope)
+                if self._outbox.closed:
+                    scope.cancel()
+                try:
+                    return await bound.run()
+                finally:
+                    self._streams.remove(scope)
+            return None
+        finally:
+            self._admission.stop(self._peer.uid, bound.row)
