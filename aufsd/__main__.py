@@ -26,7 +26,7 @@ USAGE, REFUSED, NO_BACKEND = 2, 3, 4
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    parser = _parser()
+    parser = command_line()
     flags = vars(parser.parse_args(argv))
     run = flags.pop("run")
     try:
@@ -51,7 +51,8 @@ def _say(sentence: str, status: int) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line() -> argparse.ArgumentParser:
+    """What the command takes; docs/man/build.py reads it too."""
     parser = argparse.ArgumentParser(
         prog="aufsd", description="Layered root file systems on one host, served on a Unix socket."
     )

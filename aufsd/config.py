@@ -91,11 +91,20 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         if field.type is bool:
             kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
-            kind |= {"action": "append", "metavar": "MAP" if "maps" in field.name else "NAME"}
+            kind |= {"action": "append", "metavar": metavar(field)}
         else:
-            choices = get_args(field.type)
-            kind["metavar"] = "|".join(choices) if choices else field.name.upper().split("_")[-1]
+            kind["metavar"] = metavar(field)
         parser.add_argument(flag, dest=field.name, **kind)
+
+
+def metavar(field: msgspec.structs.FieldInfo) -> str:
+    """What a key's flag takes, as a word for its help."""
+    if choices := get_args(field.type):
+        names = [choice for choice in choices if isinstance(choice, str)]
+        return "|".join(names) or ("MAP" if "maps" in field.name else "NAME")
+    if field.name == "metrics_listen":
+        return "ADDRESS:PORT"
+    return {int: "N", float: "SECONDS"}.get(field.type, "PATH")
 
 
 def load(file: str | None, flags: dict[str, Any]) -> Config:

@@ -24,7 +24,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 def build(backend: str) -> Source:
-    """Which program this is."""
+    """Which program this is, and since when."""
     found = labels(
         version=__version__,
         backend=backend,
@@ -32,8 +32,11 @@ def build(backend: str) -> Source:
         kernel=platform.release(),
     )
 
+    started = time.time()
+
     def collect() -> Iterator[Family]:
         yield gauge("aufsd_build_info", "What runs; always 1", {found: 1})
+        yield gauge("aufsd_start_time_seconds", "When it began to serve, since the epoch", started)
 
     return collect
 

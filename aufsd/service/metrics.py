@@ -111,6 +111,13 @@ class Metrics:
             for (method, outcome), count in self._calls.items()
         }
         yield from _family(counter("aufsd_calls_total", "Calls answered", calls))
+        # there from the start, as a series of an outcome is not: increase() needs a value before
+        for name, text, outcome in (
+            ("aufsd_incidents_total", "Calls that failed unexpectedly", "InternalError"),
+            ("aufsd_calls_overloaded_total", "Calls beyond a limit", "Overloaded"),
+        ):
+            count = sum(n for (_, ended), n in self._calls.items() if ended == outcome)
+            yield from _family(counter(name, text, count))
         yield "# HELP aufsd_call_seconds Time from a call's line to its answer"
         yield "# TYPE aufsd_call_seconds histogram"
         for histogram in self._seconds.values():
