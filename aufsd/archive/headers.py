@@ -25,7 +25,8 @@ GNU_SPARSE: Final = b"S"
 
 XATTR_RECORD: Final = b"SCHILY.xattr."
 
-# what fits into the octal fields of ustar
+# what fits into the fields of ustar
+_NAME_MAX: Final = 100
 _ID_MAX: Final = 0o7777777
 _SIZE_MAX: Final = 0o77777777777
 # magic, version, empty user and group names
@@ -57,15 +58,21 @@ def encode(
 ) -> bytes:
     """A header of `mtime` whole seconds, and the PAX header it needs before it.
 
-    Names that are not ASCII go into PAX records as the bytes they are, as GNU tar writes them;
-    one that is not UTF-8 is announced by hdrcharset=BINARY (pax(1)), which bsdtar wants.
+    What is not ASCII stands in a PAX record; what is not UTF-8 either, as it is in the plain header
+    if it fits, which GNU tar, bsdtar and tarfile all read without a word. A longer one needs a
+    record, which hdrcharset=BINARY announces (pax(1)): bsdtar fails without it, and GNU tar only
+    says that it ignores it.
     """
     records: list[tuple[bytes, bytes]] = []
-    if len(name) > 100 or not name.isascii():
-        records.append((b"path", name))
-    if len(link) > 100 or not link.isascii():
-        records.append((b"linkpath", link))
-    if records and not _is_utf8(name + link):
+    binary = False
+    for key, value in ((b"path", name), (b"linkpath", link)):
+        if value.isascii() and len(value) <= _NAME_MAX:
+            continue
+        text = _is_utf8(value)
+        if text or len(value) > _NAME_MAX:
+            records.append((key, value))
+            binary = binary or not text
+    if binary:
         records.insert(0, (b"hdrcharset", b"BINARY"))
     if not 0 <= mtime <= _SIZE_MAX:
         records.append((b"mtime", b"%d" % mtime))
@@ -88,7 +95,7 @@ def encode(
 def encode_plain(name: bytes, mode: int, uid: int, gid: int, size: int, mtime: int) -> bytes | None:
     """The header of a regular file that needs nothing more than ustar, as most do; else None."""
     if (
-        len(name) > 100
+        len(name) > _NAME_MAX
         or not name.isascii()
         or not 0 <= mtime <= _SIZE_MAX
         or size > _SIZE_MAX
