@@ -7,8 +7,8 @@ one of aufsd_client.errors and has done nothing; what cancellation leaves is sai
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,7 +33,9 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     ConversionNeeded,
     InvalidParams,
+    LayerDamaged,
     LayerInUse,
+    LayerNotFound,
     ParentNotFound,
     TooManyLayers,
 )
@@ -314,7 +316,21 @@ class Driver:
         found = await self.disk.run(
             store_check.check, self.store, id=id, deep=deep, repair=repair, mounted=mounted
         )
+        if deep:
+            found += await self._read_by_aufs(sorted(self.store.parent) if id is None else [id])
         return answers.Check(found)
+
+    async def _read_by_aufs(self, ids: Sequence[LayerId]) -> list[answers.Problem]:
+        """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
+        found = []
+        for id in ids:
+            with suppress(LayerNotFound, LayerDamaged, FileNotFoundError):
+                chain = self.store.chain(id)
+                async with self.unions.table.reading(chain):
+                    branches = await self.disk.run(self._branches, chain)
+                    problem = await self.jobs.read_by_aufs(branches)
+                found += [] if problem is None else [problem]
+        return found
 
     # --- what these share ---------------------------------------------------------------------
 

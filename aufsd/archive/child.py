@@ -15,7 +15,7 @@ from typing import NoReturn
 from msgspec import UNSET
 
 from aufsd.answers import Streamed
-from aufsd.archive import changes, clone, compare, confine, requests, view
+from aufsd.archive import changes, clone, compare, confine, readings, requests, view
 from aufsd.archive.attributes import inherit
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter
@@ -117,6 +117,12 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
         case requests.Measure(chain, against):
             now, then = _views(settings, fds[0], chain, against or ())
             return requests.Measured(compare.size(now, then, settings))
+        case requests.Read(chain):
+            confine.enter(fds[0], read_only=True)
+            strict, aufs = readings.roots(_here(), chain, settings.namespace)
+            _drop(settings, confine.READING, trusted=any(place.layer.overlay for place in aufs))
+            found = readings.differences(strict, aufs)
+            return requests.Reading(readings.problem(chain[0].id, found))
         case requests.Clone(source, staging):
             confine.enter(fds[0], read_only=False)
             _drop(settings, confine.WRITING, trusted=True)

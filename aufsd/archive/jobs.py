@@ -117,6 +117,12 @@ class Jobs:
         result = await self._run(chain[0].id, "diff_size", work, [root], [])
         return _expect(result, requests.Measured).size
 
+    async def read_by_aufs(self, chain: tuple[Branch, ...]) -> answers.Problem | None:
+        """What aufs shows of a chain otherwise than the strict rule; None if they agree."""
+        work = requests.Read(chain)
+        result = await self._run(chain[0].id, "check", work, [self.layout.diff], [])
+        return _expect(result, requests.Reading).problem
+
     async def clone(self, id: str, staging: str) -> None:
         """Copy the content of a layer into the empty directory `staging` below the store's root.
 

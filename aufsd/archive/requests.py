@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from aufsd.answers import Changes, Streamed
+from aufsd.answers import Changes, Problem, Streamed
 from aufsd.idmap import IdMap
 from aufsd.union.dialect import Dialect
 
@@ -75,6 +75,12 @@ class Measure(Struct, frozen=True, tag=True):
     against: tuple[Branch, ...] | None
 
 
+class Read(Struct, frozen=True, tag=True):
+    """Find what aufs reads otherwise in a chain. Descriptors: all branches."""
+
+    chain: tuple[Branch, ...]
+
+
 class Clone(Struct, frozen=True, tag=True):
     """Copy content into staging. Descriptors: the store's root, under which both paths lie."""
 
@@ -88,7 +94,7 @@ class Convert(Struct, frozen=True, tag=True):
     to: Dialect
 
 
-Work: TypeAlias = Diff | Apply | Compare | Measure | Clone | Convert
+Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Clone | Convert
 
 
 class Request(Struct, frozen=True):
@@ -136,6 +142,12 @@ class Measured(Struct, frozen=True, tag=True):
     size: int
 
 
+class Reading(Struct, frozen=True, tag=True):
+    """Result of Read."""
+
+    problem: Problem | None
+
+
 class Cloned(Struct, frozen=True, tag=True):
     """Result of Clone."""
 
@@ -146,7 +158,7 @@ class Converted(Struct, frozen=True, tag=True):
     converted: bool
 
 
-Result: TypeAlias = Packed | Compared | Measured | Cloned | Converted
+Result: TypeAlias = Packed | Compared | Measured | Reading | Cloned | Converted
 Reply: TypeAlias = Started | Progress | Failed | Result
 
 encode = msgspec.json.Encoder().encode

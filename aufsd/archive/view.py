@@ -80,12 +80,17 @@ def roots(store: int, chain: Sequence[Branch], namespace: str) -> list[Place]:
     """The roots of a chain's merged view; `store` is the directory that the branches lie in."""
     merged: list[Place] = []
     for branch in chain:
-        fd = os.open(branch.id, _DIRECTORY, dir_fd=store)
-        place = Place(Layer(branch, fd, namespace), fd)
+        place = root(store, branch, namespace)
         merged.append(place)
-        if place.layer.is_opaque(fd):
+        if place.layer.is_opaque(place.fd):
             break
     return merged
+
+
+def root(store: int, branch: Branch, namespace: str) -> Place:
+    """The root of one branch; the caller closes it."""
+    fd = os.open(branch.id, _DIRECTORY, dir_fd=store)
+    return Place(Layer(branch, fd, namespace), fd)
 
 
 def lookup(merged: Sequence[Place], name: bytes) -> Found | None:

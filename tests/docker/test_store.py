@@ -6,12 +6,11 @@ branches, the strict view, which differs where directories were deleted and made
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from aufsd_client import Client
-from tests.daemon import Daemon, daemon
+from tests.daemon import daemon
 from tests.docker import store
 from tests.docker.store import LAYERS, ORDERED, Record, View
 
@@ -52,7 +51,7 @@ def really_changed(before: View, after: View) -> Iterator[tuple[bytes, str]]:
     for path in (before.keys() ^ after.keys()) - {"."}:
         above = parent(path)
         # what goes away with a deleted directory is not listed itself; nor what a file replaced
-        if path in after or above in after and after[above]["type"] == "dir":
+        if path in after or (above in after and after[above]["type"] == "dir"):
             yield listed(path), "add" if path in after else "delete"
             while above != ".":
                 touched.add(above)

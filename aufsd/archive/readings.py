@@ -1,0 +1,141 @@
+"""Where aufs reads a chain of branches otherwise than by the strict rule of `view`.
+
+aufs (fs/aufs/dentry.c, au_lkup_dentry(), Linux 6.1) does not stop at the first opaque directory: of
+several under one name the lowest one counts, so what was deleted with its directory shows again if
+that was deleted and made anew twice. A non-directory between two directories it skips. It heeds no
+opaque mark on a branch's root, and where a name stands beside a whiteout of its own, it sees the
+whiteout.
+"""
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Final, NamedTuple
+
+from aufsd.answers import Problem
+from aufsd.archive import view
+from aufsd.archive.meter import shown
+from aufsd.archive.requests import Branch
+from aufsd.archive.view import Place
+from aufsd.union import dialect as marks
+
+PROBLEM: Final = "aufs-reads-differently"
+# how many names a problem tells
+_NAMED: Final = 5
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class _Level(NamedTuple):
+    """A directory in both readings: the branches' directories that make it up."""
+
+    path: bytes
+    strict: list[Place]
+    aufs: list[Place]
+    names: Iterator[bytes]
+
+
+def roots(store: int, chain: Sequence[Branch], namespace: str) -> tuple[list[Place], list[Place]]:
+    """The roots of a chain in the strict reading and in aufs's; `store` is where branches lie."""
+    everything = [view.root(store, branch, namespace) for branch in chain]
+    return view.roots(store, chain, namespace), everything
+
+
+def differences(strict: list[Place], aufs: list[Place]) -> Iterator[bytes]:
+    """The names that one reading shows and the other does not, or as another type.
+
+    Takes what `roots` gave, and closes it. Sorted; nothing is listed below such a name.
+    """
+    levels = [_level(b"", strict, aufs)]
+    while levels:
+        level = levels[-1]
+        for name in level.names:
+            one, other = _by_strict(level.strict, name), _by_aufs(level.aufs, name)
+            if one and other:
+                levels.append(_level(level.path + name + b"/", one, other))
+                break
+            _close(one, other)
+            if one != other:
+                yield level.path + name
+        else:
+            levels.pop()
+            _close(level.strict, level.aufs)
+
+
+def problem(id: str, found: Iterable[bytes]) -> Problem | None:
+    """What `check` says of a layer with these differences; None if there are none."""
+    first: list[str] = []
+    count = 0
+    for path in found:
+        count += 1
+        if count <= _NAMED:
+            first.append("/" + shown(path))
+    if not count:
+        return None
+    names = "1 name" if count == 1 else f"{count} names"
+    more = f" and {count - _NAMED} more" if count > _NAMED else ""
+    detail = f"aufs shows {names} otherwise than all else does: {', '.join(first)}{more}"
+    return Problem(id, PROBLEM, detail, False)
+
+
+# --- what a reading has under a name: None, a directory's places, or no place for all else ------
+
+
+def _by_strict(merged: Sequence[Place], name: bytes) -> list[Place] | None:
+    found = view.lookup(merged, name)
+    return None if found is None else view.descend(merged, name, found)
+
+
+def _by_aufs(merged: Sequence[Place], name: bytes) -> list[Place] | None:
+    found: list[Place] = []
+    end = 0
+    for place in merged:
+        if place.layer.hides(place.fd, name):
+            break
+        try:
+            status = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
+        except FileNotFoundError:
+            continue
+        if place.layer.is_whiteout(status):
+            break
+        if stat.S_ISDIR(status.st_mode):
+            found.append(Place(place.layer, os.open(name, _DIRECTORY, dir_fd=place.fd)))
+            if place.layer.is_opaque(found[-1].fd):
+                end = len(found)
+        elif not found:
+            return []
+    if end:
+        _close(found[end:])
+        del found[end:]
+    return found or None
+
+
+def _level(path: bytes, strict: list[Place], aufs: list[Place]) -> _Level:
+    return _Level(path, strict, aufs, iter(_doubtful(strict, aufs)))
+
+
+def _doubtful(strict: list[Place], aufs: list[Place]) -> list[bytes]:
+    """The names of a directory that may be read in two ways, or something below them."""
+    by_id = {place.layer.id: place for place in (*strict, *aufs)}
+    common = {place.layer.id for place in strict} & {place.layer.id for place in aufs}
+    # a name is in doubt if several of the branches have a directory of it, if it is in one that
+    # only one reading has at all, or if it stands beside its own whiteout
+    weights: Counter[bytes] = Counter()
+    for id, place in by_id.items():
+        with os.scandir(place.fd) as found:
+            entries = {os.fsencode(entry.name): entry for entry in found}
+        for name, entry in entries.items():
+            hidden = marks.deleted_name(name) if place.layer.aufs else None
+            if id not in common or hidden in entries:
+                weights[hidden or name] += 2
+            elif entry.is_dir(follow_symlinks=False):
+                weights[name] += 1
+    return sorted(
+        name for name, weight in weights.items() if weight > 1 and not name.startswith(marks.META)
+    )
+
+
+def _close(*readings: Sequence[Place] | None) -> None:
+    for places in readings:
+        for place in places or ():
+            place.close()
