@@ -5,7 +5,9 @@ here decides anything; constants carry the header they come from.
 """
 
 import ctypes
+import errno
 import os
+import platform
 from typing import Final, NamedTuple
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -75,6 +77,8 @@ _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 
 # numbers of calls that glibc 2.31 does not wrap; the same on every architecture since Linux 5.1
 # (include/uapi/asm-generic/unistd.h)
+# arch/x86/entry/syscalls/syscall_64.tbl
+_SYS_ustat: Final = 136
 _SYS_open_tree: Final = 428
 _SYS_move_mount: Final = 429
 _SYS_mount_setattr: Final = 442
@@ -190,6 +194,23 @@ def statfs_type(path: str | int) -> int:
     else:
         _check(_libc.statfs(os.fsencode(path), ctypes.byref(found)), path)
     return int(found.f_type) & 0xFFFFFFFF
+
+
+def ustat(device: int) -> bool:
+    """ustat(2): whether a live file system has this device number, mounted or detached.
+
+    NotImplementedError where the architecture has no such call (it is obsolete).
+    """
+    if platform.machine() != "x86_64":
+        raise NotImplementedError("ustat")
+    # the kernel's 32-bit encoding of a device number, new_encode_dev() in linux/kdev_t.h
+    major, minor = os.major(device), os.minor(device)
+    number = (minor & 0xFF) | (major << 8) | ((minor & ~0xFF) << 12)
+    result = _libc.syscall(_SYS_ustat, ctypes.c_ulong(number), ctypes.create_string_buffer(64))
+    if result == -1 and ctypes.get_errno() == errno.EINVAL:
+        return False
+    _check(result)
+    return True
 
 
 # <linux/stat.h>

@@ -17,7 +17,7 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.layout import Layout
-from aufsd.union import plink, runner
+from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import MountCall, plan_aufs
 from aufsd.union.causes import refused
@@ -30,7 +30,6 @@ MAGIC: Final = syscalls.AUFS_SUPER_MAGIC
 # counts the branches
 _AUFS_CTL_BRINFO: Final = 0x50004105
 _BRANCH_MAXIMA: Final = (127, 511, 1023, 32767)
-_SYSFS: Final = "/sys/fs/aufs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,7 @@ class Aufs:
     """The aufs backend as `probe` found it."""
 
     options: tuple[str, ...]
+    scratch: str
     log: KernelLog
     max_branches: int = _BRANCH_MAXIMA[0]
     facts: tuple[tuple[str, str], ...] = ()
@@ -68,54 +68,29 @@ class Aufs:
         with suppress(FileNotFoundError):
             # unlinked by aufs as soon as it is open; there only if the machine stopped in between
             os.unlink(f"{union.work}/xino")
-        if not union.read_only and self._is_written(union.work):
-            raise MountFailed(
-                f"the content of layer {union.id} is still written by another mount, one that was "
-                "detached or lives on in another mount namespace: end what uses it",
-                id=union.id,
-                errno="EBUSY",
-                options=calls[0].render(calls[0].dirs),
-                cause="the writable branch is in use by another mount",
-            )
+        if not union.read_only:
+            exclusive.refuse_if_written(union, self.scratch, self.namespace)
         runner.run(union.id, calls, magic=MAGIC, log=self.log)
         if not self.is_whole(union):
             runner.undo(union.target)
             cut = OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
             raise runner.failure(union.id, calls[-1], cut, self.log)
         if not union.read_only:
-            with suppress(FileNotFoundError):
-                os.unlink(f"{union.work}/union")
-            self._remember(union)
+            for name, inode in self._new_union(union.target):
+                exclusive.note(union.work, "aufs", name, inode)
 
-    def _is_written(self, work: str) -> bool:
-        """Whether the last writable union of this layer still lives: aufs would allow another.
-
-        A union has a directory in sysfs for as long as its superblock lives, mounted or detached.
-        Its name may come again, its inode number does not.
-        """
-        try:
-            name, inode = os.readlink(f"{work}/union").split()
-            return os.stat(f"{_SYSFS}/{name}").st_ino == int(inode)
-        except FileNotFoundError:
-            return False
-
-    def _remember(self, union: Union) -> None:
-        """Note in the work directory which union of sysfs this is.
-
-        Never by reading the branches there: on aufs 6.1 that crashes the kernel (a null pointer in
-        sysaufs_si_show()) if it meets a union that some process is just mounting or unmounting.
-        """
+    def _new_union(self, target: str) -> set[tuple[str, int]]:
+        """What is in sysfs since the last mount, narrowed to the union at `target`."""
         live = _unions()
         new = live - self._known
         self._known.clear()
         self._known.update(live)
-        if len(new) != 1:
-            # others mount too: mountinfo has the number of each
-            row = mountinfo.mounted_under(union.target)[-1]
-            number = row.super_options.partition("si=")[2].partition(",")[0]
-            new = {one for one in live if one[0] == f"si_{number}"}
-        for name, inode in new:
-            os.symlink(f"{name} {inode}", f"{union.work}/union")
+        if len(new) == 1:
+            return new
+        # others mount too: mountinfo has the number of each
+        row = mountinfo.mounted_under(target)[-1]
+        number = row.super_options.partition("si=")[2].partition(",")[0]
+        return {one for one in live if one[0] == f"si_{number}"}
 
     def flush(self, target: str) -> None:
         """As Backend.flush: every pseudo-link becomes a real one."""
@@ -148,7 +123,7 @@ def probe(layout: Layout) -> Aufs | Verdict:
     # dirperm1 came late to aufs; the store decides, and not the file system of $TMPDIR
     for options in (("dio", "dirperm1"), ("dio",), ()):
         try:
-            return _tried_out(Aufs(options, open_log()), layout.probes)
+            return _tried_out(Aufs(options, layout.probes, open_log()))
         except MountFailed as error:
             failed = error
             if error.data["errno"] != "EINVAL":
@@ -158,9 +133,11 @@ def probe(layout: Layout) -> Aufs | Verdict:
     return refused("aufs", layout.root, failed)
 
 
-def _tried_out(backend: Aufs, scratch: str) -> Aufs:
+def _tried_out(backend: Aufs) -> Aufs:
     """Mount a trial union and use it; the backend with what was learnt."""
-    with scratch_dirs(scratch, "lower/d/hidden", "middle/d", "upper", "work", "merged") as at:
+    with scratch_dirs(
+        backend.scratch, "lower/d/hidden", "middle/d", "upper", "work", "merged"
+    ) as at:
         os.mkdir(f"{at}/lower/gone")
         os.mkdir(f"{at}/lower/removed")
         for marker in ("gone", "d/.wh..opq"):
@@ -182,7 +159,7 @@ def _tried_out(backend: Aufs, scratch: str) -> Aufs:
                 ("dirperm1", "true" if "dirperm1" in backend.options else "false"),
                 ("aufs_branch_max", str(limit)),
                 ("aufs_xattrs", "true" if _takes_xattrs(union.target) else "false"),
-                ("upper_in_use", "sysfs" if backend._is_written(union.work) else "unseen"),
+                ("upper_in_use", "told" if _unions() else "unseen"),
             )
             return replace(backend, max_branches=limit, facts=facts)
         finally:
@@ -229,7 +206,7 @@ def branch_count(target: str) -> int:
 def _unions() -> set[tuple[str, int]]:
     """The live unions of the host, as sysfs has them: name and inode number of a directory."""
     try:
-        with os.scandir(_SYSFS) as entries:
+        with os.scandir(exclusive.SYSFS) as entries:
             return {(one.name, one.inode()) for one in entries if one.name.startswith("si_")}
     except FileNotFoundError:
         return set()

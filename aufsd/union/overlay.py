@@ -11,13 +11,13 @@ import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Final, Literal
+from typing import Final
 
 from aufsd.kernel import probe as host
 from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.layout import Layout
-from aufsd.union import plink, runner
+from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
 from aufsd.union.causes import refused
@@ -32,16 +32,13 @@ _OPTIONS: Final = (
     ("metacopy", "metacopy=off"),
     ("redirect_dir", "redirect_dir=nofollow"),
 )
-# ovl_report_in_use() in fs/overlayfs/super.c
-_IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
 
 
 @dataclass(frozen=True, slots=True)
 class Overlay:
     """The overlay backend as `probe` found it.
 
-    `in_use` is how a second mount over one upper directory is noticed: the kernel writes a line
-    into a log that we can read, or a trial mount is made before each writable one.
+    `empty` is a directory with nothing in it, `scratch` one for trial mounts.
     """
 
     namespace: XattrNamespace
@@ -49,7 +46,6 @@ class Overlay:
     empty: str
     scratch: str
     log: KernelLog
-    in_use: Literal["log", "trial", "unseen"] = "unseen"
     facts: tuple[tuple[str, str], ...] = ()
     name: str = "overlay"
     dialect: Dialect = Dialect.OVERLAY
@@ -94,23 +90,16 @@ class Overlay:
         calls = self.plan(union)
         if union.read_only:
             return runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        exclusive.refuse_if_written(union, self.scratch, self.namespace)
         _clean_work(union.work)
-        if self.in_use == "log":
-            runner.run(union.id, calls, magic=MAGIC, log=self.log)
-            if not _says_in_use(self.log):
-                return None
+        runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        if exclusive.says_in_use(self.log):
             # the line names no path, and another overlay mounted just now may have been meant
             runner.undo(union.target)
-        if self.in_use != "unseen" and is_upper_in_use(union.top, self.scratch, self.namespace):
-            raise MountFailed(
-                f"the content of layer {union.id} is still written by another mount, one that was "
-                "detached or lives on in another mount namespace: end what uses it",
-                id=union.id,
-                errno="EBUSY",
-                options=calls[0].render(calls[0].dirs),
-                cause="the writable branch is in use by another mount",
-            )
-        return runner.run(union.id, calls, magic=MAGIC, log=self.log)
+            if exclusive.is_upper_in_use(union.top, self.scratch, self.namespace):
+                raise exclusive.in_use(union)
+            runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        return exclusive.note(union.work, "overlay", os.lstat(union.target).st_dev)
 
     def flush(self, target: str) -> None:
         """As Backend.flush: nothing here, but the last backend may have been aufs."""
@@ -155,18 +144,18 @@ def probe(layout: Layout) -> Overlay | Verdict:
         )
     empty = f"{layout.private}/empty"
     os.makedirs(empty, 0o755, exist_ok=True)
-    options = (*_known_options(), *_user_xattr(ground.xattrs))
+    options = (*_known_options(), *exclusive.user_xattr(ground.xattrs))
     found = Overlay(ground.xattrs, options, empty, layout.probes, open_log())
     try:
-        in_use = _try_out(found)
+        told = _try_out(found)
     except (MountFailed, OSError) as error:
         return refused("overlay", layout.probes, error)
-    facts = (("overlay_options", ",".join(options)), ("upper_in_use", in_use))
-    return replace(found, in_use=in_use, facts=facts)
+    facts = (("overlay_options", ",".join(options)), ("upper_in_use", "told" if told else "unseen"))
+    return replace(found, facts=facts)
 
 
-def _try_out(backend: Overlay) -> Literal["log", "trial", "unseen"]:
-    """Mount a trial union and use it; how a second mount over its upper directory is noticed."""
+def _try_out(backend: Overlay) -> bool:
+    """Mount a trial union and use it; whether a second mount of its upper directory is noticed."""
     with scratch_dirs(
         backend.scratch, "lower", "middle/d", "upper", "work", "merged", "again"
     ) as at:
@@ -186,45 +175,11 @@ def _try_out(backend: Overlay) -> Literal["log", "trial", "unseen"]:
             os.rmdir(f"{union.target}/copied")
             if not is_whiteout(os.lstat(f"{union.top}/copied")):
                 raise OSError(errno.ENOTSUP, "a removed directory leaves no whiteout")
-            return _how_noticed(backend, union, f"{at}/again")
+            return "index" in _parameters() and exclusive.is_upper_in_use(
+                union.top, backend.scratch, backend.namespace
+            )
         finally:
             runner.undo(union.target)
-
-
-def _how_noticed(backend: Overlay, union: Union, again: str) -> Literal["log", "trial", "unseen"]:
-    runner.run("probe", backend.plan(replace(union, target=again)), magic=MAGIC, log=backend.log)
-    runner.undo(again)
-    if _says_in_use(backend.log):
-        return "log"
-    if "index" not in _parameters():
-        return "unseen"
-    told = is_upper_in_use(union.top, backend.scratch, backend.namespace)
-    return "trial" if told else "unseen"
-
-
-def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool:
-    """Whether a live overlay mount, seen by us or not, writes to `upper`: asked by a trial.
-
-    With index=on the kernel refuses a lower directory that is another mount's upper (EBUSY; Linux
-    4.13, ovl_is_inuse()). The trial's own upper is a new directory in `scratch`, so nothing is
-    written near the layer. Raises MountFailed if the trial fails in another way.
-    """
-    with scratch_dirs(scratch, "upper", "work", "merged") as at:
-        call = plan_overlay(
-            f"{at}/merged",
-            (upper,),
-            upper=f"{at}/upper",
-            work=f"{at}/work",
-            options=("index=on", *_user_xattr(namespace)),
-        )
-        try:
-            runner.run("probe", (call,), magic=MAGIC, log=KernelLog(-1))
-        except MountFailed as error:
-            if error.data["errno"] == "EBUSY":
-                return True
-            raise
-        runner.undo(call.target)
-    return False
 
 
 def is_whiteout(found: os.stat_result) -> bool:
@@ -256,10 +211,6 @@ def _clean_work(work: str) -> None:
     os.makedirs(work, 0o700, exist_ok=True)
 
 
-def _says_in_use(log: KernelLog) -> bool:
-    return any(words in line for line in log.since() for words in _IN_USE)
-
-
 def _parameters() -> frozenset[str]:
     with suppress(OSError):
         return frozenset(os.listdir("/sys/module/overlay/parameters"))
@@ -270,7 +221,3 @@ def _parameters() -> frozenset[str]:
 def _known_options() -> tuple[str, ...]:
     known = _parameters()
     return tuple(option for name, option in _OPTIONS if name in known)
-
-
-def _user_xattr(namespace: XattrNamespace) -> tuple[str, ...]:
-    return ("userxattr",) if namespace == "user" else ()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog
 from aufsd.union.overlay import Overlay
 from aufsd_client.errors import MountFailed
@@ -57,25 +58,45 @@ def test_a_layer_is_whole_by_itself(layers: Layers) -> None:
     assert tree(layers.mount(top, copy).target) == {"d/": "", "d/x": "base", "file": "base"}
 
 
-def test_without_the_kernel_log_a_branch_in_use_is_found_by_trial(layers: Layers) -> None:
+def test_a_branch_in_use_is_found_before_it_is_mounted_again(layers: Layers) -> None:
+    """Not by the kernel's log, and without a trace in the layer or in the other union's work."""
+    layers.need_exclusive()
     assert isinstance(layers.backend, Overlay)
-    blind = replace(layers.backend, log=KernelLog(-1), in_use="trial")
-    union = layers.mount(layers.add(), layers.add())
+    blind = replace(layers.backend, log=KernelLog(-1))
+    union = layers.mount(layers.add(), layers.add({"file": "content"}))
+    work = os.stat(f"{union.work}/work").st_ino
     before = os.listxattr(union.top)
     again = replace(union, target=layers.union(layers.add()).target)
     with pytest.raises(MountFailed, match="still written by another mount"):
         blind.mount(again)
     assert os.listdir(layers.layout.probes) == []
     assert os.listxattr(union.top) == before
+    assert os.stat(f"{union.work}/work").st_ino == work
+    Path(union.target, "file").write_text("copied up")
     layers.backend.unmount(union.target)
     blind.mount(again)
     assert blind.is_mounted(again.target)
 
 
+def test_a_union_that_is_no_work_of_ours_is_found_by_the_kernel_log(layers: Layers) -> None:
+    union = layers.union(layers.add(), layers.add())
+    other = layers.union(layers.add())
+    for name in ("work", "merged"):
+        os.makedirs(f"{layers.layout.root}/{name}")
+    data = f"lowerdir={other.top},upperdir={union.top},workdir={layers.layout.root}/work"
+    syscalls.mount("none", f"{layers.layout.root}/merged", "overlay", 0, data)
+    assert isinstance(layers.backend, Overlay)
+    if layers.backend.log.fd < 0:
+        pytest.skip("the kernel's log cannot be read here")
+    with pytest.raises(MountFailed, match="still written by another mount"):
+        layers.backend.mount(union)
+    assert not layers.backend.is_mounted(union.target)
+
+
 def test_another_overlay_in_use_on_the_host_is_no_false_alarm(layers: Layers) -> None:
     """The line in the kernel's log names no path."""
     assert isinstance(layers.backend, Overlay)
-    if layers.backend.in_use != "log":
+    if layers.backend.log.fd < 0:
         pytest.skip("the kernel's log cannot be read here")
     said = os.open("/dev/kmsg", os.O_WRONLY)
 

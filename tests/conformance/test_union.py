@@ -260,6 +260,7 @@ def test_another_file_system_at_the_mount_point_is_not_a_union(layers: Layers) -
 
 
 def test_a_writable_branch_of_a_detached_union_is_not_mounted_again(layers: Layers) -> None:
+    layers.need_exclusive()
     union = layers.mount(layers.add(), layers.add({"file": ""}))
     with open(f"{union.target}/file"):
         syscalls.umount2(union.target, syscalls.MNT_DETACH)
@@ -272,6 +273,7 @@ def test_a_writable_branch_of_a_detached_union_is_not_mounted_again(layers: Laye
 
 
 def test_nor_one_that_lives_on_in_another_mount_namespace(layers: Layers) -> None:
+    layers.need_exclusive()
     union = layers.mount(layers.add(), layers.add())
     program = f"""
 import sys

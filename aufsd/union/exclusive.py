@@ -1,0 +1,117 @@
+"""One live union at a time on a writable branch; neither aufs nor overlayfs (index=off) insists.
+
+A union that was unmounted may live on: detached, or as a copy in another mount namespace. So each
+writable mount leaves a note in the layer's work directory of what it was to the kernel, and the
+next one asks first whether that still lives. A union nobody noted is found by overlayfs's own
+word in the kernel's log, after the fact and before anybody is given the mount.
+"""
+
+import os
+from typing import Final
+
+from aufsd.kernel import syscalls
+from aufsd.kernel.log import KernelLog
+from aufsd.union import runner
+from aufsd.union.backend import Union, XattrNamespace
+from aufsd.union.branches import plan_overlay
+from aufsd.union.scratch import scratch_dirs
+from aufsd_client.errors import MountFailed
+
+SYSFS: Final = "/sys/fs/aufs"
+# ovl_report_in_use() in fs/overlayfs/super.c
+_IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
+
+
+def note(work: str, *words: str | int) -> None:
+    """Remember the writable union just mounted: `aufs NAME INODE` of sysfs, or `overlay DEVICE`."""
+    text, path = " ".join(map(str, words)), f"{work}/union"
+    if _noted(work) != text:
+        os.symlink(text, f"{path}.new")
+        os.rename(f"{path}.new", path)
+
+
+def refuse_if_written(union: Union, scratch: str, namespace: XattrNamespace) -> None:
+    """Raise MountFailed (EBUSY) if the last writable union of this layer still lives."""
+    words = _noted(union.work).split()
+    if words[:1] == ["aufs"]:
+        written = _is_union_of_aufs(words[1], int(words[2]))
+    elif words[:1] == ["overlay"]:
+        # a freed device number is given to the next file system, so a trial makes sure
+        written = _may_live(int(words[1])) and is_upper_in_use(union.top, scratch, namespace)
+    else:
+        written = False
+    if written:
+        raise in_use(union)
+
+
+def in_use(union: Union) -> MountFailed:
+    """The error of a layer whose content another mount still writes."""
+    return MountFailed(
+        f"the content of layer {union.id} is still written by another mount, one that was detached "
+        "or lives on in another mount namespace: end what uses it",
+        id=union.id,
+        errno="EBUSY",
+        options=f"{union.top}=rw",
+        cause="the writable branch is in use by another mount",
+    )
+
+
+def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool:
+    """Whether a live overlay mount, seen by us or not, writes to `upper`: asked by a trial.
+
+    With index=on the kernel refuses a lower directory that is another mount's upper (EBUSY; Linux
+    4.13, ovl_is_inuse()). The trial's own upper is a new directory in `scratch`, so nothing is
+    written near the layer. A trial that fails in another way tells nothing, nor does one in a user
+    namespace, where overlayfs goes without an index (ovl_can_decode_fh()).
+    """
+    with scratch_dirs(scratch, "upper", "work", "merged") as at:
+        call = plan_overlay(
+            f"{at}/merged",
+            (upper,),
+            upper=f"{at}/upper",
+            work=f"{at}/work",
+            options=("index=on", *user_xattr(namespace)),
+        )
+        try:
+            runner.run("trial", (call,), magic=syscalls.OVERLAYFS_SUPER_MAGIC, log=KernelLog(-1))
+        except MountFailed as error:
+            return error.data["errno"] == "EBUSY"
+        runner.undo(call.target)
+    return False
+
+
+def says_in_use(log: KernelLog) -> bool:
+    """Whether overlayfs said since the mark that some upper directory is mounted twice."""
+    return any(words in line for line in log.since() for words in _IN_USE)
+
+
+def user_xattr(namespace: XattrNamespace) -> tuple[str, ...]:
+    """The option of overlayfs for xattrs in `user` (Linux 5.11)."""
+    return ("userxattr",) if namespace == "user" else ()
+
+
+def _noted(work: str) -> str:
+    try:
+        return os.readlink(f"{work}/union")
+    except FileNotFoundError:
+        return ""
+
+
+def _is_union_of_aufs(name: str, inode: int) -> bool:
+    """Whether aufs has this union: a directory of its in sysfs lives as long as the superblock.
+
+    The name may come again, the inode number does not. Never ask for the branches in there: on aufs
+    6.1 that crashes the kernel (a null pointer in sysaufs_si_show()) if it meets a union that some
+    process is just mounting or unmounting.
+    """
+    try:
+        return os.stat(f"{SYSFS}/{name}").st_ino == inode
+    except FileNotFoundError:
+        return False
+
+
+def _may_live(device: int) -> bool:
+    try:
+        return syscalls.ustat(device)
+    except (NotImplementedError, OSError):
+        return True  # not on this architecture, or a container's filter refuses it
