@@ -109,7 +109,8 @@ class Runner:
     def _end(self) -> None:
         self._in_flight -= 1
         self._admission.end(self._peer.uid)
-        self._freed.unpark()
+        if self._freed:
+            self._freed.unpark()
 
     # --- answers ------------------------------------------------------------------------------
 
@@ -168,8 +169,6 @@ class Runner:
                     name = "cancelled"
                 else:
                     reply = dispatch.success(bound.id, answer)
-        except AufsdError as raised:
-            error = raised
         except trio.Cancelled:
             stopped = ShuttingDown("the daemon stopped before the call was done")
             if not bound.silent:

@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from aufsd.rpc.server import Settings
-from aufsd_client.errors import UnmountBusy
+from aufsd_client.errors import InternalError, UnmountBusy
 from aufsd_client.wire import MAX_LINE
 from tests.rpc.raw_peer import PATIENCE, RawPeer, code, line, name, notification
 from tests.rpc.serving import Connect, Served, start
@@ -251,10 +251,15 @@ async def test_a_batch_whose_answers_are_too_long_is_refused_from_there_on(
     assert 10 < len(refused) < 30
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [RuntimeError("the secret"), InternalError("of a child", traceback="the secret")],
+    ids=["exception", "an archive child's"],
+)
 async def test_nothing_of_an_unexpected_exception_leaves_the_daemon(
-    served: Served, connect: Connect, capfd: pytest.CaptureFixture[str]
+    served: Served, connect: Connect, capfd: pytest.CaptureFixture[str], failure: Exception
 ) -> None:
-    served.driver.failure = RuntimeError("the secret")
+    served.driver.failure = failure
     answer = await connect(served.control).ask("cleanup")
     assert (code(answer), name(answer)) == (-32603, "InternalError")
     assert "secret" not in json.dumps(answer)
