@@ -14,7 +14,8 @@ from aufsd.service import log
 @pytest.fixture(autouse=True)
 def _restored() -> Iterator[None]:
     yield
-    structlog.reset_defaults()
+    # loggers keep what they were made with, so the defaults of structlog would not reach them
+    log.configure()
 
 
 def lines(path: Path) -> list[dict[str, object]]:

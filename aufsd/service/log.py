@@ -6,6 +6,7 @@ do not go out are held up to a limit, beyond it they are counted and dropped, an
 
 import os
 import select
+import time
 from collections.abc import Callable, MutableMapping
 from json import dumps
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import msgspec
 import structlog
 
 Level = Literal["debug", "info", "warning", "error"]
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
 # bytes that are held while standard error takes nothing
 _HELD = 1 << 20
@@ -44,7 +46,8 @@ class Writer:
         if len(self._held) + len(line) > _HELD:
             self.dropped += 1
         else:
-            self._held += line + b"\n"
+            self._held += line
+            self._held += b"\n"
         self.flush()
 
     def flush(self) -> None:
@@ -64,41 +67,64 @@ class Writer:
             self.flush()
 
 
-class _Logger:
-    """What structlog hands its lines to; the level is in the line."""
+class _Sink:
+    """Where the lines of all loggers go, and which.
 
-    def __init__(self, writer: Writer) -> None:
-        self.msg = writer.write
+    structlog has each logger keep what it was made with: a second `configure` changes it here.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        return self.msg
+    def __init__(self) -> None:
+        self.level = 0
+        self.writer = Writer(2)
+        self._second = -1
+        self._prefix = ""
+
+    def now(self) -> str:
+        """The time as RFC 3339 has it; its seconds are written out once a second."""
+        now = time.time()
+        if self._second != (second := int(now)):
+            self._second = second
+            self._prefix = time.strftime("%Y-%m-%dT%H:%M:%S.", time.gmtime(second))
+        return f"{self._prefix}{int((now - second) * 1_000_000):06d}Z"
+
+    def msg(self, line: bytes) -> None:
+        self.writer.write(line)
+
+    debug = info = warning = error = critical = msg
+
+
+_sink = _Sink()
+_processors: list[Any] = []
 
 
 def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -> Writer:
     """Set up the log; may be called again. `json` None: unless `fd` is a terminal."""
-    writer = Writer(fd)
+    _sink.level = _LEVELS[level]
+    _sink.writer = Writer(fd)
     if json is None:
         json = not os.isatty(fd)
-    processors: list[Any] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-    ]
-    if json:
-        # text, and not the structured form, which would carry the values of local variables
-        processors += [structlog.processors.format_exc_info, _render_json]
-        if _is_journal(fd):
-            processors += [_mark_priority]
-    else:
-        processors += [_render_console()]
+    # text, and not structlog's structured form, which would carry the values of local variables
+    _processors[:] = [_stamp, structlog.processors.format_exc_info, _render_json]
+    if not json:
+        _processors[1:] = [_render_console()]
+    elif _is_journal(fd):
+        _processors.append(_mark_priority)
     structlog.configure(
-        processors=processors,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=lambda *_: _Logger(writer),
-        # the level may change while the daemon runs
-        cache_logger_on_first_use=False,
+        processors=_processors,
+        # the level is looked at in `_stamp`
+        wrapper_class=structlog.make_filtering_bound_logger("debug"),
+        logger_factory=lambda *_: _sink,
+        cache_logger_on_first_use=True,
     )
-    return writer
+    return _sink.writer
+
+
+def _stamp(_: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    if _LEVELS[method] < _sink.level:
+        raise structlog.DropEvent
+    event["level"] = method
+    event["timestamp"] = _sink.now()
+    return event
 
 
 _encode = msgspec.json.Encoder(enc_hook=repr).encode
@@ -114,7 +140,7 @@ def _render_json(_: object, __: str, event: MutableMapping[str, Any]) -> bytes:
 
 def _mark_priority(_: object, method: str, line: bytes) -> bytes:
     # a traceback is inside its JSON string: there is one line, and one priority
-    return _PRIORITY.get(method, b"<6>") + line
+    return _PRIORITY[method] + line
 
 
 def _render_console() -> Callable[[object, str, MutableMapping[str, Any]], bytes]:
