@@ -64,17 +64,20 @@ class Aufs:
     def mount(self, union: Union) -> None:
         """As Backend.mount. EBUSY: another live union, maybe a detached one, writes its branch."""
         calls = self.plan(union)
-        os.makedirs(union.work, 0o700, exist_ok=True)
-        with suppress(FileNotFoundError):
-            # unlinked by aufs as soon as it is open; there only if the machine stopped in between
-            os.unlink(f"{union.work}/xino")
-        if not union.read_only:
-            exclusive.refuse_if_written(union, self.scratch, self.namespace)
+        with runner.explained(union.id, calls[0], self.log):
+            os.makedirs(union.work, 0o700, exist_ok=True)
+            with suppress(FileNotFoundError):
+                # unlinked by aufs as soon as it is open; there only if the machine stopped then
+                os.unlink(f"{union.work}/xino")
+            if not union.read_only:
+                exclusive.refuse_if_written(union, self.scratch, self.namespace)
         runner.run(union.id, calls, magic=MAGIC, log=self.log)
-        if not self.is_whole(union):
+        try:
+            if not self.is_whole(union):
+                raise OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
+        except OSError as error:
             runner.undo(union.target)
-            cut = OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
-            raise runner.failure(union.id, calls[-1], cut, self.log)
+            raise runner.failure(union.id, calls[-1], error, self.log) from error
         if not union.read_only:
             for name, inode in self._new_union(union.target):
                 exclusive.note(union.work, "aufs", name, inode)
@@ -88,9 +91,9 @@ class Aufs:
         if len(new) == 1:
             return new
         # others mount too: mountinfo has the number of each
-        row = mountinfo.mounted_under(target)[-1]
-        number = row.super_options.partition("si=")[2].partition(",")[0]
-        return {one for one in live if one[0] == f"si_{number}"}
+        shown = mountinfo.mounted_under(target)[-1:]
+        names = [f"si_{row.super_options.partition('si=')[2].partition(',')[0]}" for row in shown]
+        return {one for one in live if one[0] in names}
 
     def flush(self, target: str) -> None:
         """As Backend.flush: every pseudo-link becomes a real one."""

@@ -18,7 +18,10 @@ def likely_cause(call: MountCall, error: OSError, kernel_log: Sequence[str]) -> 
     if found:
         return found
     said = [line for line in kernel_log if call.fstype in line]
-    return f"the kernel says: {said[-1]}" if said else (error.strerror or str(error))
+    if said:
+        return f"the kernel says: {said[-1]}"
+    reason = error.strerror or str(error)
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _causes(call: MountCall, error: OSError) -> Iterator[str]:

@@ -7,7 +7,10 @@ word in the kernel's log, after the fact and before anybody is given the mount.
 """
 
 import os
+from contextlib import suppress
 from typing import Final
+
+import structlog
 
 from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog
@@ -17,6 +20,8 @@ from aufsd.union.branches import plan_overlay
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 
+log = structlog.get_logger(__name__)
+
 SYSFS: Final = "/sys/fs/aufs"
 # ovl_report_in_use() in fs/overlayfs/super.c
 _IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
@@ -25,9 +30,15 @@ _IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
 def note(work: str, *words: str | int) -> None:
     """Remember the writable union just mounted: `aufs NAME INODE` of sysfs, or `overlay DEVICE`."""
     text, path = " ".join(map(str, words)), f"{work}/union"
-    if _noted(work) != text:
-        os.symlink(text, f"{path}.new")
-        os.rename(f"{path}.new", path)
+    if _noted(work) == text:
+        return
+    try:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        os.symlink(text, path)
+    except OSError as error:
+        # no reason to take a good mount down, on a full disk
+        log.warning("a writable union is not noted", path=path, error=str(error))
 
 
 def refuse_if_written(union: Union, scratch: str, namespace: XattrNamespace) -> None:

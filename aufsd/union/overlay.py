@@ -90,13 +90,14 @@ class Overlay:
         calls = self.plan(union)
         if union.read_only:
             return runner.run(union.id, calls, magic=MAGIC, log=self.log)
-        exclusive.refuse_if_written(union, self.scratch, self.namespace)
-        _clean_work(union.work)
+        with runner.explained(union.id, calls[0], self.log):
+            exclusive.refuse_if_written(union, self.scratch, self.namespace)
+            _clean_work(union.work)
         runner.run(union.id, calls, magic=MAGIC, log=self.log)
         if exclusive.says_in_use(self.log):
             # the line names no path, and another overlay mounted just now may have been meant
-            runner.undo(union.target)
-            if exclusive.is_upper_in_use(union.top, self.scratch, self.namespace):
+            gone = runner.undo(union.target)
+            if not gone or exclusive.is_upper_in_use(union.top, self.scratch, self.namespace):
                 raise exclusive.in_use(union)
             runner.run(union.id, calls, magic=MAGIC, log=self.log)
         return exclusive.note(union.work, "overlay", os.lstat(union.target).st_dev)

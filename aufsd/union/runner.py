@@ -9,8 +9,9 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Final
 
 from aufsd.kernel import mountinfo, syscalls
@@ -53,16 +54,30 @@ def is_mounted(target: str, magic: int) -> bool:
         return False
 
 
-def undo(target: str) -> None:
-    """Unmount what nobody was given yet. Something that scans mounts may hold it for a moment."""
+def undo(target: str) -> bool:
+    """Unmount what nobody was given yet; whether it is gone.
+
+    Something that scans mounts may hold it for a moment, so a busy one is tried for half a second.
+    """
     for _ in range(_UNDO_TRIES):
         try:
-            return syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+            syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
         except OSError as error:
             if error.errno != errno.EBUSY:
-                return None
+                return True
+        else:
+            return True
         time.sleep(_UNDO_PAUSE)
-    return None
+    return False
+
+
+@contextmanager
+def explained(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
+    """What fails with OSError inside fails as the mount that it was done for."""
+    try:
+        yield
+    except OSError as error:
+        raise failure(id, call, error, log) from error
 
 
 def failure(id: str, call: MountCall, error: OSError, log: KernelLog) -> MountFailed:

@@ -327,3 +327,13 @@ def test_mounting_leaves_no_descriptor_and_no_working_directory_behind(layers: L
 def test_the_probe_leaves_nothing_behind(layers: Layers) -> None:
     assert os.listdir(layers.layout.probes) == []
     assert mountinfo.mounted_under(layers.layout.root) == []
+
+
+def test_a_work_directory_that_cannot_be_made_is_a_failed_mount(layers: Layers) -> None:
+    union = layers.union(layers.add(), layers.add())
+    os.makedirs(os.path.dirname(union.work), exist_ok=True)
+    Path(union.work).touch()
+    with pytest.raises(MountFailed, match=f": {union.work}.*: (File exists|Not a dir)") as caught:
+        layers.backend.mount(union)
+    assert caught.value.data["errno"] in ("EEXIST", "ENOTDIR")
+    assert not layers.backend.is_mounted(union.target)
