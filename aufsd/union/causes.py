@@ -57,14 +57,14 @@ def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
     try:
         found = os.stat(path)
     except OSError as error:
-        yield f"the branch {path} cannot be reached: {error.strerror}"
+        yield f"the directory {path} cannot be reached: {error.strerror}"
         return
     if not stat.S_ISDIR(found.st_mode):
-        yield f"the branch {path} is no directory"
+        yield f"the directory {path} is no directory"
         return
     reason = _UNFIT.get((fstype, syscalls.statfs_type(path)))
     if reason:
-        yield f"the branch {path} lies on {reason}"
+        yield f"the directory {path} lies on {reason}"
 
 
 def refused(fstype: str, store: str, error: OSError | MountFailed) -> Verdict:

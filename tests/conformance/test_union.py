@@ -333,7 +333,7 @@ def test_a_work_directory_that_cannot_be_made_is_a_failed_mount(layers: Layers) 
     union = layers.union(layers.add(), layers.add())
     os.makedirs(os.path.dirname(union.work), exist_ok=True)
     Path(union.work).touch()
-    with pytest.raises(MountFailed, match=f": {union.work}.*: (File exists|Not a dir)") as caught:
+    with pytest.raises(MountFailed, match=f"directory {union.work} is no directory") as caught:
         layers.backend.mount(union)
     assert caught.value.data["errno"] in ("EEXIST", "ENOTDIR")
     assert not layers.backend.is_mounted(union.target)
