@@ -60,7 +60,7 @@ class Owners:
     def _unmapped(self, what: str, id: int, name: bytes) -> BadArchive | InternalError:
         sentence = f"{shown(name)} belongs to {what} {id}, which no id map has"
         if self._to is to_host:
-            return BadArchive(sentence, entry=shown(name))
+            return BadArchive(sentence)
         return InternalError(sentence, entry=shown(name))
 
 
@@ -106,7 +106,7 @@ def imported(
         elif _may_travel(name, settings) and b"\0" not in name:
             found.append((text, value))
         else:
-            meter.warn(f"dropped the attribute {shown(name)} of {shown(path)}")
+            meter.warn(f"dropped the attribute {shown(name)} of {shown(path) or '/'}")
     return found
 
 

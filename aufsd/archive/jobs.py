@@ -32,6 +32,70 @@ _LINE = 1 << 16
 
 
 @dataclass(slots=True)
+class ForkServer:
+    """The process that children are forked from; started again if it is gone.
+
+    `scratch` is any directory: the process mounts its own root there, where nobody else sees it.
+    """
+
+    scratch: str
+    process: subprocess.Popen[bytes] | None = None
+    channel: socket.socket | None = None
+
+    async def fork(self, channel: socket.socket) -> None:
+        """Have a child made that serves `channel`, which the caller closes."""
+        for attempt in range(2):
+            self.start()
+            assert self.channel is not None
+            try:
+                # one byte, into a queue of many: this does not wait for anything but the kernel
+                socket.send_fds(self.channel, [b"j"], [channel.fileno()])
+            except (BrokenPipeError, ConnectionResetError):
+                self.stop()
+                if attempt:
+                    raise
+            except BlockingIOError:
+                await trio.lowlevel.wait_writable(self.channel)
+            else:
+                return
+        raise InternalError("the archive server takes no jobs")
+
+    def start(self) -> None:
+        """Start the process unless it runs, without waiting: a job sent early waits in line."""
+        if self.process is not None and self.process.poll() is None:
+            return
+        self.stop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "aufsd.archive.forkserver",
+                    str(theirs.fileno()),
+                    self.scratch,
+                ],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                # what this process imports from, and not the directory it happens to be in
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                cwd="/",
+            )
+        ours.setblocking(False)
+        self.channel = ours
+
+    def stop(self) -> None:
+        """End the process, and with it every child."""
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+
+@dataclass(slots=True)
 class _Running:
     """A job that has its child, and how far it said it is."""
 
@@ -56,7 +120,7 @@ class Jobs:
     slots: trio.CapacityLimiter
     # of their own, so that no mount waits for somebody's slow stream
     conversions: trio.CapacityLimiter
-    server: "_ForkServer"
+    server: ForkServer
     jobs: dict[int, _Running] = field(default_factory=dict)
 
     async def diff(
@@ -259,67 +323,6 @@ class _Child:
         return bool(data)
 
 
-@dataclass(slots=True)
-class _ForkServer:
-    """The process that children are forked from; started again if it is gone."""
-
-    scratch: str
-    process: subprocess.Popen[bytes] | None = None
-    channel: socket.socket | None = None
-
-    async def fork(self, channel: socket.socket) -> None:
-        """Have a child made that serves `channel`, which the caller closes."""
-        for attempt in range(2):
-            self.start()
-            assert self.channel is not None
-            try:
-                # one byte, into a queue of many: this does not wait for anything but the kernel
-                socket.send_fds(self.channel, [b"j"], [channel.fileno()])
-            except (BrokenPipeError, ConnectionResetError):
-                self.stop()
-                if attempt:
-                    raise
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self.channel)
-            else:
-                return
-        raise InternalError("the archive server takes no jobs")
-
-    def start(self) -> None:
-        """Start the process unless it runs, without waiting: a job sent early waits in line."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        self.stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "aufsd.archive.forkserver",
-                    str(theirs.fileno()),
-                    self.scratch,
-                ],
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                # what this process imports from, and not the directory it happens to be in
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                cwd="/",
-            )
-        ours.setblocking(False)
-        self.channel = ours
-
-    def stop(self) -> None:
-        """End the process, and with it every child."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
 @asynccontextmanager
 async def open_jobs(
     layout: Layout,
@@ -332,11 +335,16 @@ async def open_jobs(
     sync: Literal["filesystem", "none"] = "filesystem",
     acls: bool = False,
     xattr_namespace: Literal["trusted", "user"] = "trusted",
+    server: ForkServer | None = None,
 ) -> AsyncIterator[Jobs]:
-    """Archive jobs over a store, `max_jobs` at a time; at the end all are killed."""
+    """Archive jobs over a store, `max_jobs` at a time; at the end all are killed.
+
+    Call it from the main thread: the fork server ends with the thread that started it. A `server`
+    that is given is used, and left running.
+    """
     settings = Settings(tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace)
-    server = _ForkServer(layout.private)
-    server.start()
+    own = server or ForkServer(layout.private)
+    own.start()
     try:
         yield Jobs(
             layout,
@@ -344,10 +352,11 @@ async def open_jobs(
             max_waiting,
             trio.CapacityLimiter(max_jobs),
             trio.CapacityLimiter(max_jobs),
-            server,
+            own,
         )
     finally:
-        server.stop()
+        if server is None:
+            own.stop()
 
 
 @contextmanager

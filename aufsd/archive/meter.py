@@ -11,19 +11,24 @@ _PAUSE: Final = 0.25  # seconds between two reports
 class Meter:
     """Bytes of the stream and entries so far, reported now and then; and the warnings."""
 
-    __slots__ = ("_next", "_report", "_unsaid", "bytes", "entries", "warned")
+    __slots__ = ("_clock", "_next", "_report", "_unsaid", "bytes", "entries", "warned")
 
-    def __init__(self, report: Callable[[int, int], None]) -> None:
+    def __init__(
+        self,
+        report: Callable[[int, int], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.bytes = 0
         self.entries = 0
         self.warned: list[str] = []
         self._unsaid = 0
         self._report = report
-        self._next = time.monotonic() + _PAUSE
+        self._clock = clock
+        self._next = clock() + _PAUSE
 
     def tick(self) -> None:
         """Report, if the last time is long enough ago. Called about once a megabyte."""
-        now = time.monotonic()
+        now = self._clock()
         if now >= self._next:
             self._next = now + _PAUSE
             self._report(self.bytes, self.entries)

@@ -19,7 +19,7 @@ def inside(name: bytes) -> bytes:
     Raises ArchiveEscape for one that leaves the root on its way, wherever it would end.
     """
     if not name:
-        raise BadArchive("an entry without a name", entry="")
+        raise BadArchive("an entry without a name")
     # the common case: nothing to clean
     bare = name[:-1] if name.endswith(b"/") else name
     if bare[:1] not in _ROUGH and bare[-1:] != b"/" and b"//" not in bare and b"/." not in bare:
@@ -28,7 +28,7 @@ def inside(name: bytes) -> bytes:
     for part in name.split(b"/"):
         if part == b"..":
             if not parts:
-                raise ArchiveEscape(f"{shown(name)} leaves the layer", entry=shown(name))
+                raise ArchiveEscape(f"{shown(name)} leaves the layer")
             parts.pop()
         elif part not in (b"", b"."):
             parts.append(part)
@@ -52,8 +52,7 @@ def check_content(path: bytes) -> None:
     for part in path.split(b"/"):
         if part.startswith(marks.WHITEOUT):
             raise ArchiveEscape(
-                f"{shown(path)}: names that begin with .wh. stand for deleted files",
-                entry=shown(path),
+                f"{shown(path)}: names that begin with .wh. stand for deleted files"
             )
 
 
@@ -73,7 +72,6 @@ def mark(path: bytes) -> bytes | None:
     deleted = marks.deleted_name(name)
     if deleted is None:
         raise ArchiveEscape(
-            f"{shown(path)} would be the union's own metadata, and means nothing here",
-            entry=shown(path),
+            f"{shown(path)} would be the union's own metadata, and means nothing here"
         )
     return deleted

@@ -19,6 +19,7 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import BadArchive
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+DEFAULT_ACL: Final = "system.posix_acl_default"
 # PATH_MAX is 4096 with the NUL
 _PATH_MAX: Final = 4000
 
@@ -26,16 +27,18 @@ _PATH_MAX: Final = 4000
 class Directory:
     """A directory that entries were made in: it gets `mtime` when nothing is written any more.
 
-    New entries of a `setgid` one belong to its group until they are told otherwise.
+    New entries of a `setgid` one belong to its group until they are told otherwise. A default ACL
+    would be given to new entries too, so it waits till the end.
     """
 
-    __slots__ = ("inode", "mtime", "path", "setgid")
+    __slots__ = ("default_acl", "inode", "mtime", "path", "setgid")
 
     def __init__(self, path: bytes, found: os.stat_result) -> None:
         self.path = path
         self.mtime = found.st_mtime_ns
         self.inode = found.st_ino
         self.setgid = bool(found.st_mode & stat.S_ISGID)
+        self.default_acl = b""
 
 
 class Tree:
@@ -49,6 +52,8 @@ class Tree:
         self.dialect = dialect
         self.fresh = fresh
         self.here = Directory(ROOT, os.stat(b"/"))
+        os.chdir(b"/")
+        self._take_default_acl(self.here)
         # whether anything was taken away: then sizes have to be measured
         self.removed = False
         self._opaque_xattr = marks.opaque_xattr(namespace)
@@ -85,18 +90,20 @@ class Tree:
         for part in path.split(b"/"):
             self.here = here
             done = done + b"/" + part if done else part
+            made = False
             try:
                 os.chdir(part)
             except (FileNotFoundError, NotADirectoryError):
                 self._make_missing(part, done)
                 os.chdir(part)
                 implied(done)
+                made = True
             except OSError as error:
                 if error.errno != errno.ELOOP:
                     raise
-                raise BadArchive(f"{shown(done)} leads in a circle", entry=shown(path)) from None
+                raise BadArchive(f"{shown(done)} leads in a circle") from None
             self.note(part)
-            here = self._known(done)
+            here = self._known(done, made=made)
         return here
 
     def _make_missing(self, name: bytes, path: bytes) -> None:
@@ -106,10 +113,10 @@ class Tree:
             pass
         else:
             if not marks.is_whiteout_node(found) or self.dialect is not Dialect.OVERLAY:
-                raise BadArchive(f"{shown(path)} is not a directory", entry=shown(path))
+                raise BadArchive(f"{shown(path)} is not a directory")
         self.make_directory(name, 0o755)
 
-    def _known(self, path: bytes) -> Directory:
+    def _known(self, path: bytes, *, made: bool) -> Directory:
         """The record of the current directory, which may be known by another path too."""
         known = self._by_path.get(path)
         if known is None:
@@ -117,8 +124,15 @@ class Tree:
             known = self._by_inode.get(found.st_ino)
             if known is None:
                 known = self._by_inode[found.st_ino] = Directory(path, found)
+                if made or not self.fresh:
+                    self._take_default_acl(known)
             self._by_path[path] = known
         return known
+
+    def _take_default_acl(self, directory: Directory) -> None:
+        if DEFAULT_ACL in os.listxattr(b"."):
+            directory.default_acl = os.getxattr(b".", DEFAULT_ACL)
+            os.removexattr(b".", DEFAULT_ACL)
 
     def at(self, path: bytes, name: bytes) -> Directory:
         """The record of the directory `name` in the current one, whose path is `path`."""
@@ -131,16 +145,18 @@ class Tree:
             self._by_path[path] = known
         return known
 
-    def set_times(self) -> None:
-        """Give every directory that was written to its time; the last thing that is done."""
+    def finish(self) -> None:
+        """Give directories what waits till nothing is written any more."""
         for directory in self._by_inode.values():
             times = (directory.mtime, directory.mtime)
             try:
-                if len(directory.path) < _PATH_MAX:
+                if len(directory.path) < _PATH_MAX and not directory.default_acl:
                     os.utime(b"/" + directory.path, ns=times, follow_symlinks=False)
-                else:
-                    change_directory(directory.path)
-                    os.utime(b".", ns=times)
+                    continue
+                change_directory(directory.path)
+                if directory.default_acl:
+                    os.setxattr(b".", DEFAULT_ACL, directory.default_acl)
+                os.utime(b".", ns=times)
             except (FileNotFoundError, NotADirectoryError):
                 # it was reached through a symlink that was replaced later
                 continue

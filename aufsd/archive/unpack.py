@@ -18,7 +18,7 @@ from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
 from aufsd.archive.reader import Member, Reader
 from aufsd.archive.requests import Settings
-from aufsd.archive.tree import Tree, directory_of
+from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
@@ -75,26 +75,27 @@ class Unpacker:
         """
         os.umask(0)
         for member in self._reader.members():
+            name = member.name
             try:
                 self._member(member)
             except OSError as error:
-                raise self._translated(error, member) from error
+                raise _translated(error, name, member.start) from error
             except (BadArchive, ArchiveEscape, LimitExceeded) as error:
-                error.data.setdefault("entry", shown(member.name))
+                error.data.setdefault("entry", shown(name))
                 error.data.setdefault("offset", member.start)
                 raise
         tree = self._tree
         if marks.PLINKS in self._told and os.path.lexists(b"/" + marks.PLINKS):
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
-        tree.set_times()
+        tree.finish()
         exact = tree.fresh and not tree.removed
         return self._bytes if exact else self._measure()[0]
 
     # --- one entry ----------------------------------------------------------------------------
 
     def _member(self, member: Member) -> None:
-        path = names.inside(member.name)
+        path = member.name = names.inside(member.name)
         kind = member.kind
         if self._limits.depth and path.count(b"/") >= self._limits.depth:
             raise LimitExceeded(f"an entry more than {self._limits.depth} directories deep")
@@ -124,6 +125,7 @@ class Unpacker:
             if not member.link:
                 raise BadArchive(f"{shown(path)} is a symlink to nothing")
             self._make(name, lambda: os.symlink(member.link, name))
+            self._count(1)
             self._owner(name, member)
             os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
         elif kind == headers.LINK:
@@ -139,7 +141,6 @@ class Unpacker:
 
     def _file(self, name: bytes, member: Member) -> None:
         size = member.size
-        self._count(1, size)
         mode = member.mode
         try:
             fd = os.open(name, _CREATE, mode & 0o777)
@@ -147,6 +148,7 @@ class Unpacker:
             self._tree.clear(name)
             fd = os.open(name, _CREATE, mode & 0o777)
         try:
+            self._count(1, size)
             if member.extents is not None:
                 self._sparse(fd, member)
             elif size:
@@ -184,11 +186,12 @@ class Unpacker:
             os.chown(name, uid, gid, follow_symlinks=False)
         if not made:
             self._remove_xattrs(name, member)
+        record = tree.at(path, name)
+        record.default_acl = b""
         if member.xattrs:
-            self._set_xattrs(name, member)
+            self._set_xattrs(name, member, record)
         if member.mode & 0o6000 or inherits or not made:
             os.chmod(name, member.mode)
-        record = tree.at(path, name)
         record.mtime = member.mtime
         record.setgid = bool(member.mode & stat.S_ISGID)
 
@@ -198,7 +201,6 @@ class Unpacker:
             names.check_content(target)
         if target == path:
             raise BadArchive(f"{shown(path)} is a hard link to itself")
-        self._count(1)
         try:
             with directory_of(target) as (fd, source):
                 if self._dialect is Dialect.OVERLAY and marks.is_whiteout_node(
@@ -215,6 +217,7 @@ class Unpacker:
             ) from None
         except PermissionError:
             raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
+        self._count(1)
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
         kind = _NODES[member.kind]
@@ -289,11 +292,16 @@ class Unpacker:
         if uid or gid or self._tree.here.setgid:
             os.chown(name, uid, gid, follow_symlinks=False)
 
-    def _set_xattrs(self, where: bytes | int, member: Member) -> None:
+    def _set_xattrs(
+        self, where: bytes | int, member: Member, directory: Directory | None = None
+    ) -> None:
         assert member.xattrs is not None
         for name, value in imported(
             member.xattrs, self._settings, self._owners, member.name, self._meter
         ):
+            if directory is not None and name == DEFAULT_ACL:
+                directory.default_acl = value
+                continue
             try:
                 if isinstance(where, int):
                     os.setxattr(where, name, value)
@@ -311,9 +319,9 @@ class Unpacker:
         wanted = {key for key, _ in member.xattrs or ()}
         for text in os.listxattr(name, follow_symlinks=False):
             key = text.encode("utf-8", "surrogateescape")
-            if key.startswith(b"user.") and key not in wanted:
-                if key.startswith((b"user.aufsd.", b"user.overlay.")):
-                    continue
+            if key.startswith((b"user.aufsd.", b"user.overlay.")) or key in wanted:
+                continue
+            if key.startswith((b"user.", b"system.posix_acl_access")):
                 os.removexattr(name, text, follow_symlinks=False)
 
     def _implied(self, path: bytes) -> None:
@@ -329,6 +337,7 @@ class Unpacker:
     # --- limits and errors --------------------------------------------------------------------
 
     def _count(self, entries: int, size: int = 0) -> None:
+        """Count what has just been made, and the `size` that it will have."""
         self._entries += entries
         self._bytes += size
         limits = self._limits
@@ -351,7 +360,7 @@ class Unpacker:
         if self._tree.removed:
             here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY)
             found = self._measure()
-            self._bytes, self._entries = found[0] + size, found[1] + 1
+            self._bytes, self._entries = found[0] + size, found[1]
             os.fchdir(here)
             os.close(here)
 
@@ -359,13 +368,14 @@ class Unpacker:
         os.chdir(b"/")
         return measure(aufs=self._dialect is Dialect.AUFS)
 
-    def _translated(self, error: OSError, member: Member) -> Exception:
-        path = shown(member.name)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return NoSpace(f"no space left for {path}: {error.strerror}", entry=path)
-        if error.errno in _UNTAKEN:
-            return BadArchive(f"{path}: {_UNTAKEN[error.errno]}", entry=path, offset=member.start)
-        return error
+
+def _translated(error: OSError, name: bytes, start: int) -> Exception:
+    path = shown(name)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoSpace(f"no space left for {path}: {error.strerror}", entry=path)
+    if error.errno in _UNTAKEN:
+        return BadArchive(f"{path}: {_UNTAKEN[error.errno]}", entry=path, offset=start)
+    return error
 
 
 def _device(member: Member, path: bytes) -> int:

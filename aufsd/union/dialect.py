@@ -25,7 +25,7 @@ class Dialect(StrEnum):
     OVERLAY = "overlay"
 
 
-Where: TypeAlias = str | bytes | int
+Where: TypeAlias = str | bytes | int | os.PathLike[str]
 
 # include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
 WHITEOUT: Final = b".wh."

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from aufsd.answers import Streamed
-from aufsd.archive.jobs import Jobs, open_jobs
+from aufsd.archive.jobs import ForkServer, Jobs, open_jobs
 from aufsd.archive.requests import Branch, Limits
 from aufsd.store.layout import Layout
 from aufsd.union import dialect as marks
@@ -83,14 +83,16 @@ class Shelf:
 
 
 @asynccontextmanager
-async def open_shelf(root: Path, **options: Any) -> AsyncIterator[Shelf]:
-    """A shelf below an empty directory."""
+async def open_shelf(
+    root: Path, server: ForkServer | None = None, **options: Any
+) -> AsyncIterator[Shelf]:
+    """A shelf below an empty directory; `server` is one that runs already, which saves time."""
     layout = Layout(str(root))
     for path in (layout.layers, layout.diff, layout.mnt, layout.staging, layout.removing):
         os.makedirs(path, exist_ok=True)
     settings: dict[str, Any] = {"uid_maps": (), "gid_maps": (), "limits": Limits(), "sync": "none"}
     settings |= {"xattr_namespace": NAMESPACE, **options}
-    async with open_jobs(layout, **settings) as jobs:
+    async with open_jobs(layout, server=server, **settings) as jobs:
         yield Shelf(layout, jobs)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from typing import Literal
 
 import pytest
 from hypothesis import example, given
@@ -59,7 +60,7 @@ def test_tarfile_reads_the_same_entry(
 
 
 @given(st.dictionaries(st.text("abc._", min_size=1, max_size=20), st.binary(max_size=2000)))
-@example({"a": b"x" * n for n in range(80, 100)})
+@example({"a" * n: b"x" * 70 for n in range(1, 20)})
 def test_tarfile_reads_the_same_xattrs(xattrs: dict[str, bytes]) -> None:
     pairs = [(b"user." + key.encode(), value) for key, value in xattrs.items()]
     found = read_back(headers.encode(b"f", headers.REGULAR, mode=0, uid=0, gid=0, xattrs=pairs))
@@ -102,15 +103,15 @@ def test_the_short_way_to_a_header_gives_the_same_bytes(
     st.integers(0, 1 << 40),
     st.integers(-(1 << 40), 1 << 40),
     st.integers(0, 1 << 50),
-    st.sampled_from([tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT]),
+    st.sampled_from((tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)),
 )
 def test_reads_what_tarfile_writes_in_one_header(
-    name: bytes, mode: int, id: int, mtime: int, size: int, format: int
+    name: bytes, mode: int, id: int, mtime: int, size: int, how: Literal[0, 1]
 ) -> None:
     info = tarfile.TarInfo(name.decode("utf-8", "surrogateescape"))
     info.mode, info.uid, info.gid, info.mtime, info.size = mode, id, id, mtime, size
     try:
-        stream = info.tobuf(format, "utf-8", "surrogateescape")
+        stream = info.tobuf(how, "utf-8", "surrogateescape")
     except ValueError:
         return  # this format cannot say it
     found = headers.decode(stream[-BLOCK:])
