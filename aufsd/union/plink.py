@@ -64,7 +64,8 @@ def unmount(target: str) -> None:
                 log.warning("hard links of a union are not flushed", path=target, error=str(error))
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
         if flushed and branch is not None:
-            _forget(branch)
+            with suppress(OSError):  # it is unmounted; the next union has nothing of them
+                _forget(branch)
     return None
 
 
@@ -144,24 +145,32 @@ def _link(directory: int, name: str) -> None:
 
 
 def _names(root: int, inodes: Collection[int]) -> Iterator[tuple[int, str]]:
-    """The names of non-directories with these inode numbers, each with its open directory."""
+    """The names of non-directories with these inode numbers, each with its open directory.
+
+    As many descriptors are open as the tree is deep.
+    """
     device = os.fstat(root).st_dev
-    stack = [os.dup(root)]
+    # the directories on the way down, each with the names in it that are still to be entered
+    way = [(os.dup(root), ["."])]
     try:
-        while stack:
-            directory = stack.pop()
+        while way:
+            above, below = way[-1]
+            if not below:
+                os.close(way.pop()[0])
+                continue
             try:
-                if os.fstat(directory).st_dev != device:
-                    continue
-                with os.scandir(directory) as entries:
-                    for entry in entries:
-                        if entry.is_dir(follow_symlinks=False):
-                            with suppress(FileNotFoundError, NotADirectoryError):
-                                stack.append(os.open(entry.name, _DIR, dir_fd=directory))
-                        elif entry.inode() in inodes:
-                            yield directory, entry.name
-            finally:
-                os.close(directory)
+                directory = os.open(below.pop(), _DIR, dir_fd=above)
+            except (FileNotFoundError, NotADirectoryError):
+                continue  # gone, or another thing by now
+            way.append((directory, inner := []))
+            if os.fstat(directory).st_dev != device:
+                continue
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        inner.append(entry.name)
+                    elif entry.inode() in inodes:
+                        yield directory, entry.name
     finally:
-        for directory in stack:
+        for directory, _ in way:
             os.close(directory)

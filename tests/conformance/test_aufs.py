@@ -1,6 +1,7 @@
 """What only aufs does, and what has to be done about it."""
 
 import os
+import resource
 import stat
 import subprocess
 from collections.abc import Callable, Iterator
@@ -225,3 +226,24 @@ def test_lower_permissions_do_not_count_with_dirperm1(layers: Layers) -> None:
     read = ["cat", "d/file"]
     done = subprocess.run(read, cwd=union.target, user=1000, capture_output=True, check=False)
     assert (done.stdout, done.stderr) == (b"content", b"")
+
+
+def test_a_flush_finds_names_in_wide_and_deep_trees(layers: Layers, linked: str) -> None:
+    """With as few descriptors as the tree is deep."""
+    deep = "/".join(["deep"] * 40)
+    for name in [f"wide/{n}" for n in range(300)] + [deep]:
+        layers.write(linked, f"{name}/", "")
+    content = layers.content(linked)
+    for name in ("wide/7/x", f"{deep}/x"):
+        os.link(f"{content}/a", f"{content}/{name}")
+    union = layers.mount(layers.add(), linked)
+    Path(union.target, "a").write_text("new")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (128, hard))
+    try:
+        layers.backend.flush(union.target)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    branch = Path(layers.content(union.id))
+    assert {(branch / name).read_text() for name in ("wide/7/x", f"{deep}/x")} == {"new"}
+    assert os.listdir(branch / "wide") == ["7"]
