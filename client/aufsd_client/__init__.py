@@ -10,6 +10,8 @@ from aufsd_client.wire import (
     DaemonUnreachable,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DEFAULT_SOCKET",
     "MONITOR_SOCKET",

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -245,9 +245,9 @@ class _Link:
 
     def _connect(self, path: str, deadline: float | None) -> None:
         while True:
-            self._sock.settimeout(_left(deadline))
             try:
-                self._sock.connect(path)
+                with _in_time(self._sock, deadline):
+                    self._sock.connect(path)
             except BlockingIOError:
                 # many wait to be let in, and with a timeout connect(2) does not wait its turn
                 time.sleep(_CONNECT_PAUSE)
@@ -265,36 +265,40 @@ class _Link:
 
     def exchange(self, frame: bytes, fd: int | None, deadline: float | None) -> Reply:
         """Send a call and wait for its answer. Raises ConnectionLost, TimeoutError."""
-        try:
+        # what the daemon said before it closed tells more than the broken pipe
+        with suppress(BrokenPipeError, ConnectionResetError):
             self._send(memoryview(frame), fd, deadline)
-        except (BrokenPipeError, ConnectionResetError):
-            # what the daemon said before it closed tells more than the broken pipe
-            return self._receive(deadline)
         return self._receive(deadline)
 
     def _send(self, rest: memoryview, fd: int | None, deadline: float | None) -> None:
         ancillary = descriptor(fd)
         while rest:
-            self._sock.settimeout(_left(deadline))
-            rest = rest[self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL) :]
+            with _in_time(self._sock, deadline):
+                rest = rest[self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL) :]
             ancillary = []
 
     def _receive(self, deadline: float | None) -> Reply:
         while True:
-            self._sock.settimeout(_left(deadline))
-            try:
+            data = b""
+            with suppress(ConnectionResetError), _in_time(self._sock, deadline):
                 data = self._sock.recv(READ_SIZE)
-            except ConnectionResetError:
-                data = b""
             if not data:
                 raise ConnectionLost("the daemon closed the connection before it answered")
             for line in self._lines.feed(data):
                 return decode_reply(line)
 
 
-def _left(deadline: float | None) -> float | None:
+@contextmanager
+def _in_time(sock: socket.socket, deadline: float | None) -> Iterator[None]:
+    """One operation on the socket, until the deadline (time.monotonic)."""
+    late = TimeoutError("the daemon did not answer in time")
     if deadline is None:
-        return None
-    if (left := deadline - time.monotonic()) <= 0:
-        raise TimeoutError("the daemon did not answer in time")
-    return left
+        sock.settimeout(None)
+    elif (left := deadline - time.monotonic()) > 0:
+        sock.settimeout(left)
+    else:
+        raise late
+    try:
+        yield
+    except TimeoutError:
+        raise late from None

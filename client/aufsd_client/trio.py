@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from itertools import count
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
@@ -237,11 +237,9 @@ class _Link:
 
     async def exchange(self, frame: bytes, fd: int | None) -> Reply:
         """Send a call and wait for its answer. Raises ConnectionLost."""
-        try:
+        # what the daemon said before it closed tells more than the broken pipe
+        with suppress(BrokenPipeError, ConnectionResetError):
             await self._send(memoryview(frame), fd)
-        except (BrokenPipeError, ConnectionResetError):
-            # what the daemon said before it closed tells more than the broken pipe
-            return await self._receive()
         return await self._receive()
 
     async def _send(self, rest: memoryview, fd: int | None) -> None:

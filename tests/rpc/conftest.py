@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 import trio
 
+from aufsd.service import log
 from tests.rpc.raw_peer import RawPeer
 from tests.rpc.serving import Connect, Served, start
+
+
+@pytest.fixture(autouse=True)
+def _log() -> None:
+    log.configure("debug", json=True)
 
 
 @pytest.fixture

@@ -1,0 +1,74 @@
+"""aufsctl: the verbs put together, run once, and its errors told."""
+
+import signal
+import sys
+from collections.abc import Sequence
+
+import click
+
+from aufsd_client import __version__
+from aufsd_client.cli import content, daemon, layers, show
+from aufsd_client.cli.report import Exit, describe
+from aufsd_client.cli.session import Session, hint
+from aufsd_client.errors import AufsdError
+from aufsd_client.wire import DEFAULT_SOCKET, BadReply
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit status: 0 done, 1 refused, 2 usage, 3 no daemon, 4 not found, 5 busy.",
+)
+@click.option(
+    "--socket",
+    envvar="AUFSD_SOCKET",
+    default="",
+    metavar="PATH",
+    help=f"The daemon's socket, {DEFAULT_SOCKET} if it is not named; $AUFSD_SOCKET names it too.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result object as it is.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Wait no longer for an answer.",
+)
+@click.version_option(__version__, prog_name="aufsctl")
+@click.pass_context
+def aufsctl(context: click.Context, socket: str, as_json: bool, timeout: float | None) -> None:
+    """Layers and their mounts: the command line of the aufsd daemon."""
+    context.obj = Session(socket, as_json, timeout)
+
+
+for command in (*layers.COMMANDS, *content.COMMANDS, *daemon.COMMANDS):
+    aufsctl.add_command(command)
+aufsctl.add_command(layers.get_metadata, "inspect")
+aufsctl.add_command(content.apply_diff, "apply")
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command line; the exit status."""
+    try:
+        status = aufsctl.main(arguments, prog_name="aufsctl", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return Exit.USAGE
+    except (KeyboardInterrupt, click.Abort):
+        return 130
+    except (AufsdError, BadReply, OSError) as error:
+        said, advice, status = describe(error)
+        show.line(f"aufsctl: {said}", style="red", stderr=True)
+        if advice:
+            hint(advice)
+    return int(status or Exit.DONE)
+
+
+def main() -> None:
+    """The entry point."""
+    # as other commands: who reads our output and has seen enough ends us, without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Verbs about layers, their references and their mounts."""
+
+from collections.abc import Iterator
+
+import click
+
+from aufsd_client import calls, results
+from aufsd_client.cli import show
+from aufsd_client.cli.report import Exit
+from aufsd_client.cli.session import Session, hint, warn
+
+
+@click.command()
+@click.argument("id")
+@click.pass_obj
+def exists(session: Session, id: str) -> Exit:
+    """Whether there is a layer; exit status 4 if there is none."""
+    found = session.ask(calls.exists(id)).exists
+    if session.human:
+        show.line(show.yes(found))
+    return Exit.DONE if found else Exit.NOT_FOUND
+
+
+@click.command()
+@click.argument("id")
+@click.option("--parent", default="", metavar="ID", help="The layer that it stands on.")
+@click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
+@click.option("--storage-opt", multiple=True, metavar="KEY=VALUE", help="For the backend.")
+@click.pass_obj
+def create(
+    session: Session, id: str, parent: str, mount_label: str, storage_opt: tuple[str, ...]
+) -> None:
+    """Make an empty layer."""
+    options = dict(_split(option) for option in storage_opt)
+    request = calls.create(id, parent=parent, mount_label=mount_label, storage_opt=options)
+    found = session.ask(request)
+    if session.human:
+        warn(found.warnings)
+        show.line(f"created {id}")
+
+
+def _split(option: str) -> tuple[str, str]:
+    key, equals, value = option.partition("=")
+    if not equals:
+        raise click.BadParameter(f"{option!r} is not KEY=VALUE", param_hint="--storage-opt")
+    return key, value
+
+
+@click.command()
+@click.argument("id")
+@click.option("--force", is_flag=True, help="Drop its references and unmount it first.")
+@click.pass_obj
+def remove(session: Session, id: str, force: bool) -> Exit:
+    """Remove a layer that nothing stands on and nobody references."""
+    found = session.ask(calls.remove(id, force=force))
+    if found.removed:
+        if session.human:
+            show.line(f"removed {id}")
+        return Exit.DONE
+    if found.reason == "in-use":
+        show.line(f"{id} is in use: {show.plural(found.references, 'reference')}", stderr=True)
+        hint("`aufsctl mounts` shows by whom; --force drops them")
+        return Exit.BUSY
+    show.line(f"there is no layer {id}", stderr=True)
+    hint("`aufsctl list` shows the layers that there are")
+    return Exit.NOT_FOUND
+
+
+@click.command()
+@click.argument("id")
+@click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
+@click.pass_obj
+def get(session: Session, id: str, mount_label: str) -> None:
+    """Count a reference to a layer, mount it on the first, and print its path.
+
+    The reference stays until `aufsctl put`.
+    """
+    found = session.ask(calls.get(id, mount_label=mount_label))
+    if session.human:
+        click.echo(found.path)
+
+
+@click.command()
+@click.argument("id")
+@click.pass_obj
+def put(session: Session, id: str) -> None:
+    """Drop a reference to a layer; the last one unmounts it."""
+    found = session.ask(calls.put(id))
+    if session.human:
+        left = show.plural(found.references, "reference")
+        show.line(f"{id}: {left} left, {'mounted' if found.mounted else 'not mounted'}")
+
+
+@click.command("get-metadata")
+@click.argument("id")
+@click.pass_obj
+def get_metadata(session: Session, id: str) -> None:
+    """Where everything of a layer is. Also called `inspect`."""
+    found = session.ask(calls.get_metadata(id))
+    if session.human:
+        show.pairs(found.metadata.items())
+
+
+@click.command("list")
+@click.option("--after", metavar="ID", help="One page, beginning after this layer.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many in a page.")
+@click.pass_obj
+def list_(session: Session, after: str | None, limit: int | None) -> None:
+    """The layers, by id. One page with --json, --after or --limit, else all."""
+    if session.human and after is None and limit is None:
+        with session.client() as client:
+            _show_layers(client.iter_layers())
+        return
+    found = session.ask(calls.list_(after=after or "", limit=limit or 1000))
+    if session.human:
+        _show_layers(iter(found.layers))
+        if found.next:
+            hint(f"there are more: --after {found.next}")
+
+
+def _show_layers(layers: Iterator[results.LayerRow]) -> None:
+    rows = (
+        (row.id, row.parent or "-", str(row.depth), str(row.references), show.yes(row.mounted))
+        for row in layers
+    )
+    names = ["ID", "PARENT", "DEPTH", "REFERENCES", "MOUNTED"]
+    show.table(names, rows, empty="there are no layers")
+
+
+@click.command()
+@click.pass_obj
+def mounts(session: Session) -> None:
+    """The layers that are referenced or mounted, and by whom."""
+    found = session.ask(calls.mounts())
+    if session.human:
+        rows = (
+            (
+                row.id,
+                row.path,
+                row.backend if row.mounted else "-",
+                "ro" if row.read_only else "rw",
+                str(row.references),
+                show.moment(row.since),
+                ", ".join(f"{each.comm or '?'} ({each.pid})" for each in row.holders) or "-",
+            )
+            for row in found.mounts
+        )
+        names = ["ID", "PATH", "BACKEND", "MODE", "REFERENCES", "SINCE", "HELD BY"]
+        show.table(names, rows, empty="nothing is mounted")
+
+
+@click.command()
+@click.argument("id")
+@click.pass_obj
+def holders(session: Session, id: str) -> None:
+    """The processes that keep a layer's mount busy."""
+    found = session.ask(calls.holders(id))
+    if session.human:
+        rows = ((str(each.pid), each.comm, ", ".join(each.uses)) for each in found.holders)
+        show.table(["PID", "COMMAND", "USES"], rows, empty=f"no process uses the mount of {id}")
+
+
+COMMANDS = (exists, create, remove, get, put, get_metadata, list_, mounts, holders)

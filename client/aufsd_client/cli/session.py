@@ -1,0 +1,69 @@
+"""One run of the command: which daemon it talks to, and how it prints."""
+
+import json
+from dataclasses import dataclass
+from typing import TypeVar
+
+import click
+
+from aufsd_client import Client
+from aufsd_client.calls import Request
+from aufsd_client.cli import show
+from aufsd_client.parsing import parse
+from aufsd_client.wire import DEFAULT_SOCKET, MONITOR_SOCKET, DaemonUnreachable
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Session:
+    """What the options before the verb say. `socket` "" is the usual ones."""
+
+    socket: str
+    as_json: bool
+    timeout: float | None
+
+    @property
+    def human(self) -> bool:
+        """Whether a person reads the output."""
+        return not self.as_json
+
+    def client(self) -> Client:
+        """A client of the control socket, or of the one that was named."""
+        return Client(self.socket or DEFAULT_SOCKET, timeout=self.timeout)
+
+    def ask(
+        self,
+        request: Request[T],
+        *,
+        monitor: bool = False,
+        fd: int | None = None,
+        stderr: bool = False,
+    ) -> T:
+        """The result, and with --json it is printed as it came, on standard error if so told.
+
+        `monitor`: the method is served on the monitor socket too, which is asked where this user
+        may not open the control socket.
+        """
+        with self.client() as client:
+            try:
+                answer = client.call(request.method, request.params, fd=fd)
+            except DaemonUnreachable as error:
+                if not monitor or self.socket or not isinstance(error.__cause__, PermissionError):
+                    raise
+                client.path = MONITOR_SOCKET
+                answer = client.call(request.method, request.params)
+        if self.as_json:
+            click.echo(json.dumps(answer, ensure_ascii=False), err=stderr)
+        return parse(request.result, answer)
+
+
+def warn(warnings: list[str]) -> None:
+    """What a result warns of."""
+    for warning in warnings:
+        show.line(f"warning: {warning}", style="yellow", stderr=True)
+
+
+def hint(text: str) -> None:
+    """What to do about what was just said."""
+    show.line(f"hint: {text}", style="dim", stderr=True)
