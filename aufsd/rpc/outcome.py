@@ -42,6 +42,11 @@ def _is_answer(leaf: BaseException) -> TypeGuard[AufsdError]:
     return isinstance(leaf, AufsdError) and not isinstance(leaf, InternalError)
 
 
+def is_cancellation(raised: BaseException) -> bool:
+    """Whether this is nothing but Trio's own way to stop a task."""
+    return all(isinstance(leaf, trio.Cancelled) for leaf in _leaves(raised))
+
+
 def _leaves(raised: BaseException) -> Iterator[BaseException]:
     if isinstance(raised, BaseExceptionGroup):
         for inner in raised.exceptions:

@@ -169,13 +169,13 @@ class Runner:
                     name = "cancelled"
                 else:
                     reply = dispatch.success(bound.id, answer)
-        except trio.Cancelled:
-            stopped = ShuttingDown("the daemon stopped before the call was done")
-            if not bound.silent:
-                self._outbox.send_now(dispatch.failure(bound.id, stopped) + b"\n")
-            self._report(bound, _Done(None, "cancelled", None, time.perf_counter() - began))
-            raise
-        except (Exception, BaseExceptionGroup) as raised:
+        except BaseException as raised:
+            if outcome.is_cancellation(raised):
+                stopped = ShuttingDown("the daemon stopped before the call was done")
+                if not bound.silent:
+                    self._outbox.send_now(dispatch.failure(bound.id, stopped) + b"\n")
+                self._report(bound, _Done(None, "cancelled", None, time.perf_counter() - began))
+                raise
             error = outcome.translate(raised)
         finally:
             if bound.call.fd is not None:

@@ -122,9 +122,7 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
 def _stamp(_: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     if _LEVELS[method] < _sink.level:
         raise structlog.DropEvent
-    event["level"] = method
-    event["timestamp"] = _sink.now()
-    return event
+    return {"timestamp": _sink.now(), "level": method, "event": event.pop("event"), **event}
 
 
 _encode = msgspec.json.Encoder(enc_hook=repr).encode

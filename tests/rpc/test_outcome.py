@@ -4,7 +4,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from aufsd.rpc.outcome import translate
+from aufsd.rpc.outcome import is_cancellation, translate
 from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound
 
 KNOWN = LayerNotFound("there is no layer a", id="a")
@@ -44,8 +44,9 @@ def test_what_is_not_ours_to_handle_is_raised_again() -> None:
         translate(group)
 
 
-async def test_a_cancellation_inside_a_group_hides_nothing() -> None:
-    caught: list[BaseException] = []
+async def cancellation() -> trio.Cancelled:
+    """One of Trio's own, which cannot be made otherwise."""
+    caught: list[trio.Cancelled] = []
     with trio.CancelScope() as scope:
         scope.cancel()
         try:
@@ -53,4 +54,16 @@ async def test_a_cancellation_inside_a_group_hides_nothing() -> None:
         except trio.Cancelled as cancelled:
             caught.append(cancelled)
             raise
-    assert translate(BaseExceptionGroup("g", [*caught, KNOWN])) is KNOWN
+    return caught[0]
+
+
+async def test_a_group_of_cancellations_is_a_cancellation() -> None:
+    cancelled = await cancellation()
+    assert is_cancellation(cancelled)
+    assert is_cancellation(BaseExceptionGroup("g", [cancelled, cancelled]))
+    assert not is_cancellation(BaseExceptionGroup("g", [cancelled, KNOWN]))
+    assert not is_cancellation(KNOWN)
+
+
+async def test_a_cancellation_inside_a_group_hides_nothing() -> None:
+    assert translate(BaseExceptionGroup("g", [await cancellation(), KNOWN])) is KNOWN
