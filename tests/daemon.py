@@ -5,7 +5,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd_client import Client
 
 READY_WITHIN = 60.0  # seconds
+EVENTUALLY = 30.0  # seconds
 
 
 @dataclass
@@ -95,6 +97,14 @@ class Daemon:
     def descriptors(self) -> int:
         assert self.process is not None
         return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    """Return once it holds; AssertionError if it never does. Another process is polled."""
+    deadline = time.monotonic() + EVENTUALLY
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {EVENTUALLY} s"
+        time.sleep(0.01)
 
 
 @contextmanager

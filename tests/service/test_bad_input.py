@@ -13,7 +13,7 @@ import pytest
 
 from aufsd_client import Client, errors
 from tests.archives import tar
-from tests.daemon import Daemon
+from tests.daemon import Daemon, eventually
 
 pytestmark = pytest.mark.service
 
@@ -132,14 +132,9 @@ def test_a_client_that_dies_in_the_middle_of_a_diff(filled: Daemon, client: Clie
     )
     died = subprocess.run([sys.executable, "-c", script], check=False)
     assert died.returncode == 9
-    # the layer is free again as soon as the child is gone: apply waits for nobody
-    while True:
-        try:
-            client.apply_diff("top", tar({"after": b""}))
-            break
-        except errors.LayerInUse:
-            pass
-    assert filled.descriptors() <= before
+    eventually(lambda: not client.status().jobs)
+    client.apply_diff("top", tar({"after": b""}))
+    eventually(lambda: filled.descriptors() <= before)
 
 
 def test_a_client_that_dies_in_the_middle_of_an_apply(filled: Daemon, client: Client) -> None:
@@ -157,10 +152,8 @@ def test_a_client_that_dies_in_the_middle_of_an_apply(filled: Daemon, client: Cl
     )
     died = subprocess.run([sys.executable, "-c", script], check=False)
     assert died.returncode == 9
-    while client.status().jobs:
-        pass
-    while os.listdir(filled.root / ".aufsd/staging"):
-        pass
+    eventually(lambda: not client.status().jobs)
+    eventually(lambda: not os.listdir(filled.root / ".aufsd/staging"))
     assert tree_hash(filled.root / "diff") == before
     assert client.check().problems == []
 
