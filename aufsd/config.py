@@ -30,7 +30,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     socket: str = "/run/aufsd/aufsd.sock"
     monitor_socket: str = "/run/aufsd/monitor.sock"
     state_dir: str = "/run/aufsd"
-    backend: Literal["auto", "aufs", "overlay"] = "auto"
+    backend: Literal["auto", "aufs", "overlay", "fuse-overlayfs"] = "auto"
     adopt: bool = False
     convert: Literal["auto", "never"] = "auto"
     sync: Literal["filesystem", "none"] = "filesystem"

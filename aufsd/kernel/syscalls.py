@@ -22,6 +22,7 @@ MS_BIND: Final = 0x1000
 MS_REC: Final = 0x4000
 MS_PRIVATE: Final = 0x40000
 MS_SLAVE: Final = 0x80000
+MNT_FORCE: Final = 0x1
 MNT_DETACH: Final = 0x2
 UMOUNT_NOFOLLOW: Final = 0x8
 
@@ -233,7 +234,12 @@ class _Statx(ctypes.Structure):
         ("stx_size", ctypes.c_uint64),
         ("stx_blocks", ctypes.c_uint64),
         ("stx_attributes_mask", ctypes.c_uint64),
-        ("rest", ctypes.c_uint64 * 24),
+        ("times", ctypes.c_uint64 * 8),
+        ("stx_rdev_major", ctypes.c_uint32),
+        ("stx_rdev_minor", ctypes.c_uint32),
+        ("stx_dev_major", ctypes.c_uint32),
+        ("stx_dev_minor", ctypes.c_uint32),
+        ("rest", ctypes.c_uint64 * 14),
     )
 
 
@@ -246,11 +252,22 @@ class MountRoot(NamedTuple):
 
 def statx_mount_root(path: str) -> MountRoot:
     """STATX_ATTR_MOUNT_ROOT (Linux 5.8) of `path`, without asking a network or FUSE server."""
+    found = _statx(path)
+    known = bool(found.stx_attributes_mask & _STATX_ATTR_MOUNT_ROOT)
+    return MountRoot(known, bool(found.stx_attributes & _STATX_ATTR_MOUNT_ROOT))
+
+
+def statx_device(path: str) -> int:
+    """st_dev of `path`, without asking a network or FUSE server."""
+    found = _statx(path)
+    return os.makedev(found.stx_dev_major, found.stx_dev_minor)
+
+
+def _statx(path: str) -> _Statx:
     found = _Statx()
     flags = AT_SYMLINK_NOFOLLOW | _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC
     _check(_libc.statx(AT_FDCWD, os.fsencode(path), flags, 0, ctypes.byref(found)), path)
-    known = bool(found.stx_attributes_mask & _STATX_ATTR_MOUNT_ROOT)
-    return MountRoot(known, bool(found.stx_attributes & _STATX_ATTR_MOUNT_ROOT))
+    return found
 
 
 class _CapHeader(ctypes.Structure):

@@ -113,6 +113,14 @@ class Aufs:
             return False
         return branch_count(union.target) == 1 + len(union.lowers)
 
+    def helper(self, target: str) -> tuple[int, int] | None:
+        """As Backend.helper: the kernel serves it."""
+        return None
+
+    def clear(self, target: str) -> bool:
+        """As Backend.clear: nothing can die."""
+        return False
+
 
 def probe(layout: Layout) -> Aufs | Verdict:
     """Mount on the store's own file system, and look; what is made in `layout.probes` goes again.

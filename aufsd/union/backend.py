@@ -49,7 +49,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """As in the configuration: aufs, overlay. Also its type in mountinfo."""
+        """As in the configuration: aufs, overlay. Also its type in mountinfo, behind any `fuse.`"""
 
     @property
     def dialect(self) -> Dialect:
@@ -103,4 +103,16 @@ class Backend(Protocol):
         """Whether what is mounted there has all the union's branches.
 
         A process killed between two mount calls leaves the first ones; asked once at start-up.
+        """
+
+    def helper(self, target: str) -> tuple[int, int] | None:
+        """The process that serves the union at `target`, by pid and start time; None if none does.
+
+        It may be dead. Does not block.
+        """
+
+    def clear(self, target: str) -> bool:
+        """Take away a union whose helper has died, so that it can be mounted anew; whether one was.
+
+        Nothing that is alive is touched.
         """

@@ -86,6 +86,29 @@ def plan_overlay(
     )
 
 
+def plan_fuse(
+    target: str,
+    lowers: Sequence[str],
+    *,
+    upper: str = "",
+    work: str = "",
+    options: Sequence[str] = (),
+    label: str = "",
+) -> tuple[MountCall, MountCall]:
+    """The kernel's half of a fuse-overlayfs mount, which lacks `fd=N`, and the program's own.
+
+    Read-only without an `upper`. The program's paths are by number where one could be taken for
+    something else; it has no page. Raises as plan_overlay.
+    """
+    served = plan_overlay(target, lowers, upper=upper, work=work)
+    fstype = "fuse.fuse-overlayfs"
+    data = ",".join([*options, *_context(label)])
+    return (
+        MountCall(target, fstype, data, (), served.flags),
+        replace(served, fstype=fstype),
+    )
+
+
 def plan_aufs(
     target: str,
     branches: Sequence[str],

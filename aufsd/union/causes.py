@@ -34,7 +34,7 @@ def _causes(call: MountCall, error: OSError) -> Iterator[str]:
         yield f"the mount point {call.target} is missing or is no directory"
     for path in call.dirs:
         yield from _wrong_branch(call.fstype, path)
-    if call.fstype not in probe.filesystems():
+    if call.fstype.partition(".")[0] not in probe.filesystems():
         yield f"this kernel has no {call.fstype}"
     if error.errno == errno.EPERM:
         yield (

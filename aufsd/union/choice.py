@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aufsd.store.layout import Layout
-from aufsd.union import aufs, overlay
+from aufsd.union import aufs, fuse, overlay
 from aufsd.union.backend import Backend, Verdict
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
@@ -15,6 +15,7 @@ AUTO: Final = "auto"
 PROBES: Final[Mapping[str, Callable[[Layout], Backend | Verdict]]] = {
     "aufs": aufs.probe,
     "overlay": overlay.probe,
+    fuse.NAME: fuse.probe,
 }
 
 

@@ -118,6 +118,14 @@ class Overlay:
         """As Backend.is_whole: one call mounts all of it or nothing."""
         return self.is_mounted(union.target)
 
+    def helper(self, target: str) -> tuple[int, int] | None:
+        """As Backend.helper: the kernel serves it."""
+        return None
+
+    def clear(self, target: str) -> bool:
+        """As Backend.clear: nothing can die."""
+        return False
+
 
 def probe(layout: Layout) -> Overlay | Verdict:
     """Mount on the store's own file system, and look; what is made in `layout.probes` goes again.

@@ -97,7 +97,9 @@ def open_layers(name: str, root: str) -> Iterator[Layers]:
         yield Layers(layout, backend)
     finally:
         for row in reversed(mountinfo.mounted_under(root)):
-            syscalls.umount2(row.mount_point)
+            # a union that a process serves has to see that one end
+            served = row.fstype.startswith("fuse.")
+            (backend.unmount if served else syscalls.umount2)(row.mount_point)
 
 
 def tree(root: str) -> dict[str, str]:

@@ -167,6 +167,8 @@ def test_as_many_branches_as_the_backend_says(layers: Layers) -> None:
 def test_any_character_in_the_path_of_a_store(
     special: str, backend_name: str, tmp_path: Path
 ) -> None:
+    if backend_name == "fuse-overlayfs" and (":" in special or special == "\\"):
+        pytest.skip("fuse-overlayfs 1.10 splits the path of its upper directory there")
     with open_layers(backend_name, f"{tmp_path}/a{special}b") as layers:
         base = layers.add({"a": "base", "b": "base"})
         middle = layers.add({"b": "middle"})
@@ -174,7 +176,9 @@ def test_any_character_in_the_path_of_a_store(
         assert tree(union.target) == {"a": "base", "b": "middle", "c": "top"}
         assert layers.backend.is_mounted(union.target)
         rows = mountinfo.mounted_under(layers.layout.root)
-        assert [(row.mount_point, row.fstype) for row in rows] == [(union.target, backend_name)]
+        assert [(row.mount_point, row.fstype.removeprefix("fuse.")) for row in rows] == [
+            (union.target, backend_name)
+        ]
 
 
 @pytest.mark.parametrize("depth", [3, 200])
