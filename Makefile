@@ -30,6 +30,7 @@ lint: $(VENV)/installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy systemd/launcher.py systemd/monitoring/*.py docs/man/build.py
 
 format: $(VENV)/installed ## rewrite the sources as ruff format wants them
 	$(BIN)/ruff check --fix .
@@ -75,7 +76,8 @@ install-files: man ## only the units, man pages and monitoring: DESTDIR= PREFIX=
 	install -d $(foreach directory,systemd/system sysusers.d tmpfiles.d modules-load.d,\
 		'$(DESTDIR)$(SYSTEMD)/$(directory)') '$(DESTDIR)$(SHARE)'
 	for unit in systemd/*.in systemd/monitoring/*.in; do \
-		$(PLACED) "$$unit" >"$(DESTDIR)$(SYSTEMD)/systemd/system/$$(basename "$$unit" .in)" || exit; \
+		$(PLACED) "$$unit" | install -m 644 /dev/stdin \
+			"$(DESTDIR)$(SYSTEMD)/systemd/system/$$(basename "$$unit" .in)" || exit; \
 	done
 	install -m 644 systemd/*.socket systemd/monitoring/*.timer '$(DESTDIR)$(SYSTEMD)/systemd/system'
 	for kind in sysusers.d tmpfiles.d modules-load.d; do \

@@ -6,11 +6,13 @@ can stay behind on the host. An ordinary user gets a user namespace first, as `m
 """
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from aufsd.kernel import syscalls
+from tests.systemd import box
 
 ROOT_IN_HOST = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == [
     "0",
@@ -42,9 +44,25 @@ def _aufs() -> str:
     return "this kernel has no aufs (make test-vm KERNEL=... runs this tier)"
 
 
+def _fuse() -> str:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "no /dev/fuse that can be opened"
+    return "" if shutil.which("fuse-overlayfs") else "fuse-overlayfs is not installed"
+
+
+def _btrfs() -> str:
+    """A loop device and mkfs.btrfs: a store needs a file system of that type."""
+    if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
+        return "no loop devices"
+    return "" if shutil.which("mkfs.btrfs") else "btrfs-progs is not installed"
+
+
 OFF: dict[str, str] = {"mounts": _enter_namespace()}
 OFF["service"] = OFF["mounts"] or ("" if ROOT_IN_HOST else "needs root")
+OFF["systemd"] = OFF["service"] or box.missing()
 OFF["aufs"] = OFF["mounts"] or _aufs()
+OFF["fuse"] = OFF["mounts"] or _fuse()
+OFF["btrfs"] = OFF["service"] or _btrfs()
 
 
 def pytest_report_header() -> list[str]:
