@@ -7,11 +7,17 @@ import traceback
 from pathlib import Path
 
 from aufsd.kernel import syscalls
-from bench import archives, calls, ground, mounts, peers, report, store
+from bench import archives, calls, docker, ground, mounts, peers, report, store
 from bench.figures import Curve
 from bench.harness import Bench, Case
 
-CASES: tuple[Case, ...] = (*calls.CASES, *mounts.CASES, *archives.CASES, *store.CASES)
+CASES: tuple[Case, ...] = (
+    *calls.CASES,
+    *mounts.CASES,
+    *archives.CASES,
+    *store.CASES,
+    *docker.CASES,
+)
 OUT = Path(__file__).parent.parent / "build" / "bench"
 
 
