@@ -8,7 +8,13 @@ import pytest
 from tests.conformance.layers import Layers, open_layers
 
 
-@pytest.fixture(params=[pytest.param("aufs", marks=pytest.mark.aufs), "overlay", "fuse-overlayfs"])
+@pytest.fixture(
+    params=[
+        pytest.param("aufs", marks=pytest.mark.aufs),
+        "overlay",
+        pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
+    ]
+)
 def backend_name(request: pytest.FixtureRequest) -> str:
     """Each backend in turn."""
     return str(request.param)

@@ -19,7 +19,7 @@ from aufsd.union.fuse import Fuse
 from aufsd_client.errors import MountFailed
 from tests.conformance.layers import Layers, open_layers, tree
 
-pytestmark = pytest.mark.mounts
+pytestmark = [pytest.mark.mounts, pytest.mark.fuse]
 
 
 @pytest.fixture
