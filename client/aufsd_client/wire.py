@@ -103,14 +103,14 @@ def descriptor(fd: int | None) -> list[tuple[int, int, bytes]]:
     return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
 
 
+_encode = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
 def encode_request(id: str, method: str, params: dict[str, object]) -> bytes:
     """One call as a line."""
     message = {"jsonrpc": "2.0", "method": method, "params": params, "id": id}
-    try:
-        return json.dumps(message, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-    except UnicodeEncodeError:
-        # a lone surrogate, as os.fsdecode makes; escaped it reaches the daemon, which refuses it
-        return json.dumps(message, allow_nan=False).encode() + b"\n"
+    # in ASCII: a lone surrogate, as os.fsdecode makes, reaches the daemon so, which refuses it
+    return _encode(message).encode() + b"\n"
 
 
 def decode_reply(line: bytes) -> Reply:

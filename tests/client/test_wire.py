@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import aufsd_client
 from aufsd.rpc import dispatch
-from aufsd_client.errors import LayerNotFound, Overloaded
+from aufsd_client.errors import BY_NAME, AufsdError, LayerNotFound, Overloaded
 from aufsd_client.wire import BadReply, LineSplitter, decode_reply, encode_request, match
 
 LINES = [b"", b"{}", '{"id": "ü"}'.encode(), b"x" * 50, b" "]
@@ -75,6 +76,25 @@ def test_the_client_reads_what_the_daemon_writes() -> None:
     reply = match(decode_reply(dispatch.failure("me", LayerNotFound("none", id="a"))), "me")
     assert isinstance(reply.error, LayerNotFound)
     assert (reply.error.message, reply.error.data) == ("none", {"id": "a"})
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_an_error_crosses_as_its_class_with_its_sentence_and_data(name: str) -> None:
+    raised = BY_NAME[name]("a sentence", id="a", errno="EBUSY")
+    found = decode_reply(dispatch.failure("me", raised)).error
+    assert found is not None
+    assert type(found) is BY_NAME[name]
+    assert getattr(aufsd_client, name) is BY_NAME[name]
+    assert (found.code, found.message, found.data) == (raised.code, raised.message, raised.data)
+
+
+def test_an_error_that_this_client_does_not_know_keeps_its_code() -> None:
+    line = b'{"jsonrpc":"2.0","error":{"code":999,"message":"m","data":{"name":"New"}},"id":"me"}'
+    found = decode_reply(line).error
+    assert found is not None
+    assert type(found) is AufsdError
+    assert (found.code, found.message) == (999, "m")
+    assert AufsdError.code != 999
 
 
 @pytest.mark.parametrize(
