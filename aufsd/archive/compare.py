@@ -210,9 +210,9 @@ def _same_content(name: bytes, now: Found, then: Found) -> bool:
 
 def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings) -> None:
     """Write what turns the view `then` into `now`: a layer of it over the one gives the other."""
-    packer.directory(b".", now[0].fd, os.fstat(now[0].fd))
+    packer.directory(b".", now[0].fd, now[0].layer)
     # directories that are not written yet: they are once something in them is
-    waiting: list[tuple[bytes, int, os.stat_result] | None] = []
+    waiting: list[tuple[bytes, int, view.Layer] | None] = []
     for event in events(now, then, settings):
         if isinstance(event, Leave):
             waiting.pop()
@@ -226,7 +226,7 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
         if event.below:
             assert event.now is not None
             unwritten = event.kind == "same"
-            waiting.append((event.path, event.fd, event.now.stat) if unwritten else None)
+            waiting.append((event.path, event.fd, event.now.place.layer) if unwritten else None)
     packer.finish()
 
 
@@ -238,7 +238,7 @@ def _write(packer: Packer, event: Event) -> None:
     found, at = event.now.stat, event.now.place.fd
     try:
         if stat.S_ISDIR(found.st_mode):
-            packer.directory(event.path, event.fd, found)
+            packer.directory(event.path, event.fd, event.now.place.layer)
         elif stat.S_ISREG(found.st_mode):
             fd = os.open(name, _FILE, dir_fd=at)
             try:

@@ -44,8 +44,9 @@ class Packer:
         self.meter.entries += 1
         self.sink.write(headers.encode(name, headers.REGULAR, mode=0o444, uid=0, gid=0))
 
-    def directory(self, name: bytes, fd: int, found: os.stat_result) -> list[str]:
+    def directory(self, name: bytes, fd: int, layer: Layer) -> list[str]:
         """A directory, by its descriptor; returns the names of all its xattrs."""
+        found = os.fstat(fd)
         self.meter.entries += 1
         names = os.listxattr(fd)
         self.sink.write(
@@ -55,7 +56,7 @@ class Packer:
                 mode=found.st_mode,
                 uid=self._owners.uid(found.st_uid, name),
                 gid=self._owners.gid(found.st_gid, name),
-                mtime=found.st_mtime_ns // 1_000_000_000,
+                mtime=layer.mtime(fd, found) // 1_000_000_000,
                 xattrs=self._xattrs(fd, name, names) if names else (),
             )
         )
@@ -165,7 +166,7 @@ def pack(packer: Packer, layer: Layer) -> None:
     levels: list[tuple[int, bytes, _Listed]] = []
 
     def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
-        xattrs = packer.directory(name, fd, os.fstat(fd))
+        xattrs = packer.directory(name, fd, layer)
         if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
             opaque = layer.is_opaque(fd)
         os.fchdir(fd)

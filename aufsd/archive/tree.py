@@ -83,11 +83,13 @@ class Tree:
         self.here = known
 
     def _walk(self, path: bytes, implied: Callable[[bytes], None]) -> Directory:
-        os.chdir(b"/")
+        done = path
+        while done not in self._by_path:
+            done = done.rpartition(b"/")[0]
+        change_directory(done)
         self._at = None
-        done = ROOT
-        here = self._by_path[ROOT]
-        for part in path.split(b"/"):
+        here = self._by_path[done]
+        for part in path[len(done) :].lstrip(b"/").split(b"/"):
             self.here = here
             done = done + b"/" + part if done else part
             made = False

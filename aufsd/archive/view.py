@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from aufsd.archive.requests import Branch
+from aufsd.union import conversion
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 
@@ -31,6 +32,11 @@ class Layer:
         self.overlay = both or branch.dialect is Dialect.OVERLAY
         self.opaque_xattr = marks.opaque_xattr(namespace)
         self._namespace = namespace
+
+    def mtime(self, fd: int, found: os.stat_result) -> int:
+        """When a directory was changed, in nanoseconds: a conversion's own changes do not count."""
+        noted = conversion.noted_times(fd, self._namespace) if self.aufs and self.overlay else None
+        return found.st_mtime_ns if noted is None else noted[1]
 
     def is_opaque(self, fd: int) -> bool:
         """Whether the directory `fd` ends the merge."""

@@ -145,20 +145,27 @@ def _is_node(entry: os.DirEntry[bytes]) -> bool:
 def _times_kept(fd: int, namespace: str) -> Iterator[None]:
     """Give the directory its times back, also if a crash comes between: they are noted on it."""
     name = f"{namespace}.{_TIMES}"
-    before = os.fstat(fd)
+    times = noted_times(fd, namespace)
+    if times is None:
+        before = os.fstat(fd)
+        times = (before.st_atime_ns, before.st_mtime_ns)
+        if _has_work() or marks.has_opaque_xattr(fd, namespace):
+            os.setxattr(fd, name, b"%d %d" % times)
+    yield
+    if os.fstat(fd).st_mtime_ns != times[1]:
+        os.utime(fd, ns=times)
+    marks.remove_xattr(fd, name)
+
+
+def noted_times(fd: int, namespace: str) -> tuple[int, int] | None:
+    """Access and modification time that a directory had before its marks were rewritten."""
     try:
-        noted = os.getxattr(fd, name)
+        atime, mtime = os.getxattr(fd, f"{namespace}.{_TIMES}").split()
     except OSError as error:
         if error.errno != errno.ENODATA:
             raise
-        noted = b"%d %d" % (before.st_atime_ns, before.st_mtime_ns)
-        if _has_work() or marks.has_opaque_xattr(fd, namespace):
-            os.setxattr(fd, name, noted)
-    yield
-    atime, mtime = map(int, noted.split())
-    if os.fstat(fd).st_mtime_ns != mtime:
-        os.utime(fd, ns=(atime, mtime))
-    marks.remove_xattr(fd, name)
+        return None
+    return int(atime), int(mtime)
 
 
 def _has_work() -> bool:
