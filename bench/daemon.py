@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,17 @@ class Daemon:
             (self.directory / "log").open("ab") as log,
         ):
             ready.bind(str(address))
-            ready.settimeout(READY_WITHIN)
+            ready.settimeout(0.1)
             environment = {**os.environ, "NOTIFY_SOCKET": str(address)}
             began = time.perf_counter()
             self.process = subprocess.Popen(command, stderr=log, env=environment)
-            while b"READY=1" not in ready.recv(4096):
-                pass
-            return time.perf_counter() - began
+            while self.process.poll() is None and time.perf_counter() - began < READY_WITHIN:
+                with suppress(TimeoutError):
+                    if b"READY=1" in ready.recv(4096):
+                        return time.perf_counter() - began
+        self.process.kill()
+        self.process = None
+        raise RuntimeError(f"the daemon does not start: {(self.directory / 'log').read_text()}")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it and wait; its mounts stay."""
