@@ -92,6 +92,8 @@ def _reply(
         return _unexpected(error)
     except Exception as error:
         return _unexpected(error)
+    finally:
+        meter.end()
 
 
 def _unexpected(error: Exception) -> requests.Failed:

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -122,6 +123,10 @@ class Jobs:
     conversions: trio.CapacityLimiter
     server: ForkServer
     jobs: dict[int, _Running] = field(default_factory=dict)
+    # for metrics, by kind: jobs that ended, and what they had moved by then
+    done: Counter[str] = field(default_factory=Counter)
+    done_bytes: Counter[str] = field(default_factory=Counter)
+    done_entries: Counter[str] = field(default_factory=Counter)
 
     async def diff(
         self,
@@ -216,6 +221,12 @@ class Jobs:
             for job in self.jobs.values()
         ]
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs wait for one that runs to end."""
+        limiters = (self.slots, self.conversions)
+        return sum(limiter.statistics().tasks_waiting for limiter in limiters)
+
     def _content(self, branch: Branch) -> str:
         return f"{self.layout.diff}/{branch.id}"
 
@@ -234,6 +245,9 @@ class Jobs:
                 return await self._child(job, requests.Request(work, self.settings), mounts, passed)
             finally:
                 del self.jobs[key]
+                self.done[kind] += 1
+                self.done_bytes[kind] += job.bytes
+                self.done_entries[kind] += job.entries
 
     async def _child(
         self,
