@@ -8,11 +8,13 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal, cast
 
 import structlog
 
 from aufsd import __version__, config
 from aufsd.config import ConfigError
+from aufsd_client import oci
 from aufsd_client.errors import (
     AufsdError,
     BackendUnsupported,
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(error.message, NO_BACKEND)
     except AufsdError as error:
         return _say(error.message, 1)
+    except oci.LayoutError as error:
+        return _say(str(error), 1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _say(f"{where}{error.strerror or error}", 1)
@@ -74,6 +78,25 @@ def command_line() -> argparse.ArgumentParser:
     check.add_argument("--deep", action="store_true", help="look into the layers too")
     check.add_argument("--repair", action="store_true", help="put right what can be")
     check.set_defaults(run=_check)
+
+    export = commands.add_parser(
+        "export",
+        help="write a layer of a store that nobody serves as a tar, or layers as OCI images",
+        description="Write the merged view of a layer as a tar to standard output, or layers as "
+        "images into an OCI image layout. Reads the branches alone: nothing is mounted, and the "
+        "kernel needs no aufs. Of a store that is served, `aufsctl export` does the same.",
+    )
+    export.add_argument("id", nargs="+", metavar="ID", help="the layer; several with --oci")
+    export.add_argument("--root", default=argparse.SUPPRESS, help="the store")
+    export.add_argument(
+        "--config", help=f"the store and its id maps, from here (default: {config.DEFAULT_FILE})"
+    )
+    export.add_argument("--oci", metavar="DIR", help="add an image for each ID to this OCI layout")
+    export.add_argument("--gzip", action="store_true", help="with --oci: compress the layers")
+    export.add_argument(
+        "--architecture", default="", help="with --oci: of the images (default: this machine's)"
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -129,29 +152,73 @@ def _nearest_directory(path: str) -> str:
 
 def _check(flags: dict[str, object]) -> int:
     """Print what is wrong with a store; 1 if anything is left so."""
+    from aufsd.archive import offline
+    from aufsd.archive.requests import Settings
     from aufsd.kernel import probe
     from aufsd.store import check, layers
 
     root = os.path.realpath(str(flags["root"]))
     if not os.path.isdir(f"{root}/layers"):
         raise ConfigError(f"{root}: no store lies there")
-    store = layers.open_store(
-        root,
-        adopt=bool(flags["adopt"]),
-        xattr_namespace="user" if probe.in_user_namespace() else "trusted",
-    )
+    namespace: Literal["trusted", "user"] = "user" if probe.in_user_namespace() else "trusted"
+    store = layers.open_store(root, adopt=bool(flags["adopt"]), xattr_namespace=namespace)
     try:
         problems = check.check(
             store, id=None, deep=bool(flags["deep"]), repair=bool(flags["repair"]), mounted=None
         )
     finally:
         store.close()
+    if flags["deep"]:
+        with offline.open_offline(root, Settings(namespace=namespace)) as branches:
+            problems += branches.read_by_aufs(sorted(store.parent))
     for problem in problems:
         where = problem.id or "store"
         done = " (repaired)" if problem.repaired else ""
         print(f"{where}: {problem.problem}: {problem.detail}{done}")
     print(f"{len(store.parent)} layers, {len(problems)} problems")
     return 1 if any(not problem.repaired for problem in problems) else 0
+
+
+def _export(flags: dict[str, object]) -> int:
+    """Write layers of a store that nobody serves; warnings go to standard error."""
+    ids, directory = cast("list[str]", flags["id"]), cast("str | None", flags["oci"])
+    if directory is None and len(ids) > 1:
+        raise ConfigError("several layers make several images: with --oci only")
+    if directory is None and sys.stdout.isatty():
+        raise ConfigError("a tar is not for a terminal: redirect standard output")
+    file = cast("str | None", flags["config"])
+    found = config.load(file, {"root": flags["root"]} if "root" in flags else {})
+
+    from aufsd.archive import offline
+    from aufsd.archive.requests import Settings
+    from aufsd.kernel import probe
+
+    settings = Settings(
+        uid_maps=found.uid_maps,
+        gid_maps=found.gid_maps,
+        acls=found.acls,
+        namespace="user" if probe.in_user_namespace() else "trusted",
+    )
+    with offline.open_offline(os.path.realpath(found.root), settings) as store:
+        if directory is None:
+            _warn(store.write_view(ids[0], sys.stdout.fileno()))
+            return 0
+        chains = {id: [branch.id for branch in reversed(store.chain(id))] for id in ids}
+        written = oci.write(
+            directory,
+            chains,
+            lambda id, file: _warn(store.write_layer(id, file.fileno())),
+            compress=bool(flags["gzip"]),
+            architecture=str(flags["architecture"]),
+        )
+    for name, digest in written.items():
+        print(f"{name} {digest}")
+    return 0
+
+
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        _say(f"warning: {sentence}", 0)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,13 @@ def in_user_namespace() -> bool:
         return file.read().split() != ["0", "0", "4294967295"]
 
 
+def has_capability(number: int) -> bool:
+    """Whether this process may use a capability of <linux/capability.h> now."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        effective = next(line for line in file if line.startswith("CapEff:"))
+    return bool(int(effective.split()[1], 16) >> number & 1)
+
+
 def has_selinux() -> bool:
     """Whether SELinux is on and has a policy, so that a `context=` mount option is understood."""
     return os.path.exists("/sys/fs/selinux/policyvers") and _read("/sys/fs/selinux/enforce") != ""

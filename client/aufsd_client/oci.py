@@ -44,19 +44,13 @@ class _Layer:
     descriptor: dict[str, Any]
 
 
-def architecture() -> str:
-    """What this machine is called in an image's configuration."""
-    machine = os.uname().machine
-    return _ARCHITECTURES.get(machine, machine)
-
-
 def write(
     directory: str | os.PathLike[str],
     images: Mapping[str, Sequence[str]],
     write_layer: Callable[[str, IO[bytes]], None],
     *,
     compress: bool = False,
-    platform: str = "",
+    architecture: str = "",
 ) -> dict[str, str]:
     """Put images into the layout at `directory`: by name, the ids of their layers, base first.
 
@@ -73,7 +67,7 @@ def write(
         for id in chain:
             if id not in layers:
                 layers[id] = _layer(root, id, write_layer, compress=compress)
-        manifests[name] = _image(root, [layers[id] for id in chain], platform or architecture())
+        manifests[name] = _image(root, [layers[id] for id in chain], architecture or _here())
     kept = [
         manifest
         for manifest in index["manifests"]
@@ -84,6 +78,11 @@ def write(
     ]
     _replace(root / "index.json", index | {"manifests": [*kept, *named]})
     return {name: manifest["digest"] for name, manifest in manifests.items()}
+
+
+def _here() -> str:
+    machine = os.uname().machine
+    return _ARCHITECTURES.get(machine, machine)
 
 
 def _open(root: Path) -> dict[str, Any]:
@@ -120,10 +119,10 @@ def _layer(
             return _Layer(id, diff_id, _name(root, packed, _digest(packed), f"{_LAYER}+gzip"))
 
 
-def _image(root: Path, layers: Sequence[_Layer], platform: str) -> dict[str, Any]:
+def _image(root: Path, layers: Sequence[_Layer], architecture: str) -> dict[str, Any]:
     """Write an image's configuration and manifest; the manifest's descriptor."""
-    config = {
-        "architecture": platform,
+    config: dict[str, Any] = {
+        "architecture": architecture,
         "os": "linux",
         "config": {},
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},

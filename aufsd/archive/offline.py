@@ -1,0 +1,145 @@
+"""What reads a store that nobody serves: in this process, with no job, mount or daemon.
+
+Nothing is written below the store's root, and being allowed to read it is enough. But for this:
+the marks of overlayfs are trusted.* xattrs, which show to CAP_SYS_ADMIN alone, and without them
+deleted files would be there again without a word. So without it only a store that aufsd never
+served is read, whose marks are all aufs's.
+"""
+
+import fcntl
+import os
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+from aufsd.answers import Problem
+from aufsd.archive import compare, readings, view
+from aufsd.archive.meter import Meter
+from aufsd.archive.pack import Packer, pack
+from aufsd.archive.requests import Branch, Settings
+from aufsd.archive.sink import Sink
+from aufsd.kernel import probe, syscalls
+from aufsd.store.ids import LayerId, parse_id
+from aufsd.store.layers import read_parents
+from aufsd.store.layout import Layout
+from aufsd.union import dialect as dialects
+from aufsd_client.errors import LayerDamaged, LayerNotFound, PermissionDenied, StoreLocked
+
+
+@dataclass(frozen=True, slots=True)
+class Offline:
+    """A store, open for reading; `diff` is the directory that the branches lie in."""
+
+    layout: Layout
+    settings: Settings
+    diff: int
+
+    def chain(self, id: str) -> tuple[Branch, ...]:
+        """The layer and its parents, nearest first. Raises LayerNotFound, LayerDamaged."""
+        ids = (parse_id(id), *self._parents(LayerId(id)))
+        return tuple(
+            Branch(one, dialects.read_dialect(self._content(one), self.settings.namespace))
+            for one in ids
+        )
+
+    def _parents(self, id: LayerId) -> tuple[LayerId, ...]:
+        try:
+            parents = read_parents(self.layout.parents_file(id))
+        except FileNotFoundError:
+            raise LayerNotFound(f"there is no layer {id}", id=id) from None
+        if isinstance(parents, str):
+            raise LayerDamaged(f"layer {id}: {parents}", id=id, problem=parents)
+        return tuple(LayerId(parent) for parent in parents)
+
+    def _content(self, id: LayerId) -> str:
+        path = self.layout.content(id)
+        if not os.path.isdir(path):
+            raise LayerDamaged(f"layer {id} has no content: {path} does not exist", id=id)
+        return path
+
+    def write_view(self, id: str, out: int) -> list[str]:
+        """Write the merged view of a layer as a tar to the descriptor `out`; warnings."""
+        meter = Meter(_unheard)
+        now = view.roots(self.diff, self.chain(id), self.settings.namespace)
+        packer = Packer(Sink(out, meter, digest=False), self.settings, meter)
+        compare.pack(packer, now, [], self.settings)
+        return meter.warnings()
+
+    def write_layer(self, id: str, out: int) -> list[str]:
+        """Write what a layer changed as a tar to the descriptor `out`; warnings."""
+        meter = Meter(_unheard)
+        place = view.root(self.diff, self.chain(id)[0], self.settings.namespace)
+        before = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fchdir(place.fd)
+            pack(Packer(Sink(out, meter, digest=False), self.settings, meter), place.layer)
+        finally:
+            os.fchdir(before)
+            os.close(before)
+            place.close()
+        return meter.warnings()
+
+    def read_by_aufs(self, ids: Sequence[str]) -> list[Problem]:
+        """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
+        found = []
+        for id in ids:
+            with suppress(LayerDamaged):
+                strict, aufs = readings.roots(self.diff, self.chain(id), self.settings.namespace)
+                found.append(readings.problem(id, readings.differences(strict, aufs)))
+        return [problem for problem in found if problem is not None]
+
+
+@contextmanager
+def open_offline(root: str, settings: Settings) -> Iterator[Offline]:
+    """The store at `root` (resolved), which no daemon can begin to serve until the block is left.
+
+    Raises StoreLocked if one does, PermissionDenied, OSError. Raises this process's limit of open
+    files: a merged directory takes one for each of its branches, on each level of the tree.
+    """
+    layout = Layout(root)
+    lock = _share(layout)
+    try:
+        if os.path.lexists(layout.private) and not _sees_marks(layout, settings.namespace):
+            raise PermissionDenied(
+                f"{root} may hold overlayfs's marks of deleted files, which only a process with "
+                "CAP_SYS_ADMIN can read: run this as root"
+            )
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        diff = os.open(layout.diff, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            yield Offline(layout, settings, diff)
+        finally:
+            os.close(diff)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _share(layout: Layout) -> int | None:
+    """Hold the store's lock with others that read; None where it has none that we may open."""
+    try:
+        fd = os.open(layout.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, PermissionError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise StoreLocked(
+            f"a daemon serves {layout.root}, so ask it: `aufsctl` has the same command",
+            root=layout.root,
+        ) from None
+    return fd
+
+
+def _sees_marks(layout: Layout, namespace: str) -> bool:
+    if namespace == "user":
+        # a store that root of the host served shows as somebody else's in a user namespace
+        return os.stat(layout.private).st_uid == 0
+    return probe.has_capability(syscalls.CAP_SYS_ADMIN)
+
+
+def _unheard(size: int, entries: int) -> None:
+    """Nobody watches the progress."""
