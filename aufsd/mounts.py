@@ -26,6 +26,7 @@ from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, Union
+from aufsd.watch import HelperWatch
 from aufsd_client.errors import (
     AufsdError,
     LabelConflict,
@@ -70,6 +71,7 @@ class Mounts:
     table: Table
     prepare: Prepare
     nursery: trio.Nursery
+    helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
     counters: Counters = field(default_factory=Counters)
     _watched: set[tuple[int, int]] = field(default_factory=set)
@@ -142,9 +144,11 @@ class Mounts:
             raise
         with table.locked():
             self.counters.mounts += 1
+            self.helpers.mounted(id)
             return self._count(id, refs.mounted(mounting, since=time.time()), reference)
 
     def _mount_in_thread(self, union: Union) -> None:
+        self.backend.clear(union.target)
         try:
             foreign = mountinfo.is_mount_point(union.target)
         except FileNotFoundError:
@@ -227,6 +231,7 @@ class Mounts:
             raise
         with table.locked():
             self.counters.unmounts += 1
+            self.helpers.unmounted(id)
             table.leave(id)
             table.record(id)
 
@@ -429,10 +434,12 @@ async def open_mounts(
 ) -> AsyncIterator[Mounts]:
     """The mounts of a store, with their background tasks; what is mounted stays so after."""
     async with trio.open_nursery() as nursery:
-        mounts = Mounts(table.store, backend, table, prepare, nursery)
+        helpers = HelperWatch(backend, table, nursery)
+        mounts = Mounts(table.store, backend, table, prepare, nursery, helpers)
         for id, note in await mounts.thread.run(replay, table, recorded, backend):
             log.warning("table and kernel did not agree", id=id, note=note)
-        for entry in list(table.entries.values()):
+        for id, entry in list(table.entries.items()):
+            helpers.mounted(id)
             for reference in entry.references:
                 if reference.hold == "process":
                     mounts.watch(reference)

@@ -50,7 +50,7 @@ def replay(
         if id in table.entries:
             continue
         entry = _found(row)
-        if row.fstype == backend.name and not backend.is_whole(table.union(id, entry)):
+        if entry.backend == backend.name and not backend.is_whole(table.union(id, entry)):
             backend.unmount(row.mount_point)
             notes.append((id, "mounted in part when the daemon was killed: unmounted"))
             continue
@@ -68,5 +68,6 @@ def _found(row: mountinfo.Mount) -> Entry:
         references=(Reference(0, 0, "", "manual", now, 0),),
         read_only="ro" in row.options,
         since=now,
-        backend=row.fstype,
+        # fuse.NAME, of a file system that a process serves
+        backend=row.fstype.removeprefix("fuse."),
     )

@@ -65,6 +65,7 @@ class Overview:
         checks = [
             self._space(),
             self._busy(),
+            self._helpers(),
             self._quarantine(),
             self._start(),
         ]
@@ -93,6 +94,15 @@ class Overview:
         named = ", ".join(busy[:5])
         detail = f"{len(busy)} mounts are busy though no reference is left: {named}"
         return answers.HealthCheck("mounts", "degraded", detail)
+
+    def _helpers(self) -> answers.HealthCheck:
+        dead = sorted(self.unions.helpers.dead)
+        if not dead:
+            return answers.HealthCheck("helpers", "ok", "no process that serves a mount has died")
+        detail = (
+            f"{len(dead)} mounts are dead, the next get mounts them again: {', '.join(dead[:5])}"
+        )
+        return answers.HealthCheck("helpers", "degraded", detail)
 
     def _quarantine(self) -> answers.HealthCheck:
         damaged = sorted(self.store.damaged)

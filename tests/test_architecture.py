@@ -20,6 +20,7 @@ LEVELS = {
     "aufsd.mounts": 3,
     "aufsd.archive": 3,
     "aufsd.replay": 2,
+    "aufsd.watch": 2,
     "aufsd.table": 2,
     "aufsd.store": 2,
     "aufsd.journal": 2,
@@ -44,7 +45,7 @@ ROOMS = {
     "jsonrpcserver": ("aufsd.rpc.dispatch",),
     "trio": (
         *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.mounts", "aufsd.table"),
-        *("aufsd.threads", "aufsd.processes", "aufsd.archive.jobs", "aufsd.rpc."),
+        *("aufsd.threads", "aufsd.processes", "aufsd.watch", "aufsd.archive.jobs", "aufsd.rpc."),
         "aufsd.service.",
         "aufsd_client.trio",
     ),
