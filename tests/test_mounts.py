@@ -11,7 +11,7 @@ import trio
 
 from aufsd import journal
 from aufsd.journal import Journal
-from aufsd.kernel import mountinfo, syscalls
+from aufsd.kernel import mountinfo, probe, syscalls
 from aufsd.mounts import Mounts, open_mounts
 from aufsd.peer import process
 from aufsd.refs import Reference
@@ -34,7 +34,7 @@ from aufsd_client.errors import (
 
 pytestmark = pytest.mark.mounts
 
-NAMESPACE: XattrNamespace = "trusted" if os.geteuid() == 0 else "user"
+NAMESPACE: XattrNamespace = "user" if probe.in_user_namespace() else "trusted"
 BASE, TOP, SIDE = LayerId("base"), LayerId("top"), LayerId("side")
 MANUAL = Reference(1, 0, "test", "manual", 0.0, 0)
 

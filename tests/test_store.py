@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.kernel import syscalls
+from aufsd.kernel import probe, syscalls
 from aufsd.store import layers, recovery
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store, open_store
@@ -36,7 +36,7 @@ def opened(root: Path, *, adopt: bool = False) -> Iterator[Store]:
         store.close()
 
 
-NAMESPACE: XattrNamespace = "trusted" if os.geteuid() == 0 else "user"
+NAMESPACE: XattrNamespace = "user" if probe.in_user_namespace() else "trusted"
 
 
 def make(store: Store, id: LayerId, *parents: LayerId) -> None:
