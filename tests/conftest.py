@@ -58,7 +58,8 @@ def _btrfs() -> str:
 
 
 OFF: dict[str, str] = {"mounts": _enter_namespace()}
-OFF["service"] = OFF["mounts"] or ("" if ROOT_IN_HOST else "needs root")
+OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namespace"
+OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or box.missing()
 OFF["aufs"] = OFF["mounts"] or _aufs()
 OFF["fuse"] = OFF["mounts"] or _fuse()

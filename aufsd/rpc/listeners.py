@@ -1,6 +1,7 @@
 """The two sockets: made, put where they belong, and taken away again."""
 
 import errno
+import errno
 import grp
 import os
 import socket
@@ -89,4 +90,10 @@ def _give_to_group(path: str, group: str) -> None:
     except KeyError:
         log.warning("no such group: the control socket is root's alone", group=group, path=path)
         return
-    os.chown(path, -1, gid)
+    try:
+        os.chown(path, -1, gid)
+    except OSError as error:
+        # a user namespace need not have the group (EINVAL), nor give us the right (EPERM)
+        if error.errno not in (errno.EINVAL, errno.EPERM):
+            raise
+        log.warning("the control socket cannot be given to the group", group=group, path=path)

@@ -18,6 +18,7 @@ from aufsd_client.cli.__main__ import aufsctl, run
 from aufsd_client.cli.report import describe
 from tests.client.threaded import Daemon, running
 from tests.rpc.fake_driver import TAR
+from tests.strangers import let_in
 
 Capture = pytest.CaptureFixture[str]
 
@@ -367,15 +368,13 @@ def test_hints_are_made_from_the_errors_data(error: Exception, hint: str, status
     assert code == status
 
 
+@pytest.mark.root
 def test_who_may_not_open_the_control_socket_reads_the_monitor_one(
     daemon: Daemon, capfd: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if os.getuid():
-        pytest.skip("needs root, to become another user")
     monkeypatch.setattr(session, "DEFAULT_SOCKET", daemon.path)
     monkeypatch.setattr(session, "MONITOR_SOCKET", str(daemon.served.monitor))
-    for directory in Path(daemon.path).parents[:4]:
-        os.chmod(directory, 0o755)
+    let_in(Path(daemon.path))
     os.chmod(daemon.path, 0o600)
     results: list[int] = []
 

@@ -24,6 +24,7 @@ from aufsd_client.errors import (
 )
 from tests.client.threaded import Daemon, running
 from tests.rpc.fake_driver import TAR
+from tests.strangers import let_in
 
 
 @pytest.fixture
@@ -267,9 +268,8 @@ def test_a_daemon_that_is_not_there_is_unreachable(tmp_path: Path, missing: str)
     assert not isinstance(caught.value, AufsdError)
 
 
+@pytest.mark.root
 def test_a_socket_that_this_user_may_not_open_is_unreachable(daemon: Daemon) -> None:
-    if os.getuid():
-        pytest.skip("needs root, to become another user")
     script = (
         "import os, sys\n"
         "from aufsd_client import Client, DaemonUnreachable\n"
@@ -277,8 +277,7 @@ def test_a_socket_that_this_user_may_not_open_is_unreachable(daemon: Daemon) -> 
         "try: Client(sys.argv[1]).ping()\n"
         "except DaemonUnreachable as error: print(error)\n"
     )
-    for directory in Path(daemon.path).parents[:4]:
-        os.chmod(directory, 0o755)
+    let_in(Path(daemon.path))
     found = subprocess.run(
         [sys.executable, "-c", script, daemon.path], capture_output=True, text=True, check=True
     )

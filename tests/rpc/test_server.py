@@ -16,6 +16,7 @@ from aufsd.rpc.server import Allow, Settings
 from aufsd_client.address import reachable
 from tests.rpc.raw_peer import PATIENCE, RawPeer, code, line, name
 from tests.rpc.serving import Connect, Served, start
+from tests.strangers import let_in
 
 # --- listening --------------------------------------------------------------------------------
 
@@ -157,15 +158,13 @@ async def test_accepting_goes_on_after_the_descriptors_ran_out(
     [("create", {"id": "a"}), ("check", {"repair": True})],
     ids=["create", "check with repair"],
 )
+@pytest.mark.root
 async def test_a_user_that_no_allow_list_names_is_denied(
     nursery: trio.Nursery, tmp_path: Path, method: str, params: dict[str, object]
 ) -> None:
-    if os.getuid():
-        pytest.skip("needs root, to become another user")
     served = await start(nursery, tmp_path, Settings(allow={"change": Allow(uids=(12345,))}))
     os.chmod(served.control, 0o666)
-    for directory in (tmp_path, *tmp_path.parents[:3]):
-        os.chmod(directory, 0o755)
+    let_in(served.control)
     for uid, allowed in ((12345, True), (12346, False)):
         # the kernel notes who connects, at connect(2)
         os.seteuid(uid)
