@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from aufsd_client import __version__
-from aufsd_client.cli import content, daemon, layers, show
+from aufsd_client.cli import content, conversion, daemon, export, layers, show
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import AufsdError
@@ -39,7 +39,14 @@ def aufsctl(context: click.Context, socket: str, as_json: bool, timeout: float |
     context.obj = Session(socket, as_json, timeout)
 
 
-for command in (*layers.COMMANDS, *content.COMMANDS, *daemon.COMMANDS):
+_VERBS = (
+    *layers.COMMANDS,
+    *content.COMMANDS,
+    *conversion.COMMANDS,
+    *export.COMMANDS,
+    *daemon.COMMANDS,
+)
+for command in _VERBS:
     aufsctl.add_command(command)
 aufsctl.add_command(layers.get_metadata, "inspect")
 aufsctl.add_command(content.apply_diff, "apply")

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 import click
 
 from aufsd_client import calls, results, streams
-from aufsd_client.calls import Dialect
 from aufsd_client.cli import show
 from aufsd_client.cli.session import Session, hint, warn
 
@@ -30,13 +29,14 @@ def diff(session: Session, id: str, output: str | None, parent: str, digest: boo
     The result goes to standard error where the tar goes to standard output.
     """
     request = calls.diff(id, parent=parent, digest=digest)
-    with _output(output) as fd:
+    with tar_out(output) as fd:
         found = session.ask(request, fd=fd, stderr=output is None)
     if session.human:
-        _show_stream(found, stderr=output is None)
+        show_stream(found, stderr=output is None)
 
 
-def _output(path: str | None) -> AbstractContextManager[int]:
+def tar_out(path: str | None) -> AbstractContextManager[int]:
+    """The descriptor that a tar goes to: of the file at `path`, or standard output."""
     if path is not None:
         return streams.sink(path)
     if os.isatty(1):
@@ -56,7 +56,7 @@ def apply_diff(session: Session, id: str, source: str | None, parent: str, diges
     with _input(source) as fd:
         found = session.ask(request, fd=fd)
     if session.human:
-        _show_stream(found)
+        show_stream(found)
 
 
 def _input(path: str | None) -> AbstractContextManager[int]:
@@ -67,7 +67,8 @@ def _input(path: str | None) -> AbstractContextManager[int]:
     return nullcontext(0)
 
 
-def _show_stream(found: results.Streamed, *, stderr: bool = False) -> None:
+def show_stream(found: results.Streamed, *, stderr: bool = False) -> None:
+    """What there is to say of a tar that was moved."""
     warn(found.warnings)
     digest = f", {found.digest}" if found.digest else ""
     entries = show.plural(found.entries, "entry")
@@ -118,16 +119,4 @@ def _show_change(change: results.Change) -> None:
     click.echo(f"{_LETTERS.get(change.kind, '?')} {show.text(change.path)}")
 
 
-@click.command()
-@click.argument("id")
-@click.option("--to", "dialect", type=click.Choice(["aufs", "overlay"]), required=True)
-@click.pass_obj
-def convert(session: Session, id: str, dialect: Dialect) -> None:
-    """Rewrite a layer's whiteouts for another union file system."""
-    found = session.ask(calls.convert(id, dialect))
-    if session.human:
-        done = "converted" if found.converted else "nothing to convert"
-        show.line(f"{id}: {done}")
-
-
-COMMANDS = (diff, apply_diff, diff_size, changes, convert)
+COMMANDS = (diff, apply_diff, diff_size, changes)

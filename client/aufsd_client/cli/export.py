@@ -1,0 +1,99 @@
+"""The verb that takes layers out of a store whole, for other tools."""
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import click
+
+from aufsd_client import Client, calls, oci
+from aufsd_client.cli import content, show
+from aufsd_client.cli.session import Session, warn
+
+_TRIES = 20
+_PAUSE = 0.1  # seconds
+
+
+@click.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.option("-o", "--output", metavar="FILE", help="Write to a file, not to standard output.")
+@click.option("--oci", "directory", metavar="DIR", help="Add an image for each ID to this layout.")
+@click.option("--gzip", is_flag=True, help="With --oci: compress the layers.")
+@click.option(
+    "--architecture", default="", help="With --oci: of the images, if not this machine's."
+)
+@click.pass_obj
+def export(
+    session: Session,
+    ids: tuple[str, ...],
+    output: str | None,
+    directory: str | None,
+    gzip: bool,
+    architecture: str,
+) -> None:
+    """Write all that a layer and its parents hold, as a tar: `aufsctl export ID > root.tar`.
+
+    With --oci, write images into an OCI image layout, with a layer for each of the parents. Nothing
+    is mounted. `aufsd export` does the same for a store that nobody serves.
+    """
+    if directory is not None:
+        _images(session, ids, directory, compress=gzip, architecture=architecture)
+        return
+    if len(ids) > 1:
+        raise click.UsageError("several layers make several images: with --oci only")
+    with content.tar_out(output) as fd, session.client() as client, _nothing(client) as nothing:
+        request = calls.diff(ids[0], parent=nothing)
+        found = session.ask(request, fd=fd, stderr=output is None)
+    if session.human:
+        content.show_stream(found, stderr=output is None)
+
+
+@contextmanager
+def _nothing(client: Client) -> Iterator[str]:
+    """An empty layer while the block lasts: what differs from it is all that a layer shows."""
+    id = f"export-{uuid.uuid4().hex[:16]}"
+    client.create(id)
+    try:
+        yield id
+    finally:
+        for _ in range(_TRIES):
+            # interrupted, the daemon may still be about to end the call that reads it
+            if client.remove(id).removed:
+                break
+            time.sleep(_PAUSE)
+        else:
+            warn([f"the empty layer {id} could not be removed: `aufsctl remove {id}`"])
+
+
+def _images(
+    session: Session, ids: tuple[str, ...], directory: str, *, compress: bool, architecture: str
+) -> None:
+    with session.client() as client:
+
+        def write_layer(id: str, file: IO[bytes]) -> None:
+            found = client.diff(id, file)
+            if session.human:
+                warn(found.warnings)
+                show.line(f"layer {id}: {show.size(found.size)}", stderr=True)
+
+        chains = {}
+        for id in ids:
+            parents = client.get_metadata(id).metadata["parents"].split()
+            chains[id] = [*reversed(parents), id]
+        try:
+            written = oci.write(
+                directory, chains, write_layer, compress=compress, architecture=architecture
+            )
+        except oci.LayoutError as error:
+            raise click.BadParameter(str(error), param_hint="--oci") from error
+    if session.as_json:
+        click.echo(json.dumps({"images": written}))
+    else:
+        for name, digest in written.items():
+            click.echo(f"{name} {digest}")
+
+
+COMMANDS = (export,)
