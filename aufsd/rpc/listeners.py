@@ -1,7 +1,6 @@
 """The two sockets: made, put where they belong, and taken away again."""
 
 import errno
-import errno
 import grp
 import os
 import socket
