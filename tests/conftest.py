@@ -62,6 +62,7 @@ OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namesp
 OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or box.missing()
 OFF["aufs"] = OFF["mounts"] or _aufs()
+OFF["oci"] = "" if shutil.which("skopeo") and shutil.which("umoci") else "needs skopeo and umoci"
 OFF["fuse"] = OFF["mounts"] or _fuse()
 OFF["btrfs"] = OFF["service"] or _btrfs()
 

@@ -3,10 +3,12 @@
 import stat
 from pathlib import Path
 
+_PASS = stat.S_IXGRP | stat.S_IXOTH
+
 
 def let_in(path: Path) -> None:
     """Let every user pass through the directories above `path`; nothing else of them changes."""
     for directory in path.parents:
         mode = stat.S_IMODE(directory.stat().st_mode)
-        if not mode & stat.S_IXOTH:
-            directory.chmod(mode | stat.S_IXOTH)
+        if mode & _PASS != _PASS:
+            directory.chmod(mode | _PASS)
