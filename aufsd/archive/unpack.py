@@ -37,9 +37,8 @@ _UNTAKEN: Final = {
     errno.ENOTDIR: "a file stands where a directory has to be",
     errno.EFBIG: "larger than the file system takes",
     errno.ELOOP: "symlinks lead in a circle",
-    # of chown(2): an id that the user namespace we run in does not map
-    errno.EINVAL: "an owner or another value that the file system here does not take",
-    errno.EOVERFLOW: "an owner or another value that the file system here does not take",
+    errno.EINVAL: "a value that the file system does not take",
+    errno.EOVERFLOW: "a value that the file system does not take",
 }
 
 # Makes the current directory's attributes those of the directory of this path in the layers below.
@@ -160,7 +159,7 @@ class Unpacker:
             uid = self._owners.uid(member.uid, member.name)
             gid = self._owners.gid(member.gid, member.name)
             if uid or gid or self._tree.here.setgid:
-                os.fchown(fd, uid, gid)
+                _chown(fd, uid, gid, member)
             if member.xattrs:
                 self._set_xattrs(fd, member)
             if mode & _SPECIAL_BITS:
@@ -290,7 +289,7 @@ class Unpacker:
         uid = self._owners.uid(member.uid, member.name)
         gid = self._owners.gid(member.gid, member.name)
         if uid or gid or self._tree.here.setgid:
-            os.chown(name, uid, gid, follow_symlinks=False)
+            _chown(name, uid, gid, member)
 
     def _set_xattrs(
         self, where: bytes | int, member: Member, directory: Directory | None = None
@@ -376,6 +375,21 @@ def _translated(error: OSError, name: bytes, start: int) -> Exception:
     if error.errno in _UNTAKEN:
         return BadArchive(f"{path}: {_UNTAKEN[error.errno]}", entry=path, offset=start)
     return error
+
+
+def _chown(where: bytes | int, uid: int, gid: int, member: Member) -> None:
+    try:
+        if isinstance(where, int):
+            os.fchown(where, uid, gid)
+        else:
+            os.chown(where, uid, gid, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise BadArchive(
+            f"{shown(member.name)} belongs to {uid}:{gid}, which the user namespace that aufsd "
+            "runs in does not map"
+        ) from None
 
 
 def _device(member: Member, path: bytes) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pytest
+
 from aufsd.answers import Streamed
 from aufsd.archive.jobs import ForkServer, Jobs, open_jobs
 from aufsd.archive.requests import Branch, Limits
@@ -19,6 +21,9 @@ from aufsd.union.dialect import Dialect
 from tests.conftest import ROOT_IN_HOST
 
 NAMESPACE: Literal["trusted", "user"] = "trusted" if ROOT_IN_HOST else "user"
+
+# as an ordinary user the tests run in a user namespace that has no other owners, and no devices
+needs_root = pytest.mark.skipif(not ROOT_IN_HOST, reason="only one user is mapped here")
 
 
 @dataclass(slots=True)

@@ -19,7 +19,7 @@ from aufsd.archive.jobs import ForkServer
 from aufsd.kernel import syscalls
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InvalidParams
-from tests.archive.shelf import NAMESPACE, Shelf, open_shelf
+from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf
 from tests.archive.tars import listing
 
 pytestmark = pytest.mark.mounts
@@ -322,6 +322,7 @@ async def changed(shelf: Shelf, *chain: str, against: tuple[str, ...]) -> list[t
     return await paged(shelf, chain, against, 1000)
 
 
+@needs_root
 async def test_owners_and_attributes_alone_are_changes(shelf: Shelf) -> None:
     for id in ("base", "top"):
         at = shelf.add(id)

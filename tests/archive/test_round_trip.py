@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aufsd.union.dialect import Dialect
-from tests.archive.shelf import Shelf, open_shelf, snapshot
+from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
 
 pytestmark = pytest.mark.mounts
 
@@ -149,6 +149,7 @@ def settle(at: Path) -> None:
                 os.utime(path, (1.6e9, 1.6e9), follow_symlinks=False)
 
 
+@needs_root
 @pytest.mark.parametrize("dialect", Dialect)
 @pytest.mark.parametrize("build", BUILDERS, ids=lambda build: build.__name__)
 async def test_a_layer_comes_out_as_it_went_in(
@@ -174,6 +175,7 @@ async def test_a_layer_comes_out_as_it_went_in(
         assert snapshot(shelf.path("b")) == snapshot(shelf.path("a"))
 
 
+@needs_root
 async def test_what_tools_list_is_what_is_there(shelf: Shelf) -> None:
     """GNU tar, bsdtar and tarfile agree on every name, also where it is not text."""
     import io
@@ -203,6 +205,7 @@ async def test_what_tools_list_is_what_is_there(shelf: Shelf) -> None:
                 assert listed.startswith(b"./\n")
 
 
+@needs_root
 async def test_gnu_tar_unpacks_what_we_pack(shelf: Shelf, tmp_path: Path) -> None:
     at = shelf.add("a")
     for build in (files, directories, nodes, names, times, large):
@@ -220,6 +223,7 @@ async def test_gnu_tar_unpacks_what_we_pack(shelf: Shelf, tmp_path: Path) -> Non
     assert snapshot(out) == snapshot(at)
 
 
+@needs_root
 async def test_what_gnu_tar_packs_we_unpack(shelf: Shelf, tmp_path: Path) -> None:
     at = tmp_path / "tree"
     at.mkdir()

@@ -11,7 +11,7 @@ from aufsd.archive.jobs import ForkServer
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import BadArchive
-from tests.archive.shelf import NAMESPACE, Shelf, open_shelf, snapshot
+from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, listing, symlink, tar
 
 pytestmark = pytest.mark.mounts
@@ -200,6 +200,7 @@ async def test_layers_of_whiteouts_as_docker_tests_them(shelf: Shelf, dialect: D
 # --- implied directories ------------------------------------------------------------------------
 
 
+@needs_root
 async def test_implied_directories_are_as_in_the_layers_below(
     shelf: Shelf, dialect: Dialect
 ) -> None:
@@ -239,6 +240,7 @@ async def test_implied_directories_are_as_in_the_layers_below(
     assert not (at / "link").is_symlink()
 
 
+@needs_root
 async def test_an_entry_that_comes_after_its_content_still_counts(
     shelf: Shelf, dialect: Dialect
 ) -> None:
@@ -254,6 +256,7 @@ async def test_an_entry_that_comes_after_its_content_still_counts(
 # --- links --------------------------------------------------------------------------------------
 
 
+@needs_root
 @pytest.mark.parametrize("merged", [False, True])
 async def test_pseudo_links_become_links(shelf: Shelf, dialect: Dialect, merged: bool) -> None:
     """aufs's plnk directory, as docker save wrote it out (moby#4178)."""
@@ -287,6 +290,7 @@ async def test_a_link_to_nothing_of_the_layer_is_a_bad_archive(shelf: Shelf, tar
         await shelf.apply(tar(directory("dir"), link("self", target)), "a", "base")
 
 
+@needs_root
 async def test_a_link_keeps_what_its_target_has(shelf: Shelf) -> None:
     at = shelf.add("a")
     stream = tar(
@@ -300,6 +304,7 @@ async def test_a_link_keeps_what_its_target_has(shelf: Shelf) -> None:
 # --- merging ------------------------------------------------------------------------------------
 
 
+@needs_root
 async def test_a_merge_never_changes_the_live_layer(shelf: Shelf, dialect: Dialect) -> None:
     """Its regular files are the same inodes in staging, until they are replaced."""
     at = shelf.add("a", dialect)
@@ -349,6 +354,7 @@ async def test_directories_that_an_archive_only_passes_keep_their_time(
     assert shelf.path("a").stat().st_mtime == 3
 
 
+@needs_root
 async def test_an_entry_says_all_that_a_merged_directory_has(shelf: Shelf) -> None:
     shelf.add("a")
     old = {"SCHILY.xattr.user.old": "1", "SCHILY.xattr.user.both": "2"}
