@@ -17,7 +17,6 @@ from tests.archive.tars import CHARACTER, LINK, directory, entry, link, listing,
 pytestmark = pytest.mark.mounts
 
 
-@pytest.fixture
 def relinked(info: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
     """A copy with another link target (TarInfo.replace is not in every Python 3.11)."""
     made = copy.copy(info)
@@ -25,6 +24,7 @@ def relinked(info: tarfile.TarInfo, target: str) -> tarfile.TarInfo:
     return made
 
 
+@pytest.fixture
 def victim(shelf: Shelf) -> Path:
     """What lies beside the layer on the host: another layer, and a file outside the store."""
     for id in ("victim", "a"):
