@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,9 +21,13 @@ READY_WITHIN = 60.0  # seconds
 
 @dataclass(slots=True)
 class Daemon:
-    """`aufsd serve` over DIRECTORY/store; `prefix` is a command that runs it, for a namespace."""
+    """`aufsd serve` over DIRECTORY/store; `prefix` is a command that runs it, for a namespace.
+
+    `state` is on a tmpfs, as /run is: the table of mounts is there, and the log.
+    """
 
     directory: Path
+    state: Path
     flags: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
     process: "subprocess.Popen[bytes] | None" = field(default=None)
@@ -51,12 +56,12 @@ class Daemon:
         command = [
             *self.prefix,
             *(sys.executable, "-m", "aufsd", "serve", "--root", str(self.root)),
-            *("--state-dir", str(self.directory / "run"), "--socket", self.socket),
+            *("--state-dir", str(self.state), "--socket", self.socket),
             *("--monitor-socket", str(self.directory / "monitor"), *self.flags),
         ]
         with (
             socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready,
-            (self.directory / "log").open("ab") as log,
+            (self.state / "log").open("ab") as log,
         ):
             ready.bind(str(address))
             ready.settimeout(0.1)
@@ -69,7 +74,7 @@ class Daemon:
                         return time.perf_counter() - began
         self.process.kill()
         self.process = None
-        raise RuntimeError(f"the daemon does not start: {(self.directory / 'log').read_text()}")
+        raise RuntimeError(f"the daemon does not start: {(self.state / 'log').read_text()}")
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it and wait; its mounts stay."""
@@ -86,17 +91,18 @@ class Daemon:
 @contextmanager
 def daemon(directory: Path, *flags: str, prefix: tuple[str, ...] = ()) -> Iterator[Daemon]:
     """A started daemon, ended with all its mounts taken down."""
-    made = Daemon(directory, flags, prefix)
-    try:
-        made.start()
-        yield made
-    finally:
-        if made.process is not None:
-            try:
-                with made.client() as client:
-                    client.cleanup()
-            finally:
-                made.stop()
+    with tempfile.TemporaryDirectory(prefix="aufsd-bench-", dir="/dev/shm") as state:
+        made = Daemon(directory, Path(state), flags, prefix)
+        try:
+            made.start()
+            yield made
+        finally:
+            if made.process is not None:
+                try:
+                    with made.client() as client:
+                        client.cleanup()
+                finally:
+                    made.stop()
 
 
 @contextmanager
