@@ -38,6 +38,14 @@ class Offline:
     def chain(self, id: str) -> tuple[Branch, ...]:
         """The layer and its parents, nearest first. Raises LayerNotFound, LayerDamaged."""
         ids = (parse_id(id), *self._parents(LayerId(id)))
+        for index, one in enumerate(ids[1:], 1):
+            try:
+                sound = self._parents(one) == ids[index + 1 :]
+            except (LayerNotFound, LayerDamaged) as error:
+                raise LayerDamaged(f"below layer {id}: {error.message}", id=id) from None
+            if not sound:
+                problem = f"its parents file does not continue as that of its parent {one}"
+                raise LayerDamaged(f"layer {id}: {problem}", id=id, problem=problem)
         return tuple(
             Branch(one, dialects.read_dialect(self._content(one), self.settings.namespace))
             for one in ids

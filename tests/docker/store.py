@@ -52,10 +52,10 @@ def expected(id: str, *, strict: bool) -> View:
     """The merged view that a layer must have, by path."""
     kind = "views-strict" if strict and id in DIFFERENT else "views"
     lines = _views()[f"{kind}/{id}.jsonl"].splitlines()
-    return {key(record): record for record in map(json.loads, lines)}
+    return {path_of(record): record for record in map(json.loads, lines)}
 
 
-def key(record: Record) -> str:
+def path_of(record: Record) -> str:
     """A record's path; one that is not UTF-8 with surrogates."""
     if "path_b64" in record:
         return os.fsdecode(base64.b64decode(record["path_b64"]))
