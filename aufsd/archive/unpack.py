@@ -11,7 +11,7 @@ import stat
 from collections.abc import Callable
 from typing import Final
 
-from aufsd.archive import headers, names
+from aufsd.archive import headers, holes, names
 from aufsd.archive.attributes import Owners, imported
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter, shown
@@ -23,9 +23,9 @@ from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
 
-_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _SPECIAL_BITS: Final = 0o7000
-_SPARSE_STEP: Final = 1 << 20
+_STEP: Final = 16 << 20
 _NODES: Final = {
     headers.CHARACTER: stat.S_IFCHR,
     headers.BLOCK_DEVICE: stat.S_IFBLK,
@@ -154,8 +154,9 @@ class Unpacker:
                 body = self._reader.small_body(size)
                 # a file that the window holds whole takes one write
                 if body is None or os.write(fd, body) < size:
-                    os.lseek(fd, 0, os.SEEK_SET)
-                    self._reader.copy(fd, size)
+                    self._large(fd, size)
+                elif size > holes.PIECE:
+                    holes.punch(fd, 0, size)
             uid = self._owners.uid(member.uid, member.name)
             gid = self._owners.gid(member.gid, member.name)
             if uid or gid or self._tree.here.setgid:
@@ -168,6 +169,16 @@ class Unpacker:
         finally:
             os.close(fd)
         self._tree.unhide(name)
+
+    def _large(self, fd: int, size: int) -> None:
+        os.lseek(fd, 0, os.SEEK_SET)
+        at, sparse = 0, True
+        while at < size:
+            step = min(size - at, _STEP)
+            self._reader.copy(fd, step)
+            # before the kernel writes them out, so that a hole never fills the disk
+            sparse = sparse and holes.punch(fd, at, at + step)
+            at += step
 
     def _sparse(self, fd: int, member: Member) -> None:
         assert member.extents is not None

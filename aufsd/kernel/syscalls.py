@@ -289,3 +289,13 @@ def capset(capabilities: frozenset[int]) -> None:
     header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
     data = (_CapData * 2)(_CapData(low, low, 0), _CapData(high, high, 0))
     _check(_libc.capset(ctypes.byref(header), data))
+
+
+# <linux/falloc.h>
+FALLOC_FL_KEEP_SIZE: Final = 0x1
+FALLOC_FL_PUNCH_HOLE: Final = 0x2
+
+
+def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
+    """fallocate(2)."""
+    _check(_libc.fallocate(fd, mode, ctypes.c_int64(offset), ctypes.c_int64(length)))

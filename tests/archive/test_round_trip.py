@@ -252,6 +252,24 @@ async def test_what_gnu_tar_packs_we_unpack(shelf: Shelf, tmp_path: Path) -> Non
         assert snapshot(shelf.path("a")) == snapshot(at), options
 
 
+async def test_what_was_a_hole_is_one_again(shelf: Shelf) -> None:
+    """The stream holds every zero; neither layer does."""
+    at = shelf.add("a")
+    large(at)
+    with (at / "huge").open("wb") as file:
+        file.seek(100 << 20)
+        file.write(b"end")
+    stream = await shelf.diff("a")
+    assert len(stream) > 110 << 20
+    shelf.add("b")
+    await shelf.apply(stream, "b")
+    for name in ("sparse", "hole", "huge"):
+        found = (shelf.path("b") / name).stat()
+        assert found.st_blocks * 512 <= 512 << 10, name
+        assert found.st_size == (at / name).stat().st_size
+    assert snapshot(shelf.path("b"))[b"huge"].content == snapshot(at)[b"huge"].content
+
+
 async def test_sockets_are_left_out_and_named(shelf: Shelf) -> None:
     at = shelf.add("a")
     with socket.socket(socket.AF_UNIX) as listener:
