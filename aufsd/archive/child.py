@@ -15,7 +15,7 @@ from typing import NoReturn
 from msgspec import UNSET
 
 from aufsd.answers import Streamed
-from aufsd.archive import changes, clone, compare, confine, readings, requests, view
+from aufsd.archive import changes, clone, compare, confine, readings, relabel, requests, view
 from aufsd.archive.attributes import inherit
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter
@@ -137,6 +137,14 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             return requests.Converted(
                 conversion.convert(_here(), to, settings.namespace, sync=sync)
             )
+        case requests.Relabel(label):
+            confine.enter(fds[0], read_only=False)
+            # security.* of another's file (cap_inode_setxattr(), selinux_inode_setxattr())
+            confine.drop(confine.LABELLING, open_files=settings.limits.open_files)
+            inodes = relabel.relabel(label)
+            if settings.sync == "filesystem":
+                syscalls.syncfs(_here())
+            return requests.Relabelled(inodes)
 
 
 def _diff(work: requests.Diff, fds: list[int], settings: Settings, meter: Meter) -> requests.Packed:

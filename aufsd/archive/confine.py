@@ -26,6 +26,7 @@ WRITING: Final = frozenset(
 READING: Final = frozenset({sc.CAP_DAC_READ_SEARCH})
 # trusted.* xattrs: without it reading finds none, and writing is refused (xattr_permission())
 TRUSTED_XATTRS: Final = frozenset({sc.CAP_SYS_ADMIN})
+LABELLING: Final = frozenset({sc.CAP_DAC_OVERRIDE, sc.CAP_FOWNER, sc.CAP_SYS_ADMIN})
 _HELD: Final = WRITING | READING | TRUSTED_XATTRS
 
 

@@ -214,6 +214,14 @@ class Jobs:
         result = await self._run(id, "convert", requests.Convert(to), [path], [])
         return _expect(result, requests.Converted).converted
 
+    async def relabel(self, id: str, staging: str, label: str) -> int:
+        """Put an SELinux label on every inode of the content `staging`; how many lacked it.
+
+        Raises NoSpace; then, and when cancelled, staging is to be thrown away.
+        """
+        result = await self._run(id, "relabel", requests.Relabel(label), [staging], [])
+        return _expect(result, requests.Relabelled).inodes
+
     def running(self) -> list[answers.Job]:
         """The jobs that have a child now, and how far they are."""
         return [
@@ -233,7 +241,8 @@ class Jobs:
     async def _run(
         self, id: str, kind: str, work: requests.Work, mounts: Sequence[str], passed: Sequence[int]
     ) -> requests.Result:
-        limiter = self.conversions if isinstance(work, requests.Convert) else self.slots
+        short = isinstance(work, requests.Convert | requests.Relabel)
+        limiter = self.conversions if short else self.slots
         waiting = self.slots.statistics().tasks_waiting
         if limiter is self.slots and waiting >= self.max_waiting:
             raise Overloaded(f"{waiting} archive jobs wait already", limit=self.max_waiting)

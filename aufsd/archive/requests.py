@@ -94,7 +94,13 @@ class Convert(Struct, frozen=True, tag=True):
     to: Dialect
 
 
-Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Clone | Convert
+class Relabel(Struct, frozen=True, tag=True):
+    """Put an SELinux label on every inode. Descriptors: the content."""
+
+    label: str
+
+
+Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Clone | Convert | Relabel
 
 
 class Request(Struct, frozen=True):
@@ -158,7 +164,13 @@ class Converted(Struct, frozen=True, tag=True):
     converted: bool
 
 
-Result: TypeAlias = Packed | Compared | Measured | Reading | Cloned | Converted
+class Relabelled(Struct, frozen=True, tag=True):
+    """Result of Relabel: how many inodes had another label, or none."""
+
+    inodes: int
+
+
+Result: TypeAlias = Packed | Compared | Measured | Reading | Cloned | Converted | Relabelled
 Reply: TypeAlias = Started | Progress | Failed | Result
 
 encode = msgspec.json.Encoder().encode
