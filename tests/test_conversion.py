@@ -1,0 +1,131 @@
+"""Any layer, converted there and back: byte for byte and attribute for attribute."""
+
+import os
+import stat
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
+from tests.archive.converting import convert
+from tests.archive.shelf import NAMESPACE, Entry, snapshot
+
+# a name that no whiteout can have the name of, and one that has just room for it
+NAMES = st.one_of(
+    st.sampled_from([b"a", b"b", b".x", b".w", b"opq", b"\xff", "\u00e9".encode(), b"n" * 251]),
+    st.binary(min_size=1, max_size=8).filter(
+        lambda name: not set(name) & set(b"/\0") and name not in (b".", b"..")
+    ),
+).filter(lambda name: not name.startswith(marks.WHITEOUT))
+MODES = st.sampled_from([0o644, 0o600, 0o755, 0o1777, 0o2755, 0o4711, 0o000])
+TIMES = st.integers(0, 2**32 * 10**9)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A name of a layer: what it is, and what is in it."""
+
+    kind: str
+    mode: int = 0o644
+    time: int = 0
+    text: bytes = b""
+    opaque: bool = False
+    below: tuple[tuple[bytes, "Node"], ...] = ()
+
+
+LEAVES = st.builds(
+    Node,
+    st.sampled_from(["file", "symlink", "fifo", "whiteout", "link"]),
+    MODES,
+    TIMES,
+    st.binary(min_size=1, max_size=20).filter(lambda text: b"\0" not in text),
+)
+TREES = st.recursive(
+    LEAVES,
+    lambda nodes: st.builds(
+        Node,
+        st.just("dir"),
+        MODES.map(lambda mode: mode | 0o700),
+        TIMES,
+        opaque=st.booleans(),
+        below=st.dictionaries(NAMES, nodes, max_size=5).map(lambda found: tuple(found.items())),
+    ),
+    max_leaves=15,
+)
+LAYERS = TREES.filter(lambda node: node.kind == "dir")
+
+
+def build(at: bytes, node: Node, dialect: Dialect, first: list[bytes]) -> None:
+    """Make what a node says; `first` is the file that links are made to, once there is one."""
+    if node.kind == "dir":
+        os.makedirs(at, exist_ok=True)
+        for name, below in node.below:
+            build(at + b"/" + name, below, dialect, first)
+        if node.opaque and dialect is Dialect.AUFS:
+            mark(at + b"/" + marks.OPAQUE)
+        elif node.opaque:
+            os.setxattr(at, marks.opaque_xattr(NAMESPACE), b"y")
+    elif node.kind == "whiteout":
+        directory, _, name = at.rpartition(b"/")
+        if dialect is Dialect.AUFS:
+            mark(directory + b"/" + marks.WHITEOUT + name)
+        else:
+            os.mknod(at, stat.S_IFCHR, os.makedev(0, 0))
+        return
+    elif node.kind == "symlink":
+        os.symlink(node.text, at)
+    elif node.kind == "fifo":
+        os.mkfifo(at)
+    elif node.kind == "link" and first:
+        os.link(first[0], at)
+        return
+    else:
+        with open(at, "wb") as file:
+            file.write(node.text)
+        os.setxattr(at, "user.note", node.text)
+        first.append(at)
+    if node.kind != "symlink":
+        os.chmod(at, node.mode)
+    os.utime(at, ns=(0, node.time), follow_symlinks=False)
+
+
+def mark(path: bytes) -> None:
+    os.mknod(path, stat.S_IFREG | 0o444)
+    os.utime(path, ns=(0, 0))
+
+
+def made(at: Path, layer: Node, dialect: Dialect) -> Path:
+    build(os.fsencode(at), layer, dialect, [])
+    marks.write_dialect(at, dialect, NAMESPACE)
+    return at
+
+
+def times(at: Path) -> dict[str, int]:
+    """To the nanosecond, of all but marks."""
+    return {
+        os.path.join(directory, name): os.lstat(os.path.join(directory, name)).st_mtime_ns
+        for directory, names, files in os.walk(at)
+        for name in (".", *names, *files)
+        if not name.startswith(".wh.")
+        and not marks.is_whiteout_node(os.lstat(os.path.join(directory, name)))
+    }
+
+
+@given(layer=LAYERS, source=st.sampled_from(Dialect))
+@settings(deadline=None, max_examples=150)
+def test_any_layer_is_the_same_there_and_back(layer: Node, source: Dialect) -> None:
+    target = next(dialect for dialect in Dialect if dialect is not source)
+    with tempfile.TemporaryDirectory() as directory:
+        here = made(Path(directory, "here"), layer, source)
+        there = made(Path(directory, "there"), layer, target)
+        before, exact = snapshot(here), times(here)
+        assert convert(here, target) == 0
+        assert snapshot(here) == snapshot(there)
+        assert times(here) == exact
+        assert convert(here, source) == 0
+        assert snapshot(here) == before
+        assert times(here) == exact
