@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from tests.archive.converting import convert
-from tests.archive.shelf import NAMESPACE, Entry, snapshot
+from tests.archive.shelf import NAMESPACE, snapshot
 
 # a name that no whiteout can have the name of, and one that has just room for it
 NAMES = st.one_of(
