@@ -101,6 +101,5 @@ class Journal:
 
 
 def _write(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
+    while (done := os.write(fd, data)) < len(data):
+        data = data[done:]

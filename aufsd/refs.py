@@ -9,9 +9,11 @@ A layer without parents is never mounted: its entry is MOUNTED with `union` fals
 system call and with no await between, so that a count changes only with the mount it stands for.
 """
 
-from dataclasses import dataclass, replace
 from enum import Enum, StrEnum
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 Hold = Literal["manual", "process"]
 
@@ -24,8 +26,7 @@ class State(StrEnum):
     UNMOUNTING = "unmounting"
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
+class Reference(Struct, frozen=True):
     """One `get` that has not been put.
 
     `start` is the process's start time in clock ticks since boot (proc_pid_stat(5), field 22):
@@ -44,8 +45,7 @@ class Reference:
         return (self.hold, self.pid, self.start) == ("process", pid, start)
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(Struct, frozen=True):
     """One line of the active-mount table."""
 
     state: State

@@ -10,7 +10,7 @@ import os
 import shutil
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from aufsd.kernel import probe as host
@@ -53,6 +53,8 @@ class Overlay:
     live_lower_warning: str = (
         "the parent is mounted read-write, and overlayfs may not show later writes to it"
     )
+    # the root of each union that was seen mounted
+    roots: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """As Backend.plan: one call."""
@@ -109,10 +111,23 @@ class Overlay:
     def unmount(self, target: str) -> None:
         """As Backend.unmount, for a union of the last backend too: those outlive the daemon."""
         plink.unmount(target)
+        self.roots.pop(target, None)
 
     def is_mounted(self, target: str) -> bool:
-        """As Backend.is_mounted."""
-        return runner.is_mounted(target, MAGIC)
+        """As Backend.is_mounted.
+
+        What was found to be overlayfs is known again by its root's device and inode, in one call of
+        Python's own: a mount over it, or what lies under it, has others.
+        """
+        root = _root(target)
+        if root is not None and root == self.roots.get(target):
+            return True
+        mounted = runner.is_mounted(target, MAGIC)
+        if not mounted:
+            self.roots.pop(target, None)
+        elif root is not None and root == _root(target):
+            self.roots[target] = root
+        return mounted
 
     def is_whole(self, union: Union) -> bool:
         """As Backend.is_whole: one call mounts all of it or nothing."""
@@ -225,6 +240,15 @@ def _parameters() -> frozenset[str]:
         return frozenset(os.listdir("/sys/module/overlay/parameters"))
     # no sysfs here: every kernel since 4.19 has all three
     return frozenset(name for name, _ in _OPTIONS)
+
+
+def _root(target: str) -> tuple[int, int] | None:
+    """Device and inode of what a path shows, which for a mount point is the root of the mount."""
+    try:
+        found = os.lstat(target)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _known_options() -> tuple[str, ...]:
