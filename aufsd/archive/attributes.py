@@ -29,32 +29,33 @@ _ACL_GROUP: Final = 0x08
 class Owners:
     """Ids of one direction, looked up once each."""
 
-    __slots__ = ("_gids", "_settings", "_to", "_uids")
+    __slots__ = ("_known", "_settings", "_to")
 
     def __init__(self, settings: Settings, *, outward: bool) -> None:
         self._settings = settings
         self._to = to_container if outward else to_host
-        self._uids: dict[int, int] = {}
-        self._gids: dict[int, int] = {}
+        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def both(self, uid: int, gid: int, name: bytes) -> tuple[int, int]:
+        """User and group on the other side. Raises BadArchive (in) or InternalError (out)."""
+        found = self._known.get((uid, gid))
+        if found is None:
+            found = self.uid(uid, name), self.gid(gid, name)
+            self._known[uid, gid] = found
+        return found
 
     def uid(self, id: int, name: bytes) -> int:
-        """The user on the other side. Raises BadArchive (in) or InternalError (out)."""
-        found = self._uids.get(id)
+        """The user on the other side; as `both`."""
+        found = self._to(self._settings.uid_maps, id)
         if found is None:
-            found = self._to(self._settings.uid_maps, id)
-            if found is None:
-                raise self._unmapped("user", id, name)
-            self._uids[id] = found
+            raise self._unmapped("user", id, name)
         return found
 
     def gid(self, id: int, name: bytes) -> int:
-        """The group on the other side; as `uid`."""
-        found = self._gids.get(id)
+        """The group on the other side; as `both`."""
+        found = self._to(self._settings.gid_maps, id)
         if found is None:
-            found = self._to(self._settings.gid_maps, id)
-            if found is None:
-                raise self._unmapped("group", id, name)
-            self._gids[id] = found
+            raise self._unmapped("group", id, name)
         return found
 
     def _unmapped(self, what: str, id: int, name: bytes) -> BadArchive | InternalError:

@@ -7,6 +7,7 @@ the wild hold: ustar, GNU, star's prefix, V7, base-256 numbers.
 import struct
 import zlib
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 
 BLOCK: Final = 512
@@ -173,71 +174,89 @@ def _is_utf8(name: bytes) -> bool:
 
 # --- in ----------------------------------------------------------------------------------------
 
-_FIELDS: Final = struct.Struct("100s8s8s8s12s12s8sc100s6s2x32x32x8s8s155s12s")
+_FIELDS: Final = struct.Struct("100s24s12s12s8sc100s6s2x64x8s8s155s12s")
 _ZERO: Final = bytes(BLOCK)
 
 
-class Header:
-    """One header as it stands; PAX records and GNU long names are the reader's to add."""
+class Member:
+    """One entry of a tar. `size` is the file's, `mtime` in nanoseconds, `start` its offset.
 
-    __slots__ = ("gid", "kind", "link", "major", "minor", "mode", "mtime", "name", "size", "uid")
+    `extents` are a sparse file's (offset, length) of data, in the order of the stream.
+    """
+
+    start = 0
+    xattrs: list[tuple[bytes, bytes]] | None = None
+    extents: list[tuple[int, int]] | None = None
 
     def __init__(
-        self,
-        name: bytes,
-        kind: bytes,
-        mode: int,
-        uid: int,
-        gid: int,
-        size: int,
-        mtime: int,
-        link: bytes,
-        major: int,
-        minor: int,
+        self, name: bytes, kind: bytes, owner: tuple[int, int, int], size: int, mtime: int
     ) -> None:
         self.name = name
         self.kind = kind
-        self.mode = mode
-        self.uid = uid
-        self.gid = gid
+        self.mode, self.uid, self.gid = owner
         self.size = size
         self.mtime = mtime
-        self.link = link
-        self.major = major
-        self.minor = minor
+        self.link = b""
+        self.major = 0
+        self.minor = 0
 
 
-def decode(block: bytes) -> Header:
-    """The header in 512 bytes. Raises HeaderError."""
-    name, mode, uid, gid, size, mtime, checksum, kind, link, magic, major, minor, prefix, tail = (
+def decode(block: bytes) -> Member:
+    """What one header says; PAX records and GNU long names are the reader's to add.
+
+    Raises HeaderError.
+    """
+    name, owner, size, mtime, checksum, kind, link, magic, major, minor, prefix, tail = (
         _FIELDS.unpack(block)
     )
-    try:
-        wanted = int(checksum.rstrip(b"\0 ") or b"x", 8)
-    except ValueError:
-        raise HeaderError("not a tar header") from None
-    if wanted != _block_sum(block) and wanted != _signed_sum(block):
-        raise HeaderError("the checksum of a header is wrong")
-    zero = name.find(b"\0")
-    if zero >= 0:
-        name = name[:zero]
+    # 256 bytes of 0xFF are 65280, so neither half wraps
+    found = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 1
+    if _checksum(checksum) != found - (zlib.adler32(checksum) & 0xFFFF) + 8 * 0x20:
+        _check_signed(block, checksum)
+    name = name.partition(b"\0")[0]
     # GNU tar has times where POSIX has the prefix, and says so by its magic
     if prefix[0] and magic == b"ustar\0":
         prefix = prefix[:131] if tail[8:] == b"tar\0" else prefix
-        name = prefix.split(b"\0", 1)[0] + b"/" + name
-    is_device = kind in b"34"
-    return Header(
+        name = prefix.partition(b"\0")[0] + b"/" + name
+    member = Member(
         name,
         REGULAR if kind == b"\0" else kind,
-        number(mode, "mode") & 0o7777,
-        number(uid, "uid"),
-        number(gid, "gid"),
+        _owner(owner),
         number(size, "size"),
-        number(mtime, "mtime"),
-        link.split(b"\0", 1)[0],
-        number(major, "devmajor") if is_device else 0,
-        number(minor, "devminor") if is_device else 0,
+        _seconds(mtime) * 1_000_000_000,
     )
+    if link[0]:
+        member.link = link.partition(b"\0")[0]
+    if kind in b"34":
+        member.major = number(major, "devmajor")
+        member.minor = number(minor, "devminor")
+    return member
+
+
+# few of these differ from one entry to the next
+@lru_cache(4096)
+def _owner(fields: bytes) -> tuple[int, int, int]:
+    mode, uid, gid = fields[:8], fields[8:16], fields[16:]
+    return number(mode, "mode") & 0o7777, number(uid, "uid"), number(gid, "gid")
+
+
+@lru_cache(4096)
+def _seconds(field: bytes) -> int:
+    return number(field, "mtime")
+
+
+def _checksum(field: bytes) -> int:
+    try:
+        return int(field.rstrip(b"\0 ") or b"x", 8)
+    except ValueError:
+        raise HeaderError("not a tar header") from None
+
+
+def _check_signed(block: bytes, checksum: bytes) -> None:
+    """The other sum, which tars of systems with signed chars have. Raises HeaderError."""
+    counted = block[:148] + _SPACES + block[156:]
+    if _checksum(checksum) != sum(counted) - 256 * sum(byte > 127 for byte in counted):
+        raise HeaderError("the checksum of a header is wrong")
 
 
 def number(field: bytes, what: str) -> int:
@@ -260,18 +279,6 @@ def number(field: bytes, what: str) -> int:
         return int(text, 8) if text.isdigit() else int(b"x")
     except ValueError:
         raise HeaderError(f"the {what} of a header is not a number") from None
-
-
-def _block_sum(block: bytes) -> int:
-    # 256 bytes of 0xFF are 65280, so neither half wraps
-    whole = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
-    return whole - ((zlib.adler32(block[148:156]) & 0xFFFF) - 1) + 8 * 0x20
-
-
-def _signed_sum(block: bytes) -> int:
-    """What tars of systems with signed chars put there."""
-    counted = block[:148] + _SPACES + block[156:]
-    return sum(counted) - 256 * sum(byte > 127 for byte in counted)
 
 
 def is_zero(block: bytes) -> bool:

@@ -47,6 +47,7 @@ class Packer:
     def directory(self, name: bytes, fd: int, layer: Layer) -> list[str]:
         """A directory, by its descriptor; returns the names of all its xattrs."""
         found = os.fstat(fd)
+        uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         self.meter.entries += 1
         names = os.listxattr(fd)
         self.sink.write(
@@ -54,8 +55,8 @@ class Packer:
                 name + b"/",
                 headers.DIRECTORY,
                 mode=found.st_mode,
-                uid=self._owners.uid(found.st_uid, name),
-                gid=self._owners.gid(found.st_gid, name),
+                uid=uid,
+                gid=gid,
                 mtime=layer.mtime(fd, found) // 1_000_000_000,
                 xattrs=self._xattrs(fd, name, names) if names else (),
             )
@@ -66,8 +67,7 @@ class Packer:
         """A regular file with its content, or a link to the name it was written under before."""
         link = self._linked(name, found) if found.st_nlink > 1 else b""
         names = os.listxattr(fd) if not link else ()
-        uid = self._owners.uid(found.st_uid, name)
-        gid = self._owners.gid(found.st_gid, name)
+        uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         size = 0 if link else found.st_size
         mtime = found.st_mtime_ns // 1_000_000_000
         header = None
@@ -110,14 +110,15 @@ class Packer:
             self.meter.warn(f"left out the socket {shown(name)}")
             return
         link = self._linked(name, found) if found.st_nlink > 1 else b""
+        uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         self.meter.entries += 1
         self.sink.write(
             headers.encode(
                 name,
                 headers.LINK if link else kind,
                 mode=mode,
-                uid=self._owners.uid(found.st_uid, name),
-                gid=self._owners.gid(found.st_gid, name),
+                uid=uid,
+                gid=gid,
                 mtime=found.st_mtime_ns // 1_000_000_000,
                 link=link or target,
                 device=None if link else device,

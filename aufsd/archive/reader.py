@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from aufsd.archive import headers
-from aufsd.archive.headers import BLOCK, Header, HeaderError
+from aufsd.archive.headers import BLOCK, HeaderError, Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.source import Source
 from aufsd_client.errors import BadArchive
@@ -20,34 +20,9 @@ _TIME_MAX: Final = (1 << 62) * 1_000_000_000
 # -1 stands for "leave it" in chown(2)
 _ID_MAX: Final = (1 << 32) - 2
 # types whose size field says nothing about data that follows
-_HEADER_ONLY: Final = frozenset(b"123456")
-
-
-class Member:
-    """One entry. `size` is the file's, `mtime` in nanoseconds, `start` where its header begins.
-
-    `extents` are a sparse file's (offset, length) of data, in the order of the stream.
-    """
-
-    __slots__ = (
-        *("extents", "gid", "kind", "link", "major", "minor", "mode", "mtime", "name", "size"),
-        *("start", "uid", "xattrs"),
-    )
-
-    def __init__(self, header: Header, start: int) -> None:
-        self.name = header.name
-        self.kind = header.kind
-        self.mode = header.mode
-        self.uid = header.uid
-        self.gid = header.gid
-        self.size = header.size
-        self.mtime = header.mtime * 1_000_000_000
-        self.link = header.link
-        self.major = header.major
-        self.minor = header.minor
-        self.start = start
-        self.xattrs: list[tuple[bytes, bytes]] | None = None
-        self.extents: list[tuple[int, int]] | None = None
+_HEADER_ONLY: Final = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
+# headers that say more about the one that follows; Solaris wrote X for x
+_PREFACES: Final = frozenset((headers.PAX, b"X", headers.PAX_GLOBAL, b"L", b"K"))
 
 
 class Reader:
@@ -57,11 +32,15 @@ class Reader:
     def __init__(self, source: Source, meter: Meter) -> None:
         self._source = source
         self._meter = meter
+        # the whole body if it lies in the window, without its consumption: `skip` does that
+        self.small_body = source.peek
         # of the current body: bytes not read yet, and padding behind them
         self._left = 0
         self._padding = 0
         # the header that was read last
         self._block = b""
+        # records of the current member that make it a sparse file
+        self._sparse: dict[bytes, bytes] = {}
 
     def members(self) -> Iterator[Member]:
         """Every member, up to the end marker; then the stream is drained.
@@ -73,9 +52,13 @@ class Reader:
             if self._left or self._padding:
                 self.skip()
             start = source.offset
-            member = self._member(start)
+            member = self._header(start)
+            if member is not None and member.kind in _PREFACES:
+                member = self._prefaced(member, start)
             if member is None:
                 return
+            member.start = start
+            self._open_body(member)
             self._meter.entries += 1
             yield member
 
@@ -84,10 +67,6 @@ class Reader:
         self._source.skip(self._left + self._padding)
         self._left = self._padding = 0
 
-    def small_body(self, size: int) -> memoryview | None:
-        """The whole body without its consumption, if it lies in the window; `skip` consumes it."""
-        return self._source.peek(size)
-
     def copy(self, target: int, count: int) -> None:
         """Copy the next `count` bytes of the body into a file."""
         self._source.copy(target, count)
@@ -95,39 +74,33 @@ class Reader:
 
     # --- one member ---------------------------------------------------------------------------
 
-    def _member(self, start: int) -> Member | None:
+    def _prefaced(self, member: Member | None, start: int) -> Member | None:
+        """The member that follows headers which say more about it, of which this is the first."""
         records: list[tuple[bytes, bytes]] = []
-        long_name = long_link = None
-        while True:
-            header = self._header(start, continued=bool(records or long_name or long_link))
-            if header is None:
-                return None
-            kind = header.kind
-            if header.size < 0:
-                raise self._bad("a header has a negative size", start, header.name)
-            if kind == headers.PAX or kind == b"X":
-                records = self._records(header, start)
-            elif kind == headers.PAX_GLOBAL:
+        long_name = long_link = b""
+        while member is not None and (kind := member.kind) in _PREFACES:
+            if member.size < 0:
+                raise self._bad("a header has a negative size", start, member.name)
+            if kind == headers.PAX_GLOBAL:
                 # for all that follows, which Docker ignores too (moby ba7906aef3)
-                self._source.skip(header.size + -header.size % BLOCK)
+                self._source.skip(member.size + -member.size % BLOCK)
             elif kind == headers.GNU_LONG_NAME:
-                long_name = self._special(header, start).split(b"\0", 1)[0]
+                long_name = self._special(member, start).partition(b"\0")[0]
             elif kind == headers.GNU_LONG_LINK:
-                long_link = self._special(header, start).split(b"\0", 1)[0]
+                long_link = self._special(member, start).partition(b"\0")[0]
             else:
-                break
-        member = Member(header, start)
-        if long_name is not None:
-            member.name = long_name
-        if long_link is not None:
-            member.link = long_link
-        sparse: dict[bytes, bytes] = {}
+                records = self._records(member, start)
+            member = self._header(start, continued=bool(records or long_name or long_link))
+        if member is None:
+            return None
+        member.start = start
+        member.name = long_name or member.name
+        member.link = long_link or member.link
         if records:
-            sparse = self._apply(member, records)
-        self._open_body(member, sparse)
+            self._apply(member, records)
         return member
 
-    def _header(self, start: int, *, continued: bool) -> Header | None:
+    def _header(self, start: int, *, continued: bool = False) -> Member | None:
         block = self._block = self._source.block()
         if len(block) < BLOCK:
             if block or continued:
@@ -151,21 +124,21 @@ class Reader:
         if self._source.offset - start < 2 * BLOCK:
             self._meter.warn("the archive ends with one zero block instead of two")
 
-    def _special(self, header: Header, start: int) -> bytes:
+    def _special(self, header: Member, start: int) -> bytes:
         if header.size > _SPECIAL_MAX:
             raise self._bad(f"a header of {header.size} bytes", start, header.name)
         body = self._source.take(header.size)
         self._source.skip(-header.size % BLOCK)
         return body
 
-    def _records(self, header: Header, start: int) -> list[tuple[bytes, bytes]]:
+    def _records(self, header: Member, start: int) -> list[tuple[bytes, bytes]]:
         try:
             return headers.parse_pax(self._special(header, start))
         except HeaderError as error:
             raise self._bad(str(error), start, header.name) from None
 
-    def _apply(self, member: Member, records: list[tuple[bytes, bytes]]) -> dict[bytes, bytes]:
-        """Take over PAX records; those of a sparse file are returned."""
+    def _apply(self, member: Member, records: list[tuple[bytes, bytes]]) -> None:
+        """Take over PAX records."""
         sparse: dict[bytes, bytes] = {}
         pairs: list[bytes] = []
         for key, value in records:
@@ -196,24 +169,32 @@ class Reader:
             member.name = sparse[b"GNU.sparse.name"]
         if b"\0" in member.name or b"\0" in member.link:
             raise self._bad("a name with a NUL in it", member.start)
-        return sparse
+        self._sparse = sparse
 
-    def _open_body(self, member: Member, sparse: dict[bytes, bytes]) -> None:
+    def _open_body(self, member: Member) -> None:
+        """Judge the header as a whole, and stand before the body."""
         kind = member.kind
+        sparse = self._sparse
+        if sparse:
+            self._sparse = {}
         if not 0 <= member.uid <= _ID_MAX or not 0 <= member.gid <= _ID_MAX:
             raise self._bad("an owner out of range", member.start, member.name)
         if not -_TIME_MAX < member.mtime < _TIME_MAX:
             raise self._bad("a time out of range", member.start, member.name)
-        if kind == headers.REGULAR and member.name.endswith(b"/"):
-            member.kind = headers.DIRECTORY
-        if kind[0] in _HEADER_ONLY:
+        if kind in _HEADER_ONLY:
             member.size = 0
+            return
         stored = member.size
+        if stored < 0:
+            raise self._bad("a header has a negative size", member.start, member.name)
         self._left = stored
         self._padding = -stored % BLOCK
-        if kind == headers.GNU_SPARSE:
+        if kind == headers.REGULAR:
+            if member.name.endswith(b"/"):
+                member.kind = headers.DIRECTORY
+        elif kind == headers.GNU_SPARSE:
             self._old_sparse(member)
-        elif b"GNU.sparse.major" in sparse or b"GNU.sparse.map" in sparse:
+        if b"GNU.sparse.major" in sparse or b"GNU.sparse.map" in sparse:
             self._pax_sparse(member, sparse)
         if member.extents is not None:
             self._check_extents(member, self._left)

@@ -13,10 +13,11 @@ from typing import Final
 
 from aufsd.archive import headers, holes, names
 from aufsd.archive.attributes import Owners, imported
+from aufsd.archive.headers import Member
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
-from aufsd.archive.reader import Member, Reader
+from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
 from aufsd.union import dialect as marks
@@ -157,8 +158,7 @@ class Unpacker:
                     self._large(fd, size)
                 elif size > holes.PIECE:
                     holes.punch(fd, 0, size)
-            uid = self._owners.uid(member.uid, member.name)
-            gid = self._owners.gid(member.gid, member.name)
+            uid, gid = self._owners.both(member.uid, member.gid, member.name)
             if uid or gid or self._tree.here.setgid:
                 _chown(fd, uid, gid, member)
             if member.xattrs:
@@ -190,8 +190,7 @@ class Unpacker:
     def _directory(self, name: bytes, path: bytes, member: Member, *, made: bool) -> None:
         tree = self._tree
         inherits = made and tree.here.setgid
-        uid = self._owners.uid(member.uid, member.name)
-        gid = self._owners.gid(member.gid, member.name)
+        uid, gid = self._owners.both(member.uid, member.gid, member.name)
         if uid or gid or inherits or not made:
             os.chown(name, uid, gid, follow_symlinks=False)
         if not made:
@@ -297,8 +296,7 @@ class Unpacker:
         self._tree.unhide(name)
 
     def _owner(self, name: bytes, member: Member) -> None:
-        uid = self._owners.uid(member.uid, member.name)
-        gid = self._owners.gid(member.gid, member.name)
+        uid, gid = self._owners.both(member.uid, member.gid, member.name)
         if uid or gid or self._tree.here.setgid:
             _chown(name, uid, gid, member)
 
@@ -339,7 +337,7 @@ class Unpacker:
         self._count(1)
         if self._inherit(path):
             return
-        os.chown(b".", self._owners.uid(0, path), self._owners.gid(0, path))
+        os.chown(b".", *self._owners.both(0, 0, path))
         os.chmod(b".", 0o755)
         # not the time of day: the same tar has to give the same layer
         os.utime(b".", ns=(self._mtime, self._mtime))

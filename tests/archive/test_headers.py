@@ -117,7 +117,7 @@ def test_reads_what_tarfile_writes_in_one_header(
     found = headers.decode(stream[-BLOCK:])
     assert found.name == name or (len(stream) > BLOCK and name.startswith(found.name))
     assert (found.mode, found.uid, found.gid) == (mode, id, id)
-    assert (found.mtime, found.size) == (mtime, size)
+    assert (found.mtime, found.size) == (mtime * 10**9, size)
 
 
 @given(st.binary(min_size=BLOCK, max_size=BLOCK))

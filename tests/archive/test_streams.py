@@ -20,8 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter
-from aufsd.archive.reader import Member, Reader
+from aufsd.archive.reader import Reader
 from aufsd.archive.source import Source
 from aufsd_client.errors import BadArchive, StreamBroken
 from tests.archive.shelf import Shelf
