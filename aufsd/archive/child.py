@@ -15,7 +15,7 @@ from typing import NoReturn
 from msgspec import UNSET
 
 from aufsd.answers import Streamed
-from aufsd.archive import changes, clone, compare, confine, readings, relabel, requests, view
+from aufsd.archive import changes, clone, compare, confine, readings, relabel, requests, twin, view
 from aufsd.archive.attributes import inherit
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter
@@ -207,6 +207,8 @@ def _views(
     here = _here()
     now = view.roots(here, chain, settings.namespace)
     then = view.roots(here, against, settings.namespace)
+    if len(now) == len(then) == 1 and now[0].layer.whole and then[0].layer.whole:
+        now[0].layer.twin = twin.find(now[0].fd, then[0].fd, settings.namespace)
     overlay = any(place.layer.overlay for place in (*now, *then))
     _drop(settings, confine.READING, trusted=overlay)
     return now, then

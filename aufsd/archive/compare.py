@@ -11,6 +11,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
+from aufsd.archive.meter import shown
 from aufsd.archive.pack import Packer
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Found, Place
@@ -74,7 +75,7 @@ def events(
             under = []
             if before is not None and stat.S_ISDIR(before.stat.st_mode):
                 under = view.descend(frame.then, name, before)
-            if kind == "same" and _ids(below) == _ids(under):
+            if kind == "same" and (_ids(below) == _ids(under) or _twins(found, before, below=True)):
                 _close(below, under)
                 continue
             yield Event("same" if passed else kind, path, found, below[0].fd, True)
@@ -134,9 +135,17 @@ def _kind(name: bytes, now: Found | None, then: Found | None, settings: Settings
         return "same" if then is None else "delete"
     if then is None:
         return "add"
-    if now.place.layer.id == then.place.layer.id:
+    if now.place.layer.id == then.place.layer.id or _twins(now, then):
         return "same"
     return "modify" if _differs(name, now, then, settings) else "same"
+
+
+def _twins(now: Found, then: Found | None, *, below: bool = False) -> bool:
+    """Whether the two are known to be one, of a snapshot and its parent; and all `below` them."""
+    twin = now.place.layer.twin
+    if twin is None or then is None:
+        return False
+    return twin.same_below(now.stat, then.stat) if below else twin.same(now.stat, then.stat)
 
 
 def root_differs(now: Place, then: Place, settings: Settings) -> bool:
@@ -213,9 +222,21 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
     packer.directory(b".", now[0].fd, now[0].layer)
     # directories that are not written yet: they are once something in them is
     waiting: list[tuple[bytes, int, view.Layer] | None] = []
+    # how deep we are below a name that no archive can hold
+    unsaid = 0
     for event in events(now, then, settings):
         if isinstance(event, Leave):
-            waiting.pop()
+            if unsaid:
+                unsaid -= 1
+            else:
+                waiting.pop()
+            continue
+        if unsaid or event.path.rpartition(b"/")[2].startswith(marks.WHITEOUT):
+            if not unsaid:
+                packer.meter.warn(
+                    f"left out {shown(event.path)}: an archive cannot hold such a name"
+                )
+            unsaid += event.below
             continue
         if event.kind != "same":
             for index, directory in enumerate(waiting):

@@ -19,6 +19,7 @@ from aufsd.archive.meter import shown
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
 from aufsd.union import dialect as marks
+from aufsd.union.dialect import Dialect
 
 PROBLEM: Final = "aufs-reads-differently"
 # how many names a problem tells
@@ -37,6 +38,9 @@ class _Level(NamedTuple):
 
 def roots(store: int, chain: Sequence[Branch], namespace: str) -> tuple[list[Place], list[Place]]:
     """The roots of a chain in the strict reading and in aufs's; `store` is where branches lie."""
+    if chain[0].dialect is Dialect.NONE:
+        # aufs would show all of it, and nothing else
+        chain = chain[:1]
     everything = [view.root(store, branch, namespace) for branch in chain]
     return view.roots(store, chain, namespace), everything
 

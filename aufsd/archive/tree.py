@@ -238,6 +238,8 @@ class Tree:
 
     def set_opaque(self, name: bytes) -> None:
         """Make a directory opaque."""
+        if self.dialect is Dialect.NONE:
+            return
         if self.dialect is Dialect.OVERLAY:
             os.setxattr(name, self._opaque_xattr, b"y", follow_symlinks=False)
             return
@@ -299,6 +301,9 @@ class Tree:
             self._at = None
 
     def _make_whiteout(self, name: bytes) -> bool:
+        if self.dialect is Dialect.NONE:
+            # what was to be hidden is gone
+            return False
         if self.dialect is Dialect.OVERLAY:
             os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
             self.note(name)

@@ -62,7 +62,9 @@ class Unpacker:
         self._inherit = inherit
         self._owners = Owners(settings, outward=False)
         self._tree = Tree(dialect, settings.namespace, fresh=fresh)
-        before = (0, 0) if fresh else self._measure()
+        # a layer that holds its parents' content too is measured by who knows those
+        self._measurable = dialect is not Dialect.NONE
+        before = (0, 0) if fresh or not self._measurable else self._measure()
         self._bytes, self._entries = before
         # of the current entry, for directories that it implies
         self._mtime = 0
@@ -89,7 +91,7 @@ class Unpacker:
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
         tree.finish()
-        exact = tree.fresh and not tree.removed
+        exact = (tree.fresh and not tree.removed) or not self._measurable
         return self._bytes if exact else self._measure()[0]
 
     # --- one entry ----------------------------------------------------------------------------
@@ -365,7 +367,7 @@ class Unpacker:
 
     def _recount(self, size: int) -> None:
         """What was taken away since was counted too."""
-        if self._tree.removed:
+        if self._tree.removed and self._measurable:
             here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY)
             found = self._measure()
             self._bytes, self._entries = found[0] + size, found[1]

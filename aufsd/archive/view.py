@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from aufsd.archive.requests import Branch
+from aufsd.archive.twin import Twin
 from aufsd.union import conversion
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
@@ -23,13 +24,16 @@ class Layer:
     For both while a conversion is half done.
     """
 
-    __slots__ = ("_namespace", "aufs", "id", "opaque_xattr", "overlay")
+    __slots__ = ("_namespace", "aufs", "id", "opaque_xattr", "overlay", "twin", "whole")
 
     def __init__(self, branch: Branch, root: int, namespace: str) -> None:
         self.id = branch.id
         both = marks.interrupted(root, namespace) is not None
         self.aufs = both or branch.dialect is Dialect.AUFS
         self.overlay = both or branch.dialect is Dialect.OVERLAY
+        self.whole = branch.dialect is Dialect.NONE
+        # of a whole layer: what it has in common with the one that it is compared with, if known
+        self.twin: Twin | None = None
         self.opaque_xattr = marks.opaque_xattr(namespace)
         self._namespace = namespace
 
@@ -88,7 +92,7 @@ def roots(store: int, chain: Sequence[Branch], namespace: str) -> list[Place]:
     for branch in chain:
         place = root(store, branch, namespace)
         merged.append(place)
-        if place.layer.is_opaque(place.fd):
+        if place.layer.whole or place.layer.is_opaque(place.fd):
             break
     return merged
 

@@ -35,6 +35,9 @@ def convert(root: int, target: Dialect, namespace: str, *, sync: bool) -> bool:
     if half is None:
         if source is target:
             return False
+        if source is Dialect.NONE:
+            why = "it holds its parents' content too, and has no marks to convert"
+            raise LayerDamaged(f"the layer cannot be converted: {why}", problem=why)
         _refuse(root, target, namespace)
     marks.mark_converting(root, target, namespace)
     if sync:

@@ -18,12 +18,17 @@ class Dialect(StrEnum):
     """How a layer's content says that a name is deleted or a directory is opaque.
 
     AUFS: `.wh.NAME` and `.wh..wh..opq` (Docker's store, OCI tars). OVERLAY: a character device
-    0:0, and the xattr `overlay.opaque`.
+    0:0, and the xattr `overlay.opaque`. NONE: it never has to, for the layer holds all that shows,
+    its parents' content included.
     """
 
     AUFS = "aufs"
     OVERLAY = "overlay"
+    NONE = "none"
 
+
+# the two that do, and that a layer can be converted between
+WITH_MARKS: Final = (Dialect.AUFS, Dialect.OVERLAY)
 
 Where: TypeAlias = str | bytes | int | os.PathLike[str]
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from aufsd.answers import Change
 from aufsd.archive.jobs import ForkServer
 from aufsd.kernel import syscalls
-from aufsd.union.dialect import Dialect
+from aufsd.union.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import InvalidParams
 from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf
 from tests.archive.tars import listing
@@ -80,7 +80,7 @@ class Layer(NamedTuple):
     opaque: bool = False
 
 
-LAYERS = st.builds(Layer, TREES, st.sampled_from(Dialect), st.booleans())
+LAYERS = st.builds(Layer, TREES, st.sampled_from(WITH_MARKS), st.booleans())
 STACKS = st.lists(LAYERS, min_size=1, max_size=5)
 # chains as positions of layers in the stack
 CHAINS = st.permutations(range(5))

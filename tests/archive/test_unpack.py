@@ -9,7 +9,7 @@ import pytest
 
 from aufsd.archive.jobs import ForkServer
 from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.union.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
 from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, listing, symlink, tar
@@ -22,7 +22,7 @@ async def names(shelf: Shelf, id: str) -> list[str]:
     return [member.name for member in listing(await shelf.diff(id))][1:]
 
 
-@pytest.fixture(params=Dialect)
+@pytest.fixture(params=WITH_MARKS)
 def dialect(request: pytest.FixtureRequest) -> Dialect:
     return Dialect(request.param)
 

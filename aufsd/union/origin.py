@@ -1,0 +1,34 @@
+"""What a layer that is a snapshot began as: which parent, in which transaction of the file system.
+
+An xattr of the layer's top directory. With it, what the layer changed can be read from the file
+system's own books instead of by comparing two whole trees.
+"""
+
+import os
+from typing import Final, NamedTuple
+
+from aufsd.union.dialect import Where
+
+_NAME: Final = "aufsd.origin"
+
+
+class Origin(NamedTuple):
+    """The parent's subvolume, and the last transaction whose changes the two have in common."""
+
+    uuid: bytes
+    generation: int
+
+
+def write_origin(where: Where, origin: Origin, namespace: str) -> None:
+    """Note it on a layer. Raises OSError."""
+    value = f"{origin.uuid.hex()} {origin.generation}".encode()
+    os.setxattr(where, f"{namespace}.{_NAME}", value)
+
+
+def read_origin(where: Where, namespace: str) -> Origin | None:
+    """What a layer began as; None if nothing is noted, or nothing that can be read."""
+    try:
+        uuid, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split()
+        return Origin(bytes.fromhex(uuid), int(generation))
+    except (OSError, ValueError):
+        return None
