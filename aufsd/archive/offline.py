@@ -24,6 +24,7 @@ from aufsd.store.ids import LayerId, parse_id
 from aufsd.store.layers import read_parents
 from aufsd.store.layout import Layout
 from aufsd.union import dialect as dialects
+from aufsd.union.dialect import Dialect
 from aufsd_client.errors import LayerDamaged, LayerNotFound, PermissionDenied, StoreLocked
 
 
@@ -68,16 +69,23 @@ class Offline:
 
     def write_view(self, id: str, out: int) -> list[str]:
         """Write the merged view of a layer as a tar to the descriptor `out`; warnings."""
+        return self._compare(self.chain(id), (), out)
+
+    def _compare(self, now: Sequence[Branch], then: Sequence[Branch], out: int) -> list[str]:
         meter = Meter(_unheard)
-        now = view.roots(self.diff, self.chain(id), self.settings.namespace)
         packer = Packer(Sink(out, meter, digest=False), self.settings, meter)
-        compare.pack(packer, now, [], self.settings)
+        namespace = self.settings.namespace
+        roots = view.roots(self.diff, now, namespace), view.roots(self.diff, then, namespace)
+        compare.pack(packer, *roots, self.settings)
         return meter.warnings()
 
     def write_layer(self, id: str, out: int) -> list[str]:
         """Write what a layer changed as a tar to the descriptor `out`; warnings."""
+        chain = self.chain(id)
+        if chain[0].dialect is Dialect.NONE:
+            return self._compare(chain, chain[1:], out)
         meter = Meter(_unheard)
-        place = view.root(self.diff, self.chain(id)[0], self.settings.namespace)
+        place = view.root(self.diff, chain[0], self.settings.namespace)
         before = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fchdir(place.fd)
