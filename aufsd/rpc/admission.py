@@ -142,7 +142,7 @@ class Admission:
     def begin(self, uid: int) -> None:
         """A line is being worked on."""
         self.in_flight += 1
-        self._calls[uid] += 1
+        self._calls[uid] = self._calls.get(uid, 0) + 1
 
     def end(self, uid: int) -> None:
         """It is answered."""
@@ -169,9 +169,11 @@ class Admission:
 
 
 def _less(counts: Counter[K], key: K) -> None:
-    counts[key] -= 1
-    if not counts[key]:
-        del counts[key]
+    # what a Counter does for a missing key, and to delete one, is Python; this is on every call
+    if (left := counts[key] - 1) > 0:
+        counts[key] = left
+    else:
+        counts.pop(key)
 
 
 _MEANING: dict[Kind, str] = {

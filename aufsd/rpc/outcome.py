@@ -8,6 +8,7 @@ import structlog
 import trio
 
 from aufsd.rpc.dispatch import Bound
+from aufsd.service.log import emit
 from aufsd_client.errors import AufsdError, InternalError
 
 log = structlog.get_logger(__name__)
@@ -58,16 +59,11 @@ def _leaves(raised: BaseException) -> Iterator[BaseException]:
 def report(bound: Bound, name: str, error: AufsdError | None, seconds: float) -> None:
     """The one line of a call: what changes or uses the store, and what failed, at level info."""
     row = bound.row
+    peer = bound.call.peer
     # what never became a call is the peer's own business; anybody can send garbage for hours
     quiet = row is None or (row.kind == "read" and error is None)
-    peer = bound.call.peer
-    write = log.debug if quiet else log.info
-    fields: dict[str, object] = {}
-    if error is not None:
-        fields["reason"] = error.message
-        if incident := error.data.get("incident"):
-            fields["incident"] = incident
-    write(
+    emit(
+        "debug" if quiet else "info",
         "call",
         method=row.name if row else None,
         layer=bound.subject,
@@ -76,5 +72,12 @@ def report(bound: Bound, name: str, error: AufsdError | None, seconds: float) ->
         pid=peer.pid,
         uid=peer.uid,
         comm=peer.comm,
-        **fields,
+        **_reason(error),
     )
+
+
+def _reason(error: AufsdError | None) -> dict[str, object]:
+    if error is None:
+        return {}
+    incident = error.data.get("incident")
+    return {"reason": error.message, **({"incident": incident} if incident else {})}

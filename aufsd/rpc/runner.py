@@ -64,6 +64,8 @@ class Runner:
         self._admission = desk.admission
         self._gate = partial(desk.admission.gate, peer, groups, monitor=monitor)
         self._permit = partial(desk.admission.permit, peer, groups)
+        # the call of every request that brings no descriptor
+        self._plain = Call(desk.driver, peer, self._permit)
         self._outbox = outbox
         self._streams: set[trio.CancelScope] = set()
         self._in_flight = 0
@@ -100,11 +102,13 @@ class Runner:
         return self._answer_batch(request, fds)
 
     def _bind(self, request: object, fd: int | None) -> Bound:
-        call = Call(self._desk.driver, self._peer, self._permit, fd)
+        call = self._plain
+        if fd is not None:
+            call = Call(self._desk.driver, self._peer, self._permit, fd)
         return dispatch.bind(request, self._desk.bindings, self._gate, call)
 
     def _refused(self, error: AufsdError) -> Bound:
-        return Bound(self._gate, Call(self._desk.driver, self._peer, self._permit), error=error)
+        return Bound(self._gate, self._plain, error=error)
 
     def _end(self) -> None:
         self._in_flight -= 1

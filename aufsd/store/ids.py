@@ -30,6 +30,8 @@ def is_id(text: str) -> bool:
 
 def parse_label(text: str) -> str:
     """An SELinux context that mount options can carry, or InvalidLabel."""
+    if not text:
+        return text
     if len(text.encode("utf-8", "surrogatepass")) > 255 or not _LABEL.fullmatch(text):
         raise InvalidLabel(
             "not a mount label: an SELinux context of at most 255 bytes without control "
