@@ -20,6 +20,8 @@ _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _CONFIG = "application/vnd.oci.image.config.v1+json"
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _NAME = "org.opencontainers.image.ref.name"
+# a store does not know when a layer was made; without any time Docker says 292 years ago
+_CREATED = "1970-01-01T00:00:00Z"
 # GOARCH, which the specification asks for, by what uname(2) says
 _ARCHITECTURES = {
     "x86_64": "amd64",
@@ -122,11 +124,12 @@ def _layer(
 def _image(root: Path, layers: Sequence[_Layer], architecture: str) -> dict[str, Any]:
     """Write an image's configuration and manifest; the manifest's descriptor."""
     config: dict[str, Any] = {
+        "created": _CREATED,
         "architecture": architecture,
         "os": "linux",
         "config": {},
         "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-        "history": [{"comment": f"layer {layer.id}"} for layer in layers],
+        "history": [{"created": _CREATED, "comment": f"layer {layer.id}"} for layer in layers],
     }
     manifest = {
         "schemaVersion": 2,
