@@ -71,6 +71,10 @@ async def _converse(
                 head = await _head(stream)
                 if head:
                     await stream.send_all(_answer(head, render))
+                    # a close with something unread would take the answer away (tcp(7): RST)
+                    await stream.send_eof()
+                    while await stream.receive_some(_REQUEST):
+                        pass
     finally:
         slots.release()
 
