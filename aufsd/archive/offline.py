@@ -21,7 +21,7 @@ from aufsd.archive.requests import Branch, Settings
 from aufsd.archive.sink import Sink
 from aufsd.kernel import probe, syscalls
 from aufsd.store.ids import LayerId, parse_id
-from aufsd.store.layers import read_parents
+from aufsd.store.index import read_parents
 from aufsd.store.layout import Layout
 from aufsd.union import dialect as dialects
 from aufsd.union.dialect import Dialect

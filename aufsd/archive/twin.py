@@ -67,9 +67,9 @@ def find(now: int, then: int, namespace: str) -> Twin | None:
         syscalls.syncfs(now)
         touched: set[int] = set()
         leading: set[int] = set()
-        for top in (now, then):
+        for top, since in ((now, origin.generation), (then, origin.parted)):
             parents = _Parents(top)
-            changed = set(parents.touched(origin.generation))
+            changed = set(parents.touched(since))
             touched |= changed
             # another subvolume's inodes are in another tree
             leading |= parents.above([*changed, *(inode for _, inode in btrfs.nested(top))])

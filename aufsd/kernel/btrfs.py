@@ -30,7 +30,7 @@ _ROOTREFS: Final = 255
 # _quota_ctl_args, _qgroup_limit_args, _search_key, _search_header, _ino_lookup_user_args
 _VOL: Final = struct.Struct("=q4088s")
 _VOL_V2: Final = struct.Struct("=qQQ32s4040s")
-_INFO: Final = struct.Struct("=Q256sQQQQ16s")
+_INFO: Final = struct.Struct("=Q256sQQQQ16s16s16sQQ")
 _INFO_SIZE: Final = 504
 _QUOTA: Final = struct.Struct("=QQ")
 _QGROUP: Final = struct.Struct("=QQQQQQ")
@@ -60,10 +60,14 @@ _INO_LOOKUP_USER: Final = _ioc(3, 62, _LOOKUP.size)
 
 
 class Subvolume(NamedTuple):
-    """What BTRFS_IOC_GET_SUBVOL_INFO says. `generation`: of the last commit that changed it."""
+    """What BTRFS_IOC_GET_SUBVOL_INFO says.
+
+    `generation` is the transaction that changed it last, `created` the one that made it.
+    """
 
     id: int
     generation: int
+    created: int
     uuid: bytes
 
 
@@ -110,8 +114,8 @@ def set_read_only(subvolume: int, read_only: bool) -> None:
 def subvol_info(subvolume: int) -> Subvolume:
     """BTRFS_IOC_GET_SUBVOL_INFO (Linux 4.18)."""
     data = _call(subvolume, _GET_SUBVOL_INFO, bytes(_INFO_SIZE))
-    id, _, _, _, generation, _, uuid = _INFO.unpack_from(data)
-    return Subvolume(id, generation, uuid)
+    id, _, _, _, generation, _, uuid, _, _, _, created = _INFO.unpack_from(data)
+    return Subvolume(id, generation, created, uuid)
 
 
 def nested(subvolume: int) -> list[tuple[int, int]]:

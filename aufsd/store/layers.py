@@ -13,16 +13,17 @@ import errno
 import fcntl
 import itertools
 import os
-import shutil
-import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import msgspec
 
 from aufsd.kernel import syscalls
-from aufsd.store.ids import LayerId, is_id
+from aufsd.store import content as contents
+from aufsd.store.content import copy_attributes, erase, fsync
+from aufsd.store.ids import LayerId
+from aufsd.store.index import read_index
 from aufsd.store.layout import Layout
 from aufsd.union.backend import XattrNamespace
 from aufsd_client.errors import (
@@ -42,6 +43,8 @@ FORMAT = 1
 _MODE = 0o710
 # says that a removal has passed its point of no return; recovery finishes it
 REMOVING_XATTR = "aufsd.removing"
+# stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
+CREATING_XATTR = "aufsd.creating"
 
 
 class Format(msgspec.Struct, forbid_unknown_fields=False):
@@ -58,6 +61,8 @@ class Store:
 
     `parent` has None for a base layer. `damaged` are layers whose record on disk cannot be trusted;
     they are not in `parent`. Owns the descriptor of the lock until `close`.
+
+    With `snapshots` each layer is a subvolume of btrfs, and began as a snapshot of its parent.
     """
 
     layout: Layout
@@ -67,6 +72,7 @@ class Store:
     format: Format
     xattr_namespace: XattrNamespace
     lock_fd: int
+    snapshots: bool = False
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
@@ -122,13 +128,18 @@ class Store:
                 del self.children[above]
 
     def create_on_disk(
-        self, id: LayerId, parents: tuple[LayerId, ...], xattrs: Mapping[str, bytes]
+        self,
+        id: LayerId,
+        parents: tuple[LayerId, ...],
+        xattrs: Mapping[str, bytes],
+        staged: str = "",
     ) -> None:
         """Make the layer's directories, then its parents file: all or nothing, and durable.
 
         The top directory carries owner, mode, times and xattrs of the parent's: it is what shows as
         `/` in the union (moby lost them: docker-aufs.md B13). `xattrs` are set on it besides.
-        Raises LayerExists if something lies where the layer would, NoSpace, or OSError.
+        A subvolume from `stage_child` is taken as it is. Raises LayerExists if something lies where
+        the layer would, NoSpace, or OSError.
         """
         content = self.layout.content(id)
         mount_point = self.layout.mount_point(id)
@@ -139,21 +150,34 @@ class Store:
             for path in (content, mount_point):
                 self._make_directory(path, id)
                 made.append(path)
-            if parents:
+            if staged:
+                if parents:
+                    above = self.layout.content(parents[0])
+                    contents.note_origin(staged, above, self.xattr_namespace)
+                os.setxattr(staged, f"{self.xattr_namespace}.{CREATING_XATTR}", b"1")
+                # onto the empty directory, which is replaced
+                os.rename(staged, content)
+            elif parents:
                 copy_attributes(self.layout.content(parents[0]), content)
             for name, value in xattrs.items():
                 os.setxattr(content, name, value)
             if self.sync != "none":
                 for path in (content, self.layout.diff, self.layout.mnt):
-                    _fsync(path)
+                    fsync(path)
             self._write_parents(id, parents)
         except BaseException as error:
             for path in made:
-                with contextlib.suppress(OSError):
+                try:
                     os.rmdir(path)
+                except OSError:
+                    if staged:
+                        self.discard(path)
             if isinstance(error, OSError):
                 raise no_space(error, id) or error from error
             raise
+        if staged:
+            with contextlib.suppress(OSError):
+                os.removexattr(content, f"{self.xattr_namespace}.{CREATING_XATTR}")
 
     def _make_directory(self, path: str, id: LayerId) -> None:
         try:
@@ -190,7 +214,7 @@ class Store:
             raise
         if self.sync != "none":
             try:
-                _fsync(self.layout.layers)
+                fsync(self.layout.layers)
             except OSError:
                 os.unlink(name)
                 raise
@@ -205,11 +229,13 @@ class Store:
         layer is gone: what then could not be moved is returned, and recovery moves it.
         """
         with contextlib.suppress(OSError):
+            if self.snapshots:
+                contents.freeze(self.layout.content(id), False)
             os.setxattr(self.layout.content(id), f"{self.xattr_namespace}.{REMOVING_XATTR}", b"1")
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.layout.parents_file(id))
         if self.sync != "none":
-            _fsync(self.layout.layers)
+            fsync(self.layout.layers)
         failures: list[OSError] = []
         layout = self.layout
         for path in (layout.content(id), layout.mount_point(id), layout.work(id)):
@@ -241,13 +267,44 @@ class Store:
     # --- content ------------------------------------------------------------------------------
 
     def stage(self, id: LayerId, xattrs: Mapping[str, bytes]) -> str:
-        """An empty directory in staging with the attributes of the layer's own; its path."""
-        path = f"{self.layout.staging}/{os.getpid()}.{next(self._serial)}"
-        os.mkdir(path, 0o700)
-        copy_attributes(self.layout.content(id), path)
-        for name, value in xattrs.items():
-            os.setxattr(path, name, value)
+        """An empty directory in staging with the attributes of the layer's own; its path.
+
+        A subvolume comes with what it holds, and with its limit.
+        """
+        with self._staged() as path:
+            if self.snapshots:
+                contents.snapshot(self.layout.content(id), path)
+                size = contents.limit_of(path, self.xattr_namespace)
+                contents.limit(path, size, self.xattr_namespace)
+            else:
+                os.mkdir(path, 0o700)
+                copy_attributes(self.layout.content(id), path)
+            for name, value in xattrs.items():
+                os.setxattr(path, name, value)
         return path
+
+    def stage_child(self, parent: LayerId | None, size: int) -> str:
+        """A subvolume in staging for a new layer, with what its parent holds; its path.
+
+        `size`: at most so many bytes, 0 for no limit. Raises OSError.
+        """
+        with self._staged() as path:
+            if parent is None:
+                contents.make_subvolume(path)
+                os.chown(path, self.uid, self.gid)
+            else:
+                contents.snapshot(self.layout.content(parent), path)
+            contents.limit(path, size, self.xattr_namespace)
+        return path
+
+    @contextlib.contextmanager
+    def _staged(self) -> Iterator[str]:
+        path = f"{self.layout.staging}/{os.getpid()}.{next(self._serial)}"
+        try:
+            yield path
+        except BaseException:
+            self.discard(path)
+            raise
 
     def swap_in(self, id: LayerId, staged: str) -> None:
         """Put staged content in the layer's place with one rename; the old content is discarded.
@@ -257,15 +314,18 @@ class Store:
         """
         content = self.layout.content(id)
         at = syscalls.AT_FDCWD
+        if self.snapshots:
+            contents.freeze(content, False)
         syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
         if self.sync != "none":
-            _fsync(self.layout.diff)
+            fsync(self.layout.diff)
         self.discard(staged)
 
     # --- the store as a whole -----------------------------------------------------------------
 
-    def set_backend(self, name: str) -> None:
+    def set_backend(self, name: str, *, snapshots: bool = False) -> None:
         """Record which backend serves the store, for the next start's choice."""
+        self.snapshots = snapshots
         if self.format.backend != name:
             self.format.backend = name
             write_format(self.layout, self.format, self.sync)
@@ -318,7 +378,10 @@ def open_store(
         )
         if known is None:
             write_format(layout, store.format, sync)
-        _read_index(store)
+        parent, damaged = read_index(layout.layers)
+        store.damaged.update(damaged)
+        for id, above in parent.items():
+            store.register(id, above)
     except BaseException:
         os.close(lock_fd)
         raise
@@ -365,103 +428,7 @@ def write_format(layout: Layout, content: Format, sync: Sync) -> None:
             os.fsync(file.fileno())
     os.rename(fresh, layout.format)
     if sync != "none":
-        _fsync(layout.private)
-
-
-def _read_index(store: Store) -> None:
-    """Read every parents file once; a layer whose chain does not hold together is damaged."""
-    recorded: dict[LayerId, tuple[str, ...] | str] = {}
-    for entry in os.scandir(store.layout.layers):
-        if is_id(entry.name) and entry.is_file(follow_symlinks=False):
-            recorded[LayerId(entry.name)] = read_parents(entry.path)
-    sound: dict[LayerId, bool] = {}
-    for id in recorded:
-        _judge(id, recorded, sound, store.damaged)
-    for id, good in sound.items():
-        if good:
-            parents = recorded[id]
-            store.register(id, LayerId(parents[0]) if parents else None)
-
-
-def read_parents(path: str) -> tuple[str, ...] | str:
-    """The parents that the file lists, nearest first; or, as a str, what is wrong with it."""
-    with open(path, "rb") as file:
-        text = file.read()
-    try:
-        lines = text.decode("ascii").split("\n")
-    except UnicodeDecodeError:
-        return "the parents file is not text"
-    # Docker's driver skips blank lines (dirs.go, getParentIds)
-    parents = tuple(line for line in lines if line)
-    if not all(is_id(parent) for parent in parents):
-        return "the parents file names something that is not a layer id"
-    return parents
-
-
-def _judge(
-    id: LayerId,
-    recorded: Mapping[LayerId, tuple[str, ...] | str],
-    sound: dict[LayerId, bool],
-    damaged: dict[LayerId, str],
-) -> None:
-    """Find out whether a layer's chain holds together, nearest parents first; no recursion."""
-    pending = [id]
-    while pending:
-        current = pending[-1]
-        if current in sound:
-            pending.pop()
-            continue
-        parents = recorded[current]
-        problem = ""
-        if isinstance(parents, str):
-            problem = parents
-        elif parents:
-            above = LayerId(parents[0])
-            if above not in recorded:
-                problem = f"its parent {above} does not exist"
-            elif above in pending:
-                problem = f"its parents go in a circle through {above}"
-            elif above not in sound:
-                pending.append(above)
-                continue
-            elif not sound[above]:
-                problem = f"its parent {above} is damaged"
-            elif recorded[above] != parents[1:]:
-                problem = f"its parents file does not continue as that of its parent {above}"
-        sound[current] = not problem
-        if problem:
-            damaged[current] = problem
-        pending.pop()
-
-
-def copy_attributes(source: str, target: str) -> None:
-    """Give one directory the owner, mode, times and xattrs of another; no trusted.* ones."""
-    found = os.lstat(source)
-    os.chown(target, found.st_uid, found.st_gid)
-    for name in os.listxattr(source, follow_symlinks=False):
-        # trusted.* and user.aufsd.* are the store's own; a security label is set by the system
-        if not name.startswith(("trusted.", "user.aufsd.", "security.selinux", "user.overlay.")):
-            with contextlib.suppress(OSError):
-                value = os.getxattr(source, name, follow_symlinks=False)
-                os.setxattr(target, name, value, follow_symlinks=False)
-    os.chmod(target, stat.S_IMODE(found.st_mode))
-    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
-
-
-def erase(path: str, device: int) -> None:
-    """Delete a tree that lies on `device` as a whole; OSError if something is mounted below it.
-
-    containerd lost root file systems by deleting through a mount whose unmount had failed
-    (containerd#10721).
-    """
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        os.unlink(path)
-        return
-    for directory, names, _, fd in os.fwalk(path):
-        if any(os.lstat(name, dir_fd=fd).st_dev != device for name in names):
-            raise OSError(errno.EBUSY, "something is mounted below", directory)
-    shutil.rmtree(path)
+        fsync(layout.private)
 
 
 def no_space(error: OSError, id: LayerId) -> NoSpace | None:
@@ -469,11 +436,3 @@ def no_space(error: OSError, id: LayerId) -> NoSpace | None:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return NoSpace(f"no space left for layer {id}: {error.strerror}", id=id)
     return None
-
-
-def _fsync(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

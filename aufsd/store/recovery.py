@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 from aufsd.store.ids import LayerId, is_id
-from aufsd.store.layers import REMOVING_XATTR, Store
+from aufsd.store.layers import CREATING_XATTR, REMOVING_XATTR, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +43,12 @@ def recover(store: Store) -> list[Recovered]:
 
 def _orphan(store: Store, path: str, name: str) -> list[Recovered]:
     """A directory without a parents file: ours to finish, ours to undo, or somebody's."""
-    if _marked_as_removing(store, path):
+    if _is_marked(store, path, REMOVING_XATTR):
         store.discard(path)
         return [Recovered("finished", "remove", name)]
+    if _is_marked(store, path, CREATING_XATTR):
+        store.discard(path)
+        return [Recovered("undone", "create", name)]
     try:
         # create makes empty directories before the parents file; rmdir(2) refuses any other, and
         # a mount point
@@ -55,9 +58,9 @@ def _orphan(store: Store, path: str, name: str) -> list[Recovered]:
     return [Recovered("undone", "create", name)]
 
 
-def _marked_as_removing(store: Store, path: str) -> bool:
+def _is_marked(store: Store, path: str, mark: str) -> bool:
     try:
-        os.getxattr(path, f"{store.xattr_namespace}.{REMOVING_XATTR}", follow_symlinks=False)
+        os.getxattr(path, f"{store.xattr_namespace}.{mark}", follow_symlinks=False)
     except OSError:
         return False
     return True

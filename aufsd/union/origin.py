@@ -1,4 +1,4 @@
-"""What a layer that is a snapshot began as: which parent, in which transaction of the file system.
+"""What a layer that is a snapshot began as: which parent, in which transactions of the file system.
 
 An xattr of the layer's top directory. With it, what the layer changed can be read from the file
 system's own books instead of by comparing two whole trees.
@@ -13,22 +13,27 @@ _NAME: Final = "aufsd.origin"
 
 
 class Origin(NamedTuple):
-    """The parent's subvolume, and the last transaction whose changes the two have in common."""
+    """The parent's subvolume, and after which transaction a change of each makes them differ.
+
+    `parted` is for the parent, the one that made the snapshot; `generation` is for the layer, once
+    all was done to it that is no change of its content (its label).
+    """
 
     uuid: bytes
+    parted: int
     generation: int
 
 
 def write_origin(where: Where, origin: Origin, namespace: str) -> None:
     """Note it on a layer. Raises OSError."""
-    value = f"{origin.uuid.hex()} {origin.generation}".encode()
+    value = f"{origin.uuid.hex()} {origin.parted} {origin.generation}".encode()
     os.setxattr(where, f"{namespace}.{_NAME}", value)
 
 
 def read_origin(where: Where, namespace: str) -> Origin | None:
     """What a layer began as; None if nothing is noted, or nothing that can be read."""
     try:
-        uuid, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split()
-        return Origin(bytes.fromhex(uuid), int(generation))
+        uuid, parted, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split()
+        return Origin(bytes.fromhex(uuid), int(parted), int(generation))
     except (OSError, ValueError):
         return None

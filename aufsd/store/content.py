@@ -1,0 +1,157 @@
+"""A layer's content: a directory, or on btrfs a subvolume. Made, copied, frozen, deleted."""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+
+from aufsd.kernel import btrfs
+from aufsd.union.backend import XattrNamespace
+from aufsd.union.origin import Origin, write_origin
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# how many bytes a layer may refer to, as text, on the top of its subvolume
+_SIZE_XATTR = "aufsd.size"
+
+
+def copy_attributes(source: str, target: str) -> None:
+    """Give one directory the owner, mode, times and xattrs of another; no trusted.* ones."""
+    found = os.lstat(source)
+    os.chown(target, found.st_uid, found.st_gid)
+    for name in os.listxattr(source, follow_symlinks=False):
+        # trusted.* and user.aufsd.* are the store's own; a security label is set by the system
+        if not name.startswith(("trusted.", "user.aufsd.", "security.selinux", "user.overlay.")):
+            with contextlib.suppress(OSError):
+                value = os.getxattr(source, name, follow_symlinks=False)
+                os.setxattr(target, name, value, follow_symlinks=False)
+    os.chmod(target, stat.S_IMODE(found.st_mode))
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def fsync(path: str) -> None:
+    """fsync(2) of a directory."""
+    with _opened(path) as fd:
+        os.fsync(fd)
+
+
+def erase(path: str, device: int) -> None:
+    """Delete a tree that lies on `device` as a whole; OSError if something is mounted below it.
+
+    containerd lost root file systems by deleting through a mount whose unmount had failed
+    (containerd#10721). A subvolume of btrfs has a device of its own, and goes as one.
+    """
+    found = os.lstat(path)
+    if not stat.S_ISDIR(found.st_mode):
+        os.unlink(path)
+        return
+    if btrfs.is_subvolume(found, path):
+        delete_subvolume(path)
+        return
+    for directory, names, _, fd in os.fwalk(path):
+        for name in names:
+            below = os.lstat(name, dir_fd=fd)
+            if below.st_dev == device:
+                continue
+            inside = os.path.join(directory, name)
+            if not btrfs.is_subvolume(below, inside):
+                raise OSError(errno.EBUSY, "something is mounted below", directory)
+            delete_subvolume(inside)
+    shutil.rmtree(path)
+
+
+# --- subvolumes -----------------------------------------------------------------------------------
+
+
+def make_subvolume(path: str) -> None:
+    """An empty subvolume, 0755, at a path where nothing is."""
+    directory, name = os.path.split(path)
+    with _opened(directory) as fd:
+        btrfs.subvol_create(fd, os.fsencode(name))
+    os.chmod(path, 0o755)
+
+
+def snapshot(source: str, path: str) -> None:
+    """A writable snapshot of a subvolume, at a path where nothing is.
+
+    What other subvolumes hold that lie in the source does not come along: empty directories stand
+    there.
+    """
+    directory, name = os.path.split(path)
+    with _opened(directory) as fd, _opened(source) as top:
+        btrfs.snap_create(fd, os.fsencode(name), top)
+
+
+def note_origin(path: str, parent: str, namespace: XattrNamespace) -> None:
+    """Note on a snapshot what it has in common with its parent from here on."""
+    with _opened(path) as fd, _opened(parent) as top:
+        own = btrfs.subvol_info(fd)
+        origin = Origin(btrfs.subvol_info(top).uuid, own.created, own.generation)
+        write_origin(fd, origin, namespace)
+
+
+def freeze(path: str, read_only: bool) -> None:
+    """Set the property `ro` of a subvolume. One that has it cannot be renamed either."""
+    with _opened(path) as fd:
+        if btrfs.is_read_only(fd) != read_only:
+            btrfs.set_read_only(fd, read_only)
+
+
+def limit(path: str, size: int, namespace: XattrNamespace) -> None:
+    """Let the subvolume refer to at most so many bytes, its parents' content included; 0: any.
+
+    Turns on quota groups for the whole file system, if they are off: that takes a scan of it.
+    """
+    with _opened(path) as fd:
+        name = f"{namespace}.{_SIZE_XATTR}"
+        if not size:
+            with contextlib.suppress(OSError):
+                os.removexattr(fd, name)
+            return
+        btrfs.quota_enable(fd)
+        btrfs.qgroup_limit(fd, btrfs.subvol_info(fd).id, size)
+        os.setxattr(fd, name, str(size).encode())
+
+
+def limit_of(path: str, namespace: XattrNamespace) -> int:
+    """The limit that was set; 0 for none."""
+    try:
+        return int(os.getxattr(path, f"{namespace}.{_SIZE_XATTR}"))
+    except (OSError, ValueError):
+        return 0
+
+
+def holds_subvolumes(path: str) -> bool:
+    """Whether other subvolumes lie in one."""
+    with _opened(path) as fd:
+        return bool(btrfs.nested(fd))
+
+
+def delete_subvolume(path: str) -> None:
+    """Delete a subvolume and those in it, innermost first. Costs nothing for what they hold."""
+    pending = [path]
+    while pending:
+        path = pending[-1]
+        with _opened(path) as fd:
+            if btrfs.is_read_only(fd):
+                btrfs.set_read_only(fd, False)
+            inside = [
+                os.path.join(path, os.fsdecode(btrfs.ino_lookup_user(fd, directory, id)))
+                for id, directory in btrfs.nested(fd)
+            ]
+        if inside:
+            pending += inside
+            continue
+        directory, name = os.path.split(pending.pop())
+        with _opened(directory) as fd:
+            btrfs.snap_destroy(fd, os.fsencode(name))
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, _DIRECTORY)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
