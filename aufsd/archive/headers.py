@@ -87,6 +87,8 @@ def encode(
     if size > _SIZE_MAX:
         records.append((b"size", b"%d" % size))
     for key, value in xattrs:
+        # a record's key ends at its first "=": GNU tar and bsdtar write it so too
+        key = key.replace(b"%", b"%25").replace(b"=", b"%3D")
         records.append((XATTR_RECORD + key, value))
     before = _pax(records) if records else b""
     shown = size if size <= _SIZE_MAX else 0

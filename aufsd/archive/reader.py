@@ -155,8 +155,9 @@ class Reader:
             elif key == b"gid":
                 member.gid = self._whole(value, member)
             elif key.startswith(headers.XATTR_RECORD):
-                member.xattrs = member.xattrs or []
-                member.xattrs.append((key[len(headers.XATTR_RECORD) :], value))
+                name = key[len(headers.XATTR_RECORD) :]
+                name = name.replace(b"%3D", b"=").replace(b"%25", b"%")
+                member.xattrs = [*(member.xattrs or ()), (name, value)]
             elif key == b"GNU.sparse.name":
                 sparse[key] = value
             elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):

@@ -36,6 +36,7 @@ def files(at: Path) -> None:
     os.link(at / "plain", at / "z-link")
     os.setxattr(at / "plain", "user.note", b"two\nlines\0and a null")
     os.setxattr(at / "plain", "user.empty", b"")
+    os.setxattr(at / "plain", "user.a=b%c%3D", b"=")
     os.setxattr(at / "plain", "user.overlay.opaque", b"y")
     os.setxattr(at / "setuid", "security.capability", CAP_NET_RAW)
 
