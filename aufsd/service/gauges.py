@@ -12,6 +12,7 @@ from aufsd import __version__
 from aufsd.archive.jobs import Jobs
 from aufsd.mounts import Mounts
 from aufsd.peer import process as identity
+from aufsd.refs import State
 from aufsd.service.metrics import Family, by, counter, gauge, labels
 from aufsd.status import Overview
 from aufsd.store.layers import Store
@@ -20,6 +21,8 @@ from aufsd.store.recovery import Recovered
 Source = Callable[[], Iterator[Family]]
 
 _STATUS = {"ok": 0, "degraded": 1, "failing": 2}
+# there from the start, each at 0; a kind that is not here appears with its first job
+_JOBS = ("diff", "apply_diff", "diff_size", "changes", "clone", "convert")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -74,24 +77,25 @@ def mounts(unions: Mounts) -> Source:
     """The table, and the thread that mounts."""
 
     def collect() -> Iterator[Family]:
-        mounted = Counter({unions.backend.name: 0})
-        references = Counter({"manual": 0, "process": 0})
-        processes = set()
+        # a thousand mounts are common: one pass, and nothing in it that is not needed
+        mounted = {unions.backend.name: 0}
+        manual = busy = 0
+        held = []
         for entry in unions.table.entries.values():
             if entry.union:
-                mounted[entry.backend] += 1
+                mounted[entry.backend] = mounted.get(entry.backend, 0) + 1
+                if not entry.references and entry.state is State.MOUNTED:
+                    busy += 1
             for reference in entry.references:
-                references[reference.hold] += 1
                 if reference.hold == "process":
-                    processes.add((reference.pid, reference.start))
+                    held.append((reference.pid, reference.start))
+                else:
+                    manual += 1
+        references = by("hold", {"manual": manual, "process": len(held)})
         yield gauge("aufsd_mounts", "Mounted unions", by("backend", mounted))
-        yield gauge("aufsd_references", "References", by("hold", references))
-        yield gauge("aufsd_holders", "Processes that hold references", len(processes))
-        yield gauge(
-            "aufsd_mounts_busy",
-            "Mounts that stay busy without a reference",
-            len(unions.table.busy()),
-        )
+        yield gauge("aufsd_references", "References", references)
+        yield gauge("aufsd_holders", "Processes that hold references", len(set(held)))
+        yield gauge("aufsd_mounts_busy", "Mounts that stay busy without a reference", busy)
         for name, text, value in (
             ("mounts_made", "Mounts made", unions.counters.mounts),
             ("mounts_failed", "Mounts that failed", unions.counters.failed_mounts),
@@ -130,7 +134,8 @@ def archives(jobs: Jobs) -> Source:
             moved_entries[job.kind] += job.entries
         yield gauge("aufsd_jobs_running", "Archive jobs that run", len(running))
         yield gauge("aufsd_jobs_waiting", "Archive jobs that wait for another's end", jobs.waiting)
-        yield counter("aufsd_jobs_total", "Archive jobs that ended", by("kind", jobs.done))
+        ended = by("kind", {**dict.fromkeys(_JOBS, 0), **jobs.done})
+        yield counter("aufsd_jobs_total", "Archive jobs that ended", ended)
         yield counter(
             "aufsd_archive_bytes_total",
             "Bytes of tars written and read",
