@@ -7,11 +7,13 @@ can stay behind on the host. An ordinary user gets a user namespace first, as `m
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aufsd.kernel import syscalls
+from tests.btrfs import btrfs_at
 from tests.systemd import box
 
 ROOT_IN_HOST = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == [
@@ -44,6 +46,12 @@ def _aufs() -> str:
     return "this kernel has no aufs (make test-vm KERNEL=... runs this tier)"
 
 
+def _dockerd() -> str:
+    if shutil.which("dockerd") and shutil.which("containerd"):
+        return ""
+    return "needs a dockerd that has the aufs driver: docker.io of Debian 12"
+
+
 def _fuse() -> str:
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         return "no /dev/fuse that can be opened"
@@ -62,6 +70,7 @@ OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namesp
 OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or box.missing()
 OFF["aufs"] = OFF["mounts"] or _aufs()
+OFF["dockerd"] = OFF["aufs"] or _dockerd()
 OFF["oci"] = "" if shutil.which("skopeo") and shutil.which("umoci") else "needs skopeo and umoci"
 OFF["fuse"] = OFF["mounts"] or _fuse()
 OFF["btrfs"] = OFF["service"] or _btrfs()
@@ -85,3 +94,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for tier, why in OFF.items():
         if why and item.get_closest_marker(tier):
             pytest.skip(why)
+
+
+@pytest.fixture(scope="session")
+def btrfs_ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A btrfs for the whole run; make a directory of your own in it."""
+    with btrfs_at(tmp_path_factory.mktemp("ground")) as ground:
+        yield ground
+
+
+@pytest.fixture
+def on_btrfs(btrfs_ground: Path) -> Path:
+    """A directory on btrfs, for one test."""
+    made = btrfs_ground / f"{len(list(btrfs_ground.iterdir()))}"
+    made.mkdir()
+    return made

@@ -16,14 +16,7 @@ from tests.docker import store
 from tests.docker.dockerd import Dockerd, dockerd, record
 from tests.docker.store import DIFFERENT, LAYERS, View
 
-pytestmark = [
-    pytest.mark.aufs,
-    pytest.mark.service,
-    pytest.mark.skipif(
-        not (shutil.which("dockerd") and shutil.which("containerd")),
-        reason="needs a dockerd that has the aufs driver: docker.io of Debian 12",
-    ),
-]
+pytestmark = [pytest.mark.aufs, pytest.mark.service, pytest.mark.dockerd]
 
 # what Docker lays over the image in every container
 OF_DOCKER = (".", ".dockerenv", "dev", "etc", "proc", "sys")

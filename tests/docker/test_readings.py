@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from aufsd.__main__ import main
 from aufsd.archive import readings
 from aufsd.archive.requests import Branch
 from aufsd.union.dialect import Dialect
 from aufsd_client import Client
 from tests.conformance.layers import Layers, open_layers, tree
-from tests.docker.store import DIFFERENT
+from tests.docker.store import DIFFERENT, LAYERS, unpack
 
 
 @dataclass(frozen=True)
@@ -144,3 +145,16 @@ def test_check_names_the_layers_of_dockers_store_that_aufs_reads_otherwise(clien
 @pytest.mark.parametrize("id", DIFFERENT, ids=str)
 def test_check_of_one_layer_says_the_same(client: Client, id: str) -> None:
     assert [problem.id for problem in client.check(id, deep=True).problems] == [id]
+
+
+@pytest.mark.root
+def test_check_says_it_of_a_store_that_nobody_serves(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = str(unpack(tmp_path))
+    assert main(["check", "--root", root, "--adopt", "--deep"]) == 1
+    *found, last = capfd.readouterr().out.splitlines()
+    assert [line.split(": ")[0] for line in found] == sorted(DIFFERENT)
+    assert {line.split(": ")[1] for line in found} == {"aufs-reads-differently"}
+    assert last == f"{len(LAYERS)} layers, {len(DIFFERENT)} problems"
+    assert main(["check", "--root", root]) == 0
