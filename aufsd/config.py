@@ -30,11 +30,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     socket: str = "/run/aufsd/aufsd.sock"
     monitor_socket: str = "/run/aufsd/monitor.sock"
     state_dir: str = "/run/aufsd"
-    backend: Literal["auto", "aufs", "overlay", "fuse-overlayfs"] = "auto"
+    backend: Literal["auto", "btrfs", "aufs", "overlay", "fuse-overlayfs"] = "auto"
     adopt: bool = False
     convert: Literal["auto", "never"] = "auto"
     sync: Literal["filesystem", "none"] = "filesystem"
     acls: bool = False
+    selinux: bool = True
     uid_maps: tuple[IdMap, ...] = ()
     gid_maps: tuple[IdMap, ...] = ()
     max_layer_bytes: int = 0
@@ -63,6 +64,7 @@ HELP = {
     "convert": "whether a layer written for another backend is converted when it is first mounted",
     "sync": "what makes a layer durable before it counts as there",
     "acls": "carry POSIX ACLs in archives",
+    "selinux": "put the mount label of a new layer on what it holds, on btrfs",
     "uid_maps": "CONTAINER:HOST:SIZE, user ids between archives and the host; repeatable",
     "gid_maps": "CONTAINER:HOST:SIZE, group ids likewise; repeatable",
     "max_layer_bytes": "refuse an archive that makes a layer's own content larger",

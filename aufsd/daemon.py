@@ -33,6 +33,7 @@ from aufsd.service import log as logging
 from aufsd.service.activation import inherited
 from aufsd.service.metrics import Metrics
 from aufsd.service.notify import Notifier
+from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
 from aufsd.store import recovery
 from aufsd.store.ids import LayerId
@@ -80,7 +81,9 @@ def open_root(config: Config) -> Opened:
         choice = choose(config.backend, store.format.backend, store.layout)
         for warning in choice.warnings:
             log.warning("backend", warning=warning)
-        store.set_backend(choice.backend.name)
+        if choice.why:
+            log.info("backend", chosen=choice.backend.name, why=choice.why)
+        store.set_backend(choice.backend.name, snapshots=not choice.backend.unions)
     except BaseException:
         store.close()
         raise
@@ -125,15 +128,17 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 gauges.archives(jobs),
                 gauges.process(),
             )
+            disk = Disk()
             driver = Driver(
                 store=store,
                 backend=backend,
                 unions=unions,
                 jobs=jobs,
-                disk=Disk(),
+                disk=disk,
                 overview=overview,
                 render_metrics=metrics.render,
                 convert_policy=config.convert,
+                snapshots=Snapshots(store, jobs, disk, table, config.selinux),
                 erase=trio.Event(),
             )
             driver.erase.set()  # what the last run, or a crash, left to be deleted

@@ -22,6 +22,7 @@ from aufsd.kernel import holders as kernel_holders
 from aufsd.mounts import Mounts
 from aufsd.peer import Peer
 from aufsd.refs import Reference
+from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
 from aufsd.store import check as store_check
 from aufsd.store.ids import LayerId
@@ -29,6 +30,7 @@ from aufsd.store.layers import Store
 from aufsd.threads import Disk
 from aufsd.union import dialect as dialects
 from aufsd.union.backend import Backend
+from aufsd.union.btrfs import parse_size
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     ConversionNeeded,
@@ -58,6 +60,8 @@ class Driver:
     overview: Overview
     render_metrics: Callable[[], answers.Metrics]
     convert_policy: Literal["auto", "never"]
+    # used where the backend makes no unions
+    snapshots: Snapshots
     # set to have removed layers deleted in the background
     erase: trio.Event
 
@@ -138,9 +142,11 @@ class Driver:
     ) -> answers.Created:
         """Make an empty layer on top of `parent`. All or nothing, and durable."""
         for key in storage_opt:
-            raise InvalidParams(f"the {self.backend.name} backend has no storage option {key!r}")
+            if key not in self.backend.storage_options:
+                raise InvalidParams(f"{self.backend.name} has no storage option {key!r}")
+        size = parse_size(storage_opt["size"]) if "size" in storage_opt else 0
         warnings = []
-        if mount_label:
+        if mount_label and self.backend.unions:
             # moby b937aa8e69: the aufs driver takes a label at Get and not at Create
             warnings.append("mount_label counts at get; create does not keep it")
         async with self.unions.table.creating(id, parent):
@@ -153,11 +159,23 @@ class Driver:
                     limit=self.backend.max_branches,
                 )
             entry = self.unions.table.entries.get(parent) if parent else None
-            if entry and entry.union and not entry.read_only and self.backend.live_lower_warning:
+            written = entry and (entry.union or self.store.snapshots) and not entry.read_only
+            if written and self.backend.live_lower_warning:
                 warnings.append(f"parent {parent}: {self.backend.live_lower_warning}")
-            xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
-            await self.disk.run(self.store.create_on_disk, id, chain[1:], xattrs)
+            if self.store.snapshots:
+                warnings += await self._create_snapshot(id, chain[1:], mount_label, size)
+            else:
+                xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
+                await self.disk.run(self.store.create_on_disk, id, chain[1:], xattrs)
         return answers.Created(warnings)
+
+    async def _create_snapshot(
+        self, id: LayerId, parents: tuple[LayerId, ...], label: str, size: int
+    ) -> list[str]:
+        try:
+            return await self.snapshots.create(id, parents, label=label, size=size)
+        finally:
+            self.erase.set()
 
     async def remove(self, id: LayerId, *, force: bool) -> answers.Removed:
         """Remove a layer that nothing stands on and nobody references."""
@@ -181,7 +199,7 @@ class Driver:
         chain = self.store.chain(id)
         entry = self.unions.table.entries.get(id)
         dialect = await self.disk.run(self._dialect, id)
-        union = len(chain) > 1
+        union = len(chain) > 1 and self.backend.unions
         found = {
             "id": id,
             "parents": " ".join(chain[1:]),
@@ -208,6 +226,13 @@ class Driver:
         hold: Literal["manual", "process"],
     ) -> answers.Got:
         """Count one reference, and mount on the first."""
+        if hold == "process" and not peer.start:
+            raise InvalidParams(
+                'hold="process" needs a process that the daemon can see, and this one has ended or '
+                'is in a pid namespace above the daemon\'s; use hold="manual"'
+            )
+        if self.store.snapshots:
+            await self.snapshots.settle(id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         entry = await self.unions.get(id, reference, label=mount_label)
         return answers.Got(
@@ -268,6 +293,11 @@ class Driver:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
         async with self.unions.table.changing(id):
+            if self.store.snapshots:
+                try:
+                    return await self.snapshots.apply(id, source, digest=digest)
+                finally:
+                    self.erase.set()
             chain = await self.disk.run(self._branches, self.store.chain(id))
             empty = await self.disk.run(self._is_empty, id)
             if empty:
@@ -316,7 +346,7 @@ class Driver:
         found = await self.disk.run(
             store_check.check, self.store, id=id, deep=deep, repair=repair, mounted=mounted
         )
-        if deep:
+        if deep and self.backend.unions:
             found += await self._read_by_aufs(sorted(self.store.parent) if id is None else [id])
         return answers.Check(found)
 
@@ -343,6 +373,9 @@ class Driver:
         self._require_parent(id, parent)
         own = chain[1] if len(chain) > 1 else None
         against = None if parent is None or parent == own else self.store.chain(parent)
+        if against is None and own is not None and self.store.snapshots:
+            # what a snapshot changed does not lie in it alone
+            against = chain[1:]
         async with self.unions.table.reading((*chain, *(against or ()))):
             # what a mounted union still keeps outside of its writable branch (aufs: pseudo links)
             await self.unions.flush(id)

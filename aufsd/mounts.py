@@ -88,10 +88,7 @@ class Mounts:
         while True:
             with table.locked():
                 self.store.require(id)
-                entry = table.entries.get(id)
-                if entry is None and self.store.parent[id] is None:
-                    # never mounted: its content directory is the root file system
-                    entry = Entry(State.MOUNTED, union=False, since=time.time())
+                entry = table.entries.get(id) or table.never_mounted(id)
                 step = refs.on_get(entry, label=label, live=self._live(id, entry))
                 waiting = table.moving(id)
                 if waiting is None and entry is not None:

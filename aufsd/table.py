@@ -6,6 +6,7 @@ whoever meets it waits for that id only, then asks again. Which system calls an 
 the business of `mounts.py`.
 """
 
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import AbstractContextManager, asynccontextmanager
@@ -96,6 +97,13 @@ class Table:
         if id not in self.entries:
             self._pins.update(self.store.chain(id)[1:])
         self.entries[id] = entry
+
+    def never_mounted(self, id: LayerId) -> Entry | None:
+        """The first entry of a layer whose content directory is its root file system; else None."""
+        if self.store.parent[id] is not None and not self.store.snapshots:
+            return None
+        frozen = self.store.snapshots and bool(self.store.children_of(id))
+        return Entry(State.MOUNTED, union=False, read_only=frozen, since=time.time())
 
     def leave(self, id: LayerId) -> None:
         """Take an id's entry out, and its pins; harmless if there is none."""

@@ -17,6 +17,7 @@ LEVELS = {
     "aufsd.service": 6,
     "aufsd.driver": 5,
     "aufsd.status": 4,
+    "aufsd.snapshots": 4,
     "aufsd.mounts": 3,
     "aufsd.archive": 3,
     "aufsd.replay": 2,
@@ -45,7 +46,14 @@ ROOMS = {
     "jsonrpcserver": ("aufsd.rpc.dispatch",),
     "trio": (
         *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.mounts", "aufsd.table"),
-        *("aufsd.threads", "aufsd.processes", "aufsd.watch", "aufsd.archive.jobs", "aufsd.rpc."),
+        *(
+            "aufsd.threads",
+            "aufsd.processes",
+            "aufsd.watch",
+            "aufsd.snapshots",
+            "aufsd.archive.jobs",
+            "aufsd.rpc.",
+        ),
         "aufsd.service.",
         "aufsd_client.trio",
     ),

@@ -214,6 +214,22 @@ class Jobs:
         result = await self._run(id, "convert", requests.Convert(to), [path], [])
         return _expect(result, requests.Converted).converted
 
+    async def staged_size(self, id: str, staging: str, parent: str) -> int:
+        """As `diff_size`, of content `staging` that is to be a layer's, and is all that it shows.
+
+        `parent` is the layer that it stands on, "" for none.
+        """
+        root = self.layout.root
+        if not parent:
+            own = requests.Measure((Branch(id, Dialect.NONE),), None)
+            result = await self._run(id, "diff_size", own, [staging], [])
+        else:
+            chain = (Branch(staging.removeprefix(f"{root}/"), Dialect.NONE),)
+            against = (Branch(f"diff/{parent}", Dialect.NONE),)
+            work = requests.Measure(chain, against)
+            result = await self._run(id, "diff_size", work, [root], [])
+        return _expect(result, requests.Measured).size
+
     async def relabel(self, id: str, staging: str, label: str) -> int:
         """Put an SELinux label on every inode of the content `staging`; how many lacked it.
 

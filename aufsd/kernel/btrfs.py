@@ -145,8 +145,8 @@ def nested(subvolume: int) -> list[tuple[int, int]]:
 def ino_lookup_user(subvolume: int, directory: int, id: int) -> bytes:
     """The path, from the top of `subvolume`, of the nested subvolume `id` in that directory."""
     data = _call(subvolume, _INO_LOOKUP_USER, _LOOKUP.pack(directory, id, b"", b""))
-    name, path = data[16:272], data[272:]
-    return path.rstrip(b"\0") + name.rstrip(b"\0")
+    # behind the NUL of each lies what the kernel built them from
+    return data[272:].partition(b"\0")[0] + data[16:272].partition(b"\0")[0]
 
 
 def tree_search(
@@ -194,9 +194,10 @@ def quota_enable(path: int) -> None:
     fcntl.ioctl(path, _QUOTA_RESCAN_WAIT)
 
 
-def qgroup_limit(subvolume: int, id: int, referenced: int) -> None:
-    """Let the subvolume `id` refer to at most so many bytes; what it shares is counted."""
-    _call(subvolume, _QGROUP_LIMIT, _QGROUP.pack(id, _QGROUP_LIMIT_MAX_RFER, referenced, 0, 0, 0))
+def qgroup_limit(subvolume: int, id: int, referenced: int | None) -> None:
+    """Let the subvolume `id` refer to at most so many bytes, shared ones too; None: to any."""
+    most = _ANY if referenced is None else referenced
+    _call(subvolume, _QGROUP_LIMIT, _QGROUP.pack(id, _QGROUP_LIMIT_MAX_RFER, most, 0, 0, 0))
 
 
 def _checked(name: bytes) -> bytes:

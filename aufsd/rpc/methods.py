@@ -191,9 +191,7 @@ async def check(
     return await call.driver.check(id=layer, deep=deep, repair=repair)
 
 
-async def convert(
-    call: Call, /, *, id: str, to: Literal["aufs", "overlay"]
-) -> answers.Converted:
+async def convert(call: Call, /, *, id: str, to: Literal["aufs", "overlay"]) -> answers.Converted:
     """Rewrite a layer's whiteouts for another union file system."""
     return await call.driver.convert(parse_id(id), to=Dialect(to))
 

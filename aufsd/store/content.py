@@ -106,7 +106,9 @@ def limit(path: str, size: int, namespace: XattrNamespace) -> None:
     with _opened(path) as fd:
         name = f"{namespace}.{_SIZE_XATTR}"
         if not size:
-            with contextlib.suppress(OSError):
+            # a snapshot inherits the limit too (btrfs_qgroup_inherit())
+            if limit_of(path, namespace):
+                btrfs.qgroup_limit(fd, btrfs.subvol_info(fd).id, None)
                 os.removexattr(fd, name)
             return
         btrfs.quota_enable(fd)

@@ -43,6 +43,8 @@ class Aufs:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = "aufs"
     dialect: Dialect = Dialect.AUFS
+    unions: bool = True
+    storage_options: frozenset[str] = frozenset()
     namespace: XattrNamespace = "trusted"
     # udba=reval, the default, looks at the branch again
     live_lower_warning: str = ""

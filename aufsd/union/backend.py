@@ -56,6 +56,14 @@ class Backend(Protocol):
         """How whiteouts must stand in the branches that it mounts, and how it writes them."""
 
     @property
+    def unions(self) -> bool:
+        """Whether layers are mounted over their parents; else each is a snapshot of its parent."""
+
+    @property
+    def storage_options(self) -> frozenset[str]:
+        """The keys of `storage_opt` that `create` understands."""
+
+    @property
     def namespace(self) -> XattrNamespace:
         """Where the xattrs of the dialect live: `user` in a user namespace."""
 

@@ -1,18 +1,20 @@
 """Which union file system serves a store: the one asked for, or the first that can."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from aufsd.store.layout import Layout
-from aufsd.union import aufs, fuse, overlay
+from aufsd.union import aufs, btrfs, fuse, overlay
 from aufsd.union.backend import Backend, Verdict
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
 
 AUTO: Final = "auto"
-# in the order of preference
+# in the order of preference; the first serves stores on one file system only
 PROBES: Final[Mapping[str, Callable[[Layout], Backend | Verdict]]] = {
+    btrfs.NAME: btrfs.probe,
     "aufs": aufs.probe,
     "overlay": overlay.probe,
     fuse.NAME: fuse.probe,
@@ -21,10 +23,14 @@ PROBES: Final[Mapping[str, Callable[[Layout], Backend | Verdict]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend, and what an operator should be told about how it came to be this one."""
+    """The backend, and what an operator should be told about how it came to be this one.
+
+    `why` is a sentence for the log, "" where there is nothing to explain.
+    """
 
     backend: Backend
     warnings: tuple[str, ...] = ()
+    why: str = ""
 
 
 def choose(name: str, prior: str, layout: Layout) -> Choice:
@@ -38,15 +44,43 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     names = sorted(PROBES, key=lambda known: known != prior) if name == AUTO else [name]
     refused: dict[str, Verdict] = {}
     for known in names:
-        found = PROBES[known](layout)
+        found = _foreign(known, prior, layout) or PROBES[known](layout)
         if not isinstance(found, Verdict):
-            return Choice(found, _warnings(known, prior, refused))
+            why = "" if name != AUTO or found.unions else _WHY_SNAPSHOTS
+            return Choice(found, _warnings(known, prior, refused), why)
         refused[known] = found
     reasons = {known: verdict.reason for known, verdict in refused.items()}
     said = "; ".join(f"{known}: {reason}" for known, reason in reasons.items())
     incompatible = all(verdict.incompatible for verdict in refused.values())
     error = IncompatibleFilesystem if incompatible else BackendUnsupported
     raise error(f"no union file system can serve {layout.root}: {said}", reasons=reasons)
+
+
+_WHY_SNAPSHOTS: Final = (
+    "the store lies on btrfs, so that a layer is a snapshot of its parent and nothing is mounted; "
+    "overlay and aufs serve there too, by name and from the first layer on"
+)
+
+
+def _foreign(name: str, prior: str, layout: Layout) -> Verdict | None:
+    """Why a backend cannot read the layers that another one left.
+
+    A snapshot holds its parents' content too, so mounted over them it would show again what it
+    deleted; and a layer of a union holds none of it, so by itself it would show too little.
+    """
+    if (name == btrfs.NAME) == (prior == btrfs.NAME) or not _has_layers(layout):
+        return None
+    if name == btrfs.NAME:
+        return Verdict("the store's layers are no snapshots, but made for unions", True)
+    return Verdict("the store's layers are snapshots of btrfs, which only btrfs can serve", True)
+
+
+def _has_layers(layout: Layout) -> bool:
+    try:
+        with os.scandir(layout.layers) as entries:
+            return next(entries, None) is not None
+    except FileNotFoundError:
+        return False
 
 
 def survey(layout: Layout) -> Iterator[tuple[str, Backend | str]]:

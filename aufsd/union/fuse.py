@@ -65,6 +65,8 @@ class Fuse:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = NAME
     dialect: Dialect = Dialect.AUFS
+    unions: bool = True
+    storage_options: frozenset[str] = frozenset()
     # it has no limit of its own; more than this no other backend of the store would mount
     max_branches: int = LOWERS_MAX
     patience: float = _START_WITHIN

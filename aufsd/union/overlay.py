@@ -49,6 +49,8 @@ class Overlay:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = "overlay"
     dialect: Dialect = Dialect.OVERLAY
+    unions: bool = True
+    storage_options: frozenset[str] = frozenset()
     max_branches: int = LOWERS_MAX
     live_lower_warning: str = (
         "the parent is mounted read-write, and overlayfs may not show later writes to it"

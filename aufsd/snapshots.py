@@ -1,0 +1,111 @@
+"""Layers that are snapshots of their parents: what create, get and apply mean for them.
+
+Used by the driver where the backend makes no unions, within the claims that the driver holds.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+import structlog
+import trio
+
+from aufsd import answers
+from aufsd.archive.jobs import Jobs
+from aufsd.archive.requests import Branch
+from aufsd.store import content as contents
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+from aufsd.table import Table
+from aufsd.threads import Disk
+from aufsd.union import dialect as dialects
+from aufsd.union.dialect import Dialect
+from aufsd_client.errors import LayerHasChildren, LayerInUse, LimitExceeded
+
+log = structlog.get_logger(__name__)
+
+# as Docker's --security-opt says it, for one layer
+NO_LABEL: Final = ("", "label:disable")
+
+
+@dataclass(slots=True)
+class Snapshots:
+    """The operations. `selinux`: whether a mount label is put on what a new layer holds."""
+
+    store: Store
+    jobs: Jobs
+    disk: Disk
+    table: Table
+    selinux: bool
+
+    async def create(
+        self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
+    ) -> list[str]:
+        """Make a layer as a snapshot of its parent, labelled; warnings. All or nothing.
+
+        The parent is frozen, unless somebody uses it. Cancelled: nothing was made.
+        """
+        parent = parents[0] if parents else None
+        warnings = []
+        staged = await self.disk.run(self.store.stage_child, parent, size)
+        try:
+            if label not in NO_LABEL and not self.selinux:
+                warnings.append("labels are off for this daemon (selinux = false)")
+            # the seed's change: a layer that stands on its own -init layer was labelled with that
+            elif label not in NO_LABEL and parent != f"{id}-init":
+                await self.jobs.relabel(id, staged, label)
+            if parent is not None:
+                if await self.disk.run(contents.holds_subvolumes, self._content(parent)):
+                    warnings.append(f"subvolumes inside of parent {parent} show as empty here")
+                if parent not in self.table.entries:
+                    await self.disk.run(contents.freeze, self._content(parent), True)
+            await self.disk.run(self.store.create_on_disk, id, parents, self._xattrs(), staged)
+        finally:
+            await self._discard(staged)
+        return warnings
+
+    async def settle(self, id: LayerId) -> None:
+        """Before the first reference: writable if nothing stands on the layer, else not.
+
+        What children changed is told by comparing them with their parent, so that has to stay.
+        """
+        if id not in self.table.entries and id in self.store.parent:
+            children = bool(self.store.children_of(id))
+            await self.disk.run(contents.freeze, self._content(id), children)
+
+    async def apply(self, id: LayerId, source: int, *, digest: bool) -> answers.Streamed:
+        """Unpack a tar into a layer that the caller has claimed; whiteouts are carried out.
+
+        All or nothing. Raises LayerHasChildren too, and LayerInUse if subvolumes lie in the layer.
+        """
+        children = sorted(self.store.children_of(id))
+        if children:
+            raise LayerHasChildren(
+                f"layers that were made as snapshots of {id} would not show the change",
+                id=id,
+                children=children[:20],
+            )
+        if await self.disk.run(contents.holds_subvolumes, self._content(id)):
+            raise LayerInUse(f"layer {id} holds subvolumes, which an apply would lose", id=id)
+        staged = await self.disk.run(self.store.stage, id, self._xattrs())
+        try:
+            own = (Branch(id, Dialect.NONE),)
+            result = await self.jobs.apply(own, staged, source, digest=digest)
+            size = await self.jobs.staged_size(id, staged, self.store.parent[id] or "")
+            most = self.jobs.settings.limits.bytes
+            if most and size > most:
+                raise LimitExceeded(f"the layer would hold more than {most} bytes", limit=most)
+            await self.disk.run(self.store.swap_in, id, staged)
+        finally:
+            await self._discard(staged)
+        return msgspec.structs.replace(result, size=size)
+
+    async def _discard(self, staged: str) -> None:
+        with trio.CancelScope(shield=True):
+            await self.disk.run(self.store.discard, staged)
+
+    def _xattrs(self) -> dict[str, bytes]:
+        return dialects.xattrs(Dialect.NONE, self.store.xattr_namespace)
+
+    def _content(self, id: LayerId) -> str:
+        return self.store.layout.content(id)
