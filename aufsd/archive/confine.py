@@ -1,6 +1,7 @@
 """What a child that handles strangers' archives is left with: one directory, and no privileges.
 
-`prepare` does once, in the fork server, what every child inherits; `enter` the rest, in a child.
+`prepare` does once, in the fork server, what every child inherits; `isolate`, `enter` and `drop`
+the rest, in a child.
 """
 
 import errno
@@ -59,13 +60,17 @@ def prepare(scratch: str) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
+def isolate() -> None:
+    """Give this process a mount namespace of its own; before `enter`."""
+    sc.unshare(sc.CLONE_NEWNS)
+
+
 def enter(root: int, *, read_only: bool, branches: int | None = None) -> int | None:
     """Make the detached mount `root` all that this process sees.
 
     `branches` is another detached mount, for reading through a descriptor only: returns one on its
     root, from which `..` leads nowhere. Both descriptors given are closed.
     """
-    sc.unshare(sc.CLONE_NEWNS)
     found = None
     if branches is not None:
         _attach(branches, "/branches", read_only=True)

@@ -3,8 +3,9 @@
     python -m aufsd.archive.forkserver FD SCRATCH
 
 FD is a Unix socket; each message on it carries one descriptor, the socket of a new job, and is
-answered by nothing: the child speaks on the job's socket. At the socket's end the server ends, and
-with it every child. It is never reached by what an archive holds.
+answered by nothing: the child speaks on the job's socket. A child is forked before its job comes,
+and takes that from the socket itself, which saves a job a millisecond. At the socket's end the
+server ends, and with it every child. It is never reached by what an archive holds.
 """
 
 import gc
@@ -12,9 +13,13 @@ import os
 import signal
 import socket
 import sys
+from typing import Final, NoReturn
 
 from aufsd.archive import child, confine
 from aufsd.kernel import syscalls
+
+_JOB: Final = b"j"
+_END: Final = b"e"
 
 
 def main() -> None:
@@ -31,14 +36,29 @@ def main() -> None:
     gc.freeze()
     me = os.getpid()
     while True:
-        _, fds, _, _ = socket.recv_fds(server, 1, 1)
-        if not fds:
-            return
+        done, taken = os.pipe()
         if os.fork() == 0:
-            server.close()
+            os.close(done)
             die_with_parent(me)
-            child.run(socket.socket(fileno=fds[0]))
-        os.close(fds[0])
+            _spare(server, taken)
+        os.close(taken)
+        # nothing comes from one that was killed while it waited: then there is another
+        said = os.read(done, 1)
+        os.close(done)
+        if said == _END:
+            return
+
+
+def _spare(server: socket.socket, taken: int) -> NoReturn:
+    """Wait for a job with all done that can be, and say so when it comes."""
+    confine.isolate()
+    _, fds, _, _ = socket.recv_fds(server, 1, 1)
+    os.write(taken, _JOB if fds else _END)
+    if not fds:
+        os._exit(0)
+    os.close(taken)
+    server.close()
+    child.run(socket.socket(fileno=fds[0]))
 
 
 def die_with_parent(parent: int) -> None:

@@ -30,6 +30,8 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, Overloaded, from_wire
 
 _LINE = 1 << 16
+# of the fork server for one job
+_STARTS = 2
 
 
 @dataclass(slots=True)
@@ -45,21 +47,16 @@ class ForkServer:
 
     async def fork(self, channel: socket.socket) -> None:
         """Have a child made that serves `channel`, which the caller closes."""
-        for attempt in range(2):
+        for _ in range(_STARTS):
             self.start()
             assert self.channel is not None
             try:
-                # one byte, into a queue of many: this does not wait for anything but the kernel
-                socket.send_fds(self.channel, [b"j"], [channel.fileno()])
+                while not _sent(self.channel, channel):
+                    await trio.lowlevel.wait_writable(self.channel)
+                return
             except (BrokenPipeError, ConnectionResetError):
                 self.stop()
-                if attempt:
-                    raise
-            except BlockingIOError:
-                await trio.lowlevel.wait_writable(self.channel)
-            else:
-                return
-        raise InternalError("the archive server takes no jobs")
+        raise InternalError("the process that archive jobs are forked from ends at once")
 
     def start(self) -> None:
         """Start the process unless it runs, without waiting: a job sent early waits in line."""
@@ -96,6 +93,15 @@ class ForkServer:
             self.process = None
 
 
+def _sent(server: socket.socket, channel: socket.socket) -> bool:
+    """Hand a job's socket over; False if there is no room. One byte, in a queue of many."""
+    try:
+        socket.send_fds(server, [b"j"], [channel.fileno()])
+    except BlockingIOError:
+        return False
+    return True
+
+
 @dataclass(slots=True)
 class _Running:
     """A job that has its child, and how far it said it is."""
@@ -105,6 +111,7 @@ class _Running:
     since: float
     bytes: int = 0
     entries: int = 0
+    pid: int = 0
 
 
 @dataclass(slots=True)
@@ -345,7 +352,9 @@ class _Child:
                 self.job.bytes, self.job.entries = reply.bytes, reply.entries
             elif isinstance(reply, requests.Failed):
                 raise from_wire(reply.error)
-            elif not isinstance(reply, requests.Started):
+            elif isinstance(reply, requests.Started):
+                self.job.pid = reply.pid
+            else:
                 return reply
 
     async def _receive(self) -> bool:

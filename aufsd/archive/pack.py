@@ -30,7 +30,7 @@ _END: Final = bytes(2 * headers.BLOCK)
 class Packer:
     """Writes entries. Knows what one looks like in a tar, not which there are."""
 
-    __slots__ = ("_links", "_owners", "_settings", "meter", "sink")
+    __slots__ = ("_incomplete", "_links", "_owners", "_settings", "meter", "sink")
 
     def __init__(self, sink: Sink, settings: Settings, meter: Meter) -> None:
         self.sink = sink
@@ -38,6 +38,8 @@ class Packer:
         self._settings = settings
         self._owners = Owners(settings, outward=True)
         self._links: dict[tuple[int, int], bytes] = {}
+        overlay = f"{settings.namespace}.overlay"
+        self._incomplete = (f"{overlay}.redirect", f"{overlay}.metacopy")
 
     def whiteout(self, name: bytes) -> None:
         """A mark: an empty regular file, the same on every union file system."""
@@ -66,34 +68,34 @@ class Packer:
     def file(self, name: bytes, fd: int, found: os.stat_result) -> None:
         """A regular file with its content, or a link to the name it was written under before."""
         link = self._linked(name, found) if found.st_nlink > 1 else b""
-        names = os.listxattr(fd) if not link else ()
+        names = () if link else os.listxattr(fd)
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
-        size = 0 if link else found.st_size
-        mtime = found.st_mtime_ns // 1_000_000_000
-        header = None
-        if not link and not names:
-            header = headers.encode_plain(name, found.st_mode, uid, gid, size, mtime)
+        mode, size, mtime = found.st_mode, found.st_size, found.st_mtime_ns // 1_000_000_000
         self.meter.entries += 1
-        self.sink.write(
-            header
-            or headers.encode(
+        if link:
+            self.sink.write(
+                headers.encode(
+                    name, headers.LINK, mode=mode, uid=uid, gid=gid, mtime=mtime, link=link
+                )
+            )
+            return
+        header = headers.encode_plain(name, mode, uid, gid, size, mtime) if not names else None
+        if header is None:
+            header = headers.encode(
                 name,
-                headers.LINK if link else headers.REGULAR,
-                mode=found.st_mode,
+                headers.REGULAR,
+                mode=mode,
                 uid=uid,
                 gid=gid,
                 size=size,
                 mtime=mtime,
-                link=link,
                 xattrs=self._xattrs(fd, name, names) if names else (),
             )
-        )
-        if size:
-            missing = self.sink.body(fd, size)
-            if missing:
-                self.meter.warn(
-                    f"{shown(name)} shrank by {missing} bytes while it was read; zeros stand there"
-                )
+        missing = self.sink.file(header, fd, size)
+        if missing:
+            self.meter.warn(
+                f"{shown(name)} shrank by {missing} bytes while it was read; zeros stand there"
+            )
 
     def other(self, name: bytes, found: os.stat_result, target: bytes) -> None:
         """A symlink (to `target`), device or fifo; a socket is left out."""
@@ -142,13 +144,13 @@ class Packer:
         return b"" if first is name else first
 
     def _xattrs(self, fd: int, name: bytes, names: Collection[str]) -> list[tuple[bytes, bytes]]:
-        incomplete = next((n for n in names if n.endswith((".redirect", ".metacopy"))), "")
-        if incomplete.startswith(f"{self._settings.namespace}.overlay."):
-            raise InternalError(
-                f"{shown(name)} has the attribute {incomplete}: part of it lies in another layer, "
-                "and this one cannot be read by itself",
-                entry=shown(name),
-            )
+        for incomplete in self._incomplete:
+            if incomplete in names:
+                raise InternalError(
+                    f"{shown(name)} has the attribute {incomplete}: part of it lies in another "
+                    "layer, and this one cannot be read by itself",
+                    entry=shown(name),
+                )
         return exported(
             names, lambda text: os.getxattr(fd, text), self._settings, self._owners, name
         )

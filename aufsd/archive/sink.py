@@ -49,24 +49,25 @@ class Sink:
         if self._held >= _HELD_MAX:
             self.flush()
 
-    def body(self, fd: int, size: int) -> int:
-        """Add `size` bytes from a regular file's start, and padding to the block.
+    def file(self, header: bytes, fd: int, size: int) -> int:
+        """Add a header, `size` bytes from a regular file's start, and padding to the block.
 
         What the file lacks is filled with zeros; returns how many bytes those were.
         """
         if size > _SMALL:
+            self.write(header)
             missing = self._large(fd, size)
             self.write(_ZEROS[: -size % BLOCK])
             return missing
-        data = os.read(fd, size)
-        while len(data) < size:
-            more = os.read(fd, size - len(data))
-            if not more:
-                break
-            data += more
+        data = os.read(fd, size) if size else b""
         missing = size - len(data)
-        self._parts += (data, _ZEROS[: missing + -size % BLOCK])
-        self._held += size + -size % BLOCK
+        if missing:
+            while more := os.read(fd, missing):
+                data += more
+                missing -= len(more)
+        padding = missing + -size % BLOCK
+        self._parts += (header, data, _ZEROS[:padding])
+        self._held += len(header) + len(data) + padding
         if self._held >= _HELD_MAX:
             self.flush()
         return missing

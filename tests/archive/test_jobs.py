@@ -59,11 +59,9 @@ def pipe() -> Iterator[tuple[int, int]]:
 async def until_running(shelf: Shelf, size: int = 0) -> int:
     """Wait until a job has its child and said that it is so far; the child's pid."""
     while True:
-        jobs = shelf.jobs.running()
-        children = children_of(shelf.jobs.server)
-        if jobs and children and jobs[0].bytes >= size:
-            # the newest: another job's may be about to vanish
-            return children[-1]
+        for job in shelf.jobs.jobs.values():
+            if job.pid and job.bytes >= size:
+                return job.pid
         await trio.sleep(0.005)
 
 
