@@ -100,9 +100,9 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
     limits = Limits(bytes=config.max_layer_bytes, entries=config.max_layer_entries)
     driver: Driver | None = None
 
-    async def prepare(chain: tuple[LayerId, ...]) -> None:
+    async def prepare(chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         assert driver is not None, "nothing is mounted before the driver stands"
-        await driver.prepare(chain)
+        return await driver.prepare(chain)
 
     try:
         async with (

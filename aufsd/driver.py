@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import structlog
@@ -64,6 +64,8 @@ class Driver:
     snapshots: Snapshots
     # set to have removed layers deleted in the background
     erase: trio.Event
+    # layers that are in the backend's dialect; whether their `/` is opaque
+    roots: dict[LayerId, bool] = field(default_factory=dict)
 
     # --- questions that touch memory only -----------------------------------------------------
 
@@ -183,6 +185,7 @@ class Driver:
             return answers.Removed(False, "not-found")
         try:
             async with self.unions.removing(id, force=force):
+                self.roots.pop(id, None)
                 left = await self.disk.run(self.store.remove_on_disk, id)
                 self.store.forget(id)
         except LayerInUse as error:
@@ -293,6 +296,7 @@ class Driver:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
         async with self.unions.table.changing(id):
+            self.roots.pop(id, None)
             if self.store.snapshots:
                 try:
                     return await self.snapshots.apply(id, source, digest=digest)
@@ -319,26 +323,36 @@ class Driver:
     async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
         async with self.unions.table.changing(id):
+            self.roots.pop(id, None)
             return answers.Converted(await self.jobs.convert(id, to))
 
-    async def prepare(self, chain: tuple[LayerId, ...]) -> None:
-        """Bring every branch of a chain that is about to be mounted into the backend's dialect."""
+    async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
+        """Bring every branch of a chain that is about to be mounted into the backend's dialect.
+
+        Returns those whose `/` is opaque. What was once looked at is remembered: only `apply_diff`
+        and `convert` change it, and those forget it.
+        """
+        unknown = tuple(id for id in chain if id not in self.roots)
+        if unknown:
+            for id, dialect in (await self.disk.run(self._dialects, unknown)).items():
+                if dialect is not self.backend.dialect:
+                    await self._convert_for_mount(id, dialect, owned=id == chain[0])
+            self.roots.update(await self.disk.run(self._opaque_roots, unknown))
+        return frozenset(id for id in chain if self.roots[id])
+
+    async def _convert_for_mount(self, id: LayerId, dialect: Dialect, *, owned: bool) -> None:
         wanted = self.backend.dialect
-        for branch in await self.disk.run(self._branches, chain):
-            id = LayerId(branch.id)
-            if branch.dialect is wanted:
-                continue
-            if self.convert_policy == "never":
-                command = f"aufsctl convert {id} --to {wanted}"
-                raise ConversionNeeded(
-                    f"layer {id} is written for {branch.dialect}, {self.backend.name} needs "
-                    f"{wanted}, and converting is off: run `{command}`",
-                    id=id,
-                    command=command,
-                )
-            async with self.unions.converting(id, owned=id == chain[0]):
-                if await self.jobs.convert(id, wanted):
-                    log.info("branch converted", id=id, dialect=str(wanted))
+        if self.convert_policy == "never":
+            command = f"aufsctl convert {id} --to {wanted}"
+            raise ConversionNeeded(
+                f"layer {id} is written for {dialect}, {self.backend.name} needs "
+                f"{wanted}, and converting is off: run `{command}`",
+                id=id,
+                command=command,
+            )
+        async with self.unions.converting(id, owned=owned):
+            if await self.jobs.convert(id, wanted):
+                log.info("branch converted", id=id, dialect=str(wanted))
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
@@ -390,6 +404,14 @@ class Driver:
 
     def _branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
         return tuple(Branch(id, self._dialect(id)) for id in chain)
+
+    def _dialects(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
+        return {id: self._dialect(id) for id in ids}
+
+    def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
+        content, namespace = self.store.layout.content, self.store.xattr_namespace
+        wanted = self.backend.dialect
+        return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
 
     def _dialect(self, id: LayerId) -> Dialect:
         return dialects.read_dialect(self.store.layout.content(id), self.store.xattr_namespace)

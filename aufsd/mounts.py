@@ -43,7 +43,8 @@ BUSY_PAUSE = 0.1  # seconds
 # a mount that stayed busy without a reference is tried again this often, in the background
 BUSY_RETRY = 30.0  # seconds
 
-Prepare = Callable[[tuple[LayerId, ...]], Awaitable[None]]
+# brings a chain into the backend's dialect; its branches whose `/` is opaque
+Prepare = Callable[[tuple[LayerId, ...]], Awaitable[frozenset[LayerId]]]
 
 
 @dataclass(slots=True)
@@ -63,7 +64,7 @@ class Mounts:
     """The mounts of one store; `open_mounts` makes it.
 
     `prepare` is called with a chain before it is mounted, while its ids are settled: it may convert
-    branches (`converting`).
+    branches (`converting`), and says which roots are opaque.
     """
 
     store: Store
@@ -129,8 +130,9 @@ class Mounts:
         )
         table.enter(id, mounting)
         try:
-            await self.prepare(chain)
-            await self.thread.run(self._mount_in_thread, table.union(id, mounting))
+            opaque = await self.prepare(chain)
+            union = table.union(id, mounting, opaque=opaque)
+            await self.thread.run(self._mount_in_thread, union)
         except BaseException:
             with table.locked():
                 self.counters.failed_mounts += 1
@@ -445,3 +447,4 @@ async def open_mounts(
             yield mounts
         finally:
             nursery.cancel_scope.cancel()
+            mounts.thread.close()

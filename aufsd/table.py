@@ -130,8 +130,10 @@ class Table:
             if any(reference.is_of(pid, start) for reference in entry.references)
         ]
 
-    def union(self, id: LayerId, entry: Entry) -> Union:
-        """What a backend has to mount for an entry."""
+    def union(
+        self, id: LayerId, entry: Entry, *, opaque: frozenset[LayerId] | None = None
+    ) -> Union:
+        """What a backend has to mount for an entry; `opaque` as Union.opaque_roots, by id."""
         layout = self.store.layout
         return Union(
             id=id,
@@ -141,6 +143,7 @@ class Table:
             work=layout.work(id),
             label=entry.label,
             read_only=entry.read_only,
+            opaque_roots=None if opaque is None else frozenset(map(layout.content, opaque)),
         )
 
     # --- what a layer is used for -------------------------------------------------------------

@@ -4,10 +4,13 @@ Work given to a thread is never abandoned: a cancelled caller still waits for th
 its result, so that what was done is always known to who asked for it.
 """
 
+import threading
 import time
 from collections.abc import Callable
+from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
+import outcome
 import trio
 
 P = ParamSpec("P")
@@ -44,7 +47,11 @@ class MountThread:
     """
 
     def __init__(self) -> None:
-        self._limiter = trio.CapacityLimiter(1)
+        # a thread of our own: to_thread.run_sync takes any that is idle and names it, which with
+        # its limiter costs three times what the hop does; a call by descriptor number leaves its
+        # thread with a working directory of its own besides (union/runner.py)
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
         # for metrics: calls that ended, and the seconds that they waited and took
         self.calls = 0
         self.wait_seconds = 0.0
@@ -60,20 +67,54 @@ class MountThread:
     @property
     def queued(self) -> int:
         """How many calls wait for the thread."""
-        return self._limiter.statistics().tasks_waiting
+        return self._jobs.qsize()
 
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """See `run` above."""
+        """Call `function` in the thread, after all that was given to it before.
+
+        Cancellation while it waits for its turn: the function was not called. After that: it runs
+        to its end and its result is returned.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name="mounts", daemon=True)
+            self._thread.start()
+        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
         asked = time.monotonic()
+        # who takes it out has decided: the thread calls the function, or the task is cancelled
+        turn = [True]
 
-        def timed() -> T:
+        def job() -> None:
+            if not _taken(turn):
+                return
             began = self._since = time.monotonic()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._since = None
-                self.calls += 1
-                self.wait_seconds += began - asked
-                self.busy_seconds += time.monotonic() - began
+            result = outcome.capture(function, *args, **kwargs)
+            self._since = None
+            self.calls += 1
+            self.wait_seconds += began - asked
+            self.busy_seconds += time.monotonic() - began
+            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
 
-        return await run(timed, self._limiter)
+        def withdraw(_: object) -> trio.lowlevel.Abort:
+            return trio.lowlevel.Abort.SUCCEEDED if _taken(turn) else trio.lowlevel.Abort.FAILED
+
+        self._jobs.put(job)
+        found: T = await trio.lowlevel.wait_task_rescheduled(withdraw)
+        return found
+
+    def close(self) -> None:
+        """Let the thread end when it has done what it was given."""
+        self._jobs.put(None)
+        self._thread = None
+
+    def _serve(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+
+
+def _taken(turn: list[bool]) -> bool:
+    """Take the one item out; False if it is gone. Atomic, as every method of a list is."""
+    try:
+        return turn.pop()
+    except IndexError:
+        return False

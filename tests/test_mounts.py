@@ -39,8 +39,9 @@ BASE, TOP, SIDE = LayerId("base"), LayerId("top"), LayerId("side")
 MANUAL = Reference(1, 0, "test", "manual", 0.0, 0)
 
 
-async def leave_as_it_is(chain: tuple[LayerId, ...]) -> None:
+async def leave_as_it_is(chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
     """Branches are made in the backend's dialect here: nothing to prepare."""
+    return frozenset()
 
 
 @asynccontextmanager
