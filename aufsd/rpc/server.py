@@ -29,6 +29,8 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _EXHAUSTED_PAUSE = 0.1  # seconds
 # <linux/socket.h> has no name in Python for it: the peer's supplementary groups, since Linux 4.13
 _SO_PEERGROUPS = 59
+# bytes, four a group; Python's getsockopt takes no more (Modules/socketmodule.c)
+_GROUPS = 1024
 
 
 def _ignore(method: str, outcome: str, seconds: float) -> None:
@@ -149,7 +151,7 @@ def _turn_away(sock: socket.socket, error: AufsdError) -> None:
 
 def _groups(sock: socket.socket) -> tuple[int, ...]:
     try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * 1024)
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS)
     except OSError:
         # more than fit, which only an allow-list of one of the rest would miss; or an old kernel
         return ()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aufsd_client import Client
-from aufsd_client.errors import AufsdError, PermissionDenied
+from aufsd_client.errors import AufsdError, InvalidParams, PermissionDenied
 from tests.systemd.box import Box
 from tests.systemd.conftest import (
     CONTROL,
@@ -225,6 +225,18 @@ def test_the_owner_of_a_store_for_containers_is_left_alone(box: Box, connect: Co
     box.systemctl("restart", SERVICE)
     found = os.stat(box.path("/var/lib/aufsd/diff/base/set-id"))
     assert (found.st_uid, found.st_gid) == (101234, 105678)
+
+
+def test_a_process_that_the_daemon_cannot_see_cannot_hold(box: Box, connect: Connect) -> None:
+    made = start(box, connect)
+    with pytest.raises(InvalidParams, match="a process that the daemon can see"):
+        made.get("top", hold="process")
+    assert made.get("top").references == 1
+    script = "import os, time\nclient.get('top', hold='process')\nprint(os.getpid())\n"
+    pid = python(box, script).strip()
+    # one that it can see does, and puts when it ends
+    wait_until(lambda: len(made.mounts().mounts[0].holders) == 1)
+    assert f'"pid":{pid}' in box.journal(SERVICE)
 
 
 # --- restarts -------------------------------------------------------------------------------------
