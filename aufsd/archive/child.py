@@ -55,7 +55,7 @@ def run(channel: socket.socket) -> NoReturn:
 def _introduce(channel: socket.socket) -> None:
     """Give the daemon a pidfd, so that it can kill this process and no other."""
     pidfd = os.pidfd_open(os.getpid())
-    line = requests.encode(requests.Started(os.getpid())) + b"\n"
+    line = requests.encode(requests.Started()) + b"\n"
     channel.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
     os.close(pidfd)
 

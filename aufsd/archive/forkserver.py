@@ -26,14 +26,21 @@ def main() -> None:
     """Serve until the socket ends."""
     server = socket.socket(fileno=int(sys.argv[1]))
     die_with_parent(os.getppid())
-    # children are reaped by the kernel
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     # Ctrl-C in a terminal reaches the whole group; the daemon says when it is over
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine.prepare(sys.argv[2])
     child.warm_up()
     # nothing that lives now is garbage; without this each child would copy it all to look at it
     gc.freeze()
+    first = os.fork()
+    if first:
+        # the namespace of processes begins with that one, and ends with it
+        server.close()
+        os.waitpid(first, 0)
+        return
+    syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+    # children are reaped by the kernel
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     me = os.getpid()
     while True:
         done, taken = os.pipe()

@@ -30,6 +30,8 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, Overloaded, from_wire
 
 _LINE = 1 << 16
+# a page of changes whose paths are all as long as they can be is smaller
+_REPLY_MAX = 256 << 20
 # of the fork server for one job
 _STARTS = 2
 
@@ -111,6 +113,7 @@ class _Running:
     since: float
     bytes: int = 0
     entries: int = 0
+    # 0 until the child said its first line
     pid: int = 0
 
 
@@ -352,14 +355,16 @@ class _Child:
                 self.job.bytes, self.job.entries = reply.bytes, reply.entries
             elif isinstance(reply, requests.Failed):
                 raise from_wire(reply.error)
-            elif isinstance(reply, requests.Started):
-                self.job.pid = reply.pid
-            else:
+            elif not isinstance(reply, requests.Started):
                 return reply
 
     async def _receive(self) -> bool:
-        """Read more of the replies; False if no more can come."""
-        room = socket.CMSG_SPACE(array.array("i").itemsize)
+        """Read more of the replies; False if no more can come.
+
+        Only the first line brings a descriptor. It is sent before the child has seen anything of a
+        stranger's; what came later might name another process, and the kernel discards it here.
+        """
+        room = socket.CMSG_SPACE(array.array("i").itemsize) if self.pidfd < 0 else 0
         try:
             data, ancillary, _, _ = await self.stream.recvmsg(_LINE, room, socket.MSG_CMSG_CLOEXEC)
         except ConnectionResetError:
@@ -367,7 +372,10 @@ class _Child:
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 self.pidfd = array.array("i", payload)[0]
+                self.job.pid = _pid_of(self.pidfd)
         self.held += data
+        if len(self.held) > _REPLY_MAX:
+            raise InternalError(f"the process of this {self.job.kind} does not stop talking")
         return bool(data)
 
 
@@ -417,8 +425,15 @@ def _cloned(path: str) -> Iterator[int]:
         os.close(fd)
 
 
+def _pid_of(pidfd: int) -> int:
+    """The pid, as /proc shows it to us (proc_pid_fdinfo(5)). Reading this does not block."""
+    with open(f"/proc/self/fdinfo/{pidfd}") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), 0)
+
+
 def _died(job: _Running) -> InternalError:
-    return InternalError(f"the process of this {job.kind} was killed", id=job.id)
+    # the kernel's log names the pid if it was the memory that ran out
+    return InternalError(f"process {job.pid} of this {job.kind} was killed", id=job.id)
 
 
 T = TypeVar("T")

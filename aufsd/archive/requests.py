@@ -116,8 +116,6 @@ class Request(Struct, frozen=True):
 class Started(Struct, frozen=True, tag=True):
     """The child runs; a pidfd of it comes with this line."""
 
-    pid: int
-
 
 class Progress(Struct, frozen=True, tag=True):
     """How far the job is: bytes of the stream and entries."""

@@ -129,6 +129,8 @@ class Unpacker:
             self._make(name, lambda: os.symlink(member.link, name))
             self._count(1)
             self._owner(name, member)
+            if member.xattrs:
+                self._set_xattrs(name, member)
             os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
         elif kind == headers.LINK:
             self._link(name, path, member)

@@ -31,6 +31,7 @@ CLONE_FS: Final = 0x200
 CLONE_NEWNS: Final = 0x20000
 CLONE_NEWIPC: Final = 0x8000000
 CLONE_NEWUSER: Final = 0x10000000
+CLONE_NEWPID: Final = 0x20000000
 CLONE_NEWNET: Final = 0x40000000
 
 # <linux/fcntl.h>, <linux/mount.h>

@@ -204,6 +204,13 @@ async def test_forged_attributes_are_dropped_with_a_warning(shelf: Shelf) -> Non
         }
 
 
+async def test_attributes_of_symlinks_are_dropped_with_a_warning(shelf: Shelf) -> None:
+    shelf.add("a")
+    records = {"SCHILY.xattr.user.a": "b", "SCHILY.xattr.trusted.a": "b"}
+    stream = tar(entry("l", type=tarfile.SYMTYPE, linkname="x", pax_headers=records))
+    assert len((await shelf.apply(stream, "a")).warnings) == 2
+
+
 async def test_no_more_than_a_hundred_warnings_are_said(shelf: Shelf) -> None:
     shelf.add("a")
     bad = {"SCHILY.xattr.trusted.x": "y"}
