@@ -28,7 +28,7 @@ from aufsd.archive.unpack import Unpacker
 from aufsd.kernel import syscalls
 from aufsd.union import conversion
 from aufsd.union.dialect import Dialect
-from aufsd_client.errors import AufsdError, InternalError, NoSpace
+from aufsd_client.errors import AufsdError, InternalError, LimitExceeded, NoSpace
 
 _FDS_MAX = 8
 
@@ -89,6 +89,9 @@ def _reply(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return requests.Failed(NoSpace(f"no space left: {error.strerror}").to_wire())
+        if error.errno == errno.EMFILE:
+            deep = "the layer is too deep, or its chain too long, for the descriptors of a process"
+            return requests.Failed(LimitExceeded(deep).to_wire())
         return _unexpected(error)
     except Exception as error:
         return _unexpected(error)

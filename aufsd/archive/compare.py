@@ -4,15 +4,16 @@ Only names that occur in a branch which one side has and the other has not can d
 listed, and looked up in the rest: the cost follows the layers that differ, not what they stand on.
 """
 
+import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
 from aufsd.archive.meter import shown
-from aufsd.archive.pack import Packer
+from aufsd.archive.pack import GONE, Packer
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Found, Place
 from aufsd.union import dialect as marks
@@ -50,42 +51,81 @@ class _Frame(NamedTuple):
     cursor: list[bytes]
 
 
+def _ignore(path: bytes, error: OSError) -> None:
+    """What goes away while it is read is listed as if it had never been there."""
+    if error.errno not in GONE:
+        raise error
+
+
 def events(
-    now: list[Place], then: list[Place], settings: Settings, *, after: Sequence[bytes] = ()
+    now: list[Place],
+    then: list[Place],
+    settings: Settings,
+    *,
+    after: Sequence[bytes] = (),
+    vanished: Callable[[bytes, OSError], None] = _ignore,
 ) -> Iterator[Event | Leave]:
     """Everything that differs between two merged roots, sorted, parents before children.
 
     `after` are the components of a path: it and what sorts before it is left out, but not the
     directories above it ("same"). What an event holds is open until the next one is asked for.
+    `vanished` is told of errors, and raises those that are none of a layer in use.
     """
     frames = [_frame(b"", now, then, list(after))]
     while frames:
         frame = frames[-1]
         for name in frame.names:
-            found = view.lookup(frame.now, name)
-            before = view.lookup(frame.then, name)
-            kind = _kind(name, found, before, settings)
             path = frame.path + name
+            try:
+                seen = _look(frame, name, settings)
+            except OSError as error:
+                vanished(path, error)
+                continue
             passed = bool(frame.cursor) and name == frame.cursor[0]
-            if found is None or not stat.S_ISDIR(found.stat.st_mode):
-                if kind != "same" and not passed:
-                    yield Event(kind, path, found, -1, False)
+            if not seen.below:
+                if seen.kind != "same" and not passed:
+                    yield Event(seen.kind, path, seen.found, -1, False)
                 continue
-            below = view.descend(frame.now, name, found)
-            under = []
-            if before is not None and stat.S_ISDIR(before.stat.st_mode):
-                under = view.descend(frame.then, name, before)
-            if kind == "same" and (_ids(below) == _ids(under) or _twins(found, before, below=True)):
-                _close(below, under)
+            if seen.kind == "same" and (seen.twins or _ids(seen.below) == _ids(seen.under)):
+                _close(seen.below, seen.under)
                 continue
-            yield Event("same" if passed else kind, path, found, below[0].fd, True)
-            frames.append(_frame(path + b"/", below, under, frame.cursor[1:] if passed else []))
+            yield Event("same" if passed else seen.kind, path, seen.found, seen.below[0].fd, True)
+            cursor = frame.cursor[1:] if passed else []
+            frames.append(_frame(path + b"/", seen.below, seen.under, cursor))
             break
         else:
             frames.pop()
             if frames:
                 _close(frame.now, frame.then)
                 yield Leave()
+
+
+class _Seen(NamedTuple):
+    """A name in both views: `below` and `under` are its directories, if it is one there.
+
+    `twins`: it is a directory that is known to be one in both, with all that is in it.
+    """
+
+    kind: Kind
+    found: Found | None
+    below: list[Place]
+    under: list[Place]
+    twins: bool
+
+
+def _look(frame: _Frame, name: bytes, settings: Settings) -> _Seen:
+    found = view.lookup(frame.now, name)
+    before = view.lookup(frame.then, name)
+    kind = _kind(name, found, before, settings)
+    if found is None or not stat.S_ISDIR(found.stat.st_mode):
+        return _Seen(kind, found, [], [], False)
+    below = view.descend(frame.now, name, found)
+    if not below:
+        raise FileNotFoundError(errno.ENOENT, "the directory went away")
+    under = []
+    if before is not None and stat.S_ISDIR(before.stat.st_mode):
+        under = view.descend(frame.then, name, before)
+    return _Seen(kind, found, below, under, _twins(found, before, below=True))
 
 
 def _frame(path: bytes, now: list[Place], then: list[Place], cursor: list[bytes]) -> _Frame:
@@ -224,7 +264,7 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
     waiting: list[tuple[bytes, int, view.Layer] | None] = []
     # how deep we are below a name that no archive can hold
     unsaid = 0
-    for event in events(now, then, settings):
+    for event in events(now, then, settings, vanished=packer.vanished):
         if isinstance(event, Leave):
             if unsaid:
                 unsaid -= 1

@@ -23,7 +23,8 @@ from aufsd_client.errors import InternalError
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # not to wait for a writer, should a name have become a fifo since it was listed
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-_GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+# of a name that was listed a moment ago
+GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 _END: Final = bytes(2 * headers.BLOCK)
 
 
@@ -134,7 +135,7 @@ class Packer:
 
     def vanished(self, name: bytes, error: OSError) -> None:
         """Say that an entry was listed and is gone; any other error is raised again."""
-        if error.errno not in _GONE:
+        if error.errno not in GONE:
             raise error
         self.meter.warn(f"{shown(name)} went away while the layer was read")
 

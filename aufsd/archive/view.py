@@ -4,6 +4,7 @@ The strict rule: going down, the first whiteout, opaque directory or non-directo
 (what overlayfs shows and OCI means; aufs itself differs in corners, aufs-facts.md section 0).
 """
 
+import errno
 import os
 import stat
 from collections.abc import Sequence
@@ -126,7 +127,9 @@ def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
             if place.layer.hides(place.fd, name):
                 break
             continue
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                raise
             # not a directory, or a symlink: what lies below it does not show
             break
         below.append(Place(place.layer, fd))
