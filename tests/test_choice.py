@@ -88,12 +88,51 @@ def test_overlay_alone_on_overlayfs_is_an_incompatible_file_system(tmp_path: Pat
         choose("overlay", "", Layout(store))
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "btrfs"])
 def test_a_store_on_tmpfs_can_be_served(name: str, tmp_path: Path) -> None:
     if OFF.get({"fuse-overlayfs": "fuse"}.get(name, name)):
         pytest.skip(f"{name} is not here")
     with mounted(tmp_path / "store", "tmpfs") as store:
         assert choose(name, "", Layout(store)).backend.name == name
+
+
+@pytest.mark.btrfs
+def test_auto_takes_btrfs_on_btrfs_for_a_new_store(on_btrfs: Path) -> None:
+    choice = choose("auto", "", Layout(str(on_btrfs)))
+    assert (choice.backend.name, choice.warnings) == ("btrfs", ())
+    assert "the store lies on btrfs" in choice.why
+    assert choose("btrfs", "", Layout(str(on_btrfs))).why == ""
+    assert choose("overlay", "", Layout(str(on_btrfs))).backend.name == "overlay"
+    # it stays what it is, also before the first layer
+    assert choose("auto", "overlay", Layout(str(on_btrfs))).backend.name == "overlay"
+
+
+@pytest.mark.btrfs
+@pytest.mark.parametrize("prior", ["", "overlay", "aufs"])
+def test_layers_made_for_unions_are_not_for_btrfs(on_btrfs: Path, prior: str) -> None:
+    (on_btrfs / "layers").mkdir()
+    (on_btrfs / "layers/base").touch()
+    assert choose("auto", prior, Layout(str(on_btrfs))).backend.name != "btrfs"
+    with pytest.raises(IncompatibleFilesystem, match="made for unions"):
+        choose("btrfs", prior, Layout(str(on_btrfs)))
+
+
+@pytest.mark.btrfs
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "btrfs"])
+def test_snapshots_are_for_btrfs_alone(on_btrfs: Path, name: str) -> None:
+    (on_btrfs / "layers").mkdir()
+    (on_btrfs / "layers/base").touch()
+    assert choose("auto", "btrfs", Layout(str(on_btrfs))).backend.name == "btrfs"
+    with pytest.raises(IncompatibleFilesystem, match="only btrfs can serve"):
+        choose(name, "btrfs", Layout(str(on_btrfs)))
+
+
+def test_btrfs_elsewhere_is_an_incompatible_file_system(tmp_path: Path) -> None:
+    with (
+        mounted(tmp_path / "store", "tmpfs") as store,
+        pytest.raises(IncompatibleFilesystem, match="the store lies on tmpfs"),
+    ):
+        choose("btrfs", "", Layout(store))
 
 
 def test_a_read_only_store_is_an_error_of_the_disk(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from aufsd.store.layout import Layout
 from aufsd.union.backend import Backend, Union, Verdict
 from aufsd.union.choice import PROBES
 from aufsd.union.dialect import Dialect
+from tests.conformance import snapshots
 
 
 @dataclass
@@ -49,19 +50,19 @@ class Layers:
         """A whiteout of `name`."""
         path = Path(self.content(id), name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if self.backend.dialect is Dialect.AUFS:
-            (path.parent / f".wh.{path.name}").touch()
-        else:
+        if self.backend.dialect is Dialect.OVERLAY:
             os.mknod(path, 0o020000, os.makedev(0, 0))
+        else:
+            (path.parent / f".wh.{path.name}").touch()
 
     def make_opaque(self, id: str, name: str = "") -> None:
         """Have the directory hide what lies below it."""
         path = Path(self.content(id), name)
         path.mkdir(parents=True, exist_ok=True)
-        if self.backend.dialect is Dialect.AUFS:
-            (path / ".wh..wh..opq").touch()
-        else:
+        if self.backend.dialect is Dialect.OVERLAY:
             os.setxattr(path, f"{self.backend.namespace}.overlay.opaque", b"y")
+        else:
+            (path / ".wh..wh..opq").touch()
 
     def union(self, *ids: str, read_only: bool = False) -> Union:
         """The layers as one union, topmost first."""
@@ -80,10 +81,27 @@ class Layers:
             pytest.skip("in a user namespace overlayfs has no index, and tells nothing")
 
     def mount(self, *ids: str, read_only: bool = False) -> Union:
-        """Mount that union; the store's fixture unmounts what is left."""
+        """Mount that union; the store's fixture unmounts what is left.
+
+        Without unions the layers become snapshots, and the topmost is what shows.
+        """
         union = self.union(*ids, read_only=read_only)
+        if not self.backend.unions:
+            snapshots.stack((union.top, *union.lowers), read_only=read_only)
+            return replace(union, target=union.top)
         self.backend.mount(union)
         return union
+
+    def unmount(self, union: Union) -> None:
+        """Unmount it again, if it was mounted."""
+        if self.backend.unions:
+            self.backend.unmount(union.target)
+
+    def mount_again(self, union: Union) -> None:
+        """Unmount it, and mount it as before."""
+        if self.backend.unions:
+            self.backend.unmount(union.target)
+            self.backend.mount(union)
 
 
 @contextmanager

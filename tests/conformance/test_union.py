@@ -17,23 +17,23 @@ from tests.conformance.layers import Layers, open_layers, tree
 pytestmark = pytest.mark.mounts
 
 
-def test_shows_the_nearest_of_each_name(layers: Layers) -> None:
-    base = layers.add({"a": "base", "b": "base", "d/x": "base"})
-    middle = layers.add({"b": "middle", "d/y": "middle"})
-    top = layers.add({"d/y": "top"})
-    union = layers.mount(top, middle, base)
+def test_shows_the_nearest_of_each_name(shown: Layers) -> None:
+    base = shown.add({"a": "base", "b": "base", "d/x": "base"})
+    middle = shown.add({"b": "middle", "d/y": "middle"})
+    top = shown.add({"d/y": "top"})
+    union = shown.mount(top, middle, base)
     assert tree(union.target) == {"a": "base", "b": "middle", "d/": "", "d/x": "base", "d/y": "top"}
 
 
-def test_whiteouts_and_opaque_directories_hide(layers: Layers) -> None:
-    base = layers.add({"gone": "", "d/old": "", "dir-gone/x": "", "kept/x": "", "deep/a/b": ""})
-    middle = layers.add({"d/new": "middle"})
-    layers.delete(middle, "gone")
-    layers.delete(middle, "dir-gone")
-    layers.delete(middle, "deep/a/b")
-    layers.make_opaque(middle, "d")
-    top = layers.add()
-    union = layers.mount(top, middle, base)
+def test_whiteouts_and_opaque_directories_hide(shown: Layers) -> None:
+    base = shown.add({"gone": "", "d/old": "", "dir-gone/x": "", "kept/x": "", "deep/a/b": ""})
+    middle = shown.add({"d/new": "middle"})
+    shown.delete(middle, "gone")
+    shown.delete(middle, "dir-gone")
+    shown.delete(middle, "deep/a/b")
+    shown.make_opaque(middle, "d")
+    top = shown.add()
+    union = shown.mount(top, middle, base)
     assert tree(union.target) == {
         "d/": "",
         "d/new": "middle",
@@ -44,21 +44,21 @@ def test_whiteouts_and_opaque_directories_hide(layers: Layers) -> None:
     }
 
 
-def test_what_is_deleted_may_be_made_again_in_another_type(layers: Layers) -> None:
-    base = layers.add({"file": "", "dir/x": ""})
-    middle = layers.add()
-    layers.delete(middle, "file")
-    layers.delete(middle, "dir")
-    top = layers.add({"file/now a directory": "", "dir": "now a file"})
-    union = layers.mount(top, middle, base)
+def test_what_is_deleted_may_be_made_again_in_another_type(shown: Layers) -> None:
+    base = shown.add({"file": "", "dir/x": ""})
+    middle = shown.add()
+    shown.delete(middle, "file")
+    shown.delete(middle, "dir")
+    top = shown.add({"file/now a directory": "", "dir": "now a file"})
+    union = shown.mount(top, middle, base)
     assert tree(union.target) == {"file/": "", "file/now a directory": "", "dir": "now a file"}
 
 
-def test_changes_go_to_the_top_and_are_there_at_the_next_mount(layers: Layers) -> None:
-    base = layers.add({"changed": "old", "removed": "", "d/removed": "", "d/kept": "", "e/x": ""})
-    below = tree(layers.content(base))
-    top = layers.add()
-    union = layers.mount(top, base)
+def test_changes_go_to_the_top_and_are_there_at_the_next_mount(shown: Layers) -> None:
+    base = shown.add({"changed": "old", "removed": "", "d/removed": "", "d/kept": "", "e/x": ""})
+    below = tree(shown.content(base))
+    top = shown.add()
+    union = shown.mount(top, base)
     root = Path(union.target)
     (root / "changed").write_text("new")
     (root / "removed").unlink()
@@ -69,41 +69,42 @@ def test_changes_go_to_the_top_and_are_there_at_the_next_mount(layers: Layers) -
     (root / "added").write_text("new")
     seen = tree(union.target)
     assert seen == {"changed": "new", "d/": "", "d/kept": "", "e/": "", "added": "new"}
-    layers.backend.unmount(union.target)
-    assert tree(layers.content(base)) == below
-    assert os.listdir(union.target) == []
-    layers.backend.mount(union)
+    shown.unmount(union)
+    assert tree(shown.content(base)) == below
+    if shown.backend.unions:
+        assert os.listdir(union.target) == []
+        shown.backend.mount(union)
     assert tree(union.target) == seen
-    layers.backend.unmount(union.target)
-    assert tree(layers.mount(layers.add(), top, base).target) == seen
+    shown.unmount(union)
+    assert tree(shown.mount(shown.add(), top, base).target) == seen
 
 
-def test_a_read_only_mount_refuses_a_write(layers: Layers) -> None:
-    base = layers.add({"a": "base"})
-    top = layers.add({"b": "top"})
-    union = layers.mount(top, base, read_only=True)
-    before = sorted(os.listdir(layers.content(top)))
+def test_a_read_only_mount_refuses_a_write(shown: Layers) -> None:
+    base = shown.add({"a": "base"})
+    top = shown.add({"b": "top"})
+    union = shown.mount(top, base, read_only=True)
+    before = sorted(os.listdir(shown.content(top)))
+    assert before == ["b"] or not shown.backend.unions
     for name in ("a", "b", "new"):
         with pytest.raises(OSError, match="Read-only file system"):
             Path(union.target, name).write_text("changed")
     assert tree(union.target) == {"a": "base", "b": "top"}
-    assert sorted(os.listdir(layers.content(top))) == before == ["b"]
+    assert sorted(os.listdir(shown.content(top))) == before
 
 
-def test_dpkg_replaces_a_file_by_link_and_rename(layers: Layers) -> None:
+def test_dpkg_replaces_a_file_by_link_and_rename(shown: Layers) -> None:
     """moby#19282: what the seed's noplink broke."""
-    base = layers.add({"perl": "old"})
-    os.link(f"{layers.content(base)}/perl", f"{layers.content(base)}/perl5.36")
-    top = layers.add()
-    union = layers.mount(top, base)
+    base = shown.add({"perl": "old"})
+    os.link(f"{shown.content(base)}/perl", f"{shown.content(base)}/perl5.36")
+    top = shown.add()
+    union = shown.mount(top, base)
     root = Path(union.target)
     for name in ("perl", "perl5.36"):
         (root / f"{name}.dpkg-new").write_text("new")
         os.link(root / name, root / f"{name}.dpkg-tmp")
         os.rename(root / f"{name}.dpkg-new", root / name)
         (root / f"{name}.dpkg-tmp").unlink()
-    layers.backend.unmount(union.target)
-    layers.backend.mount(union)
+    shown.mount_again(union)
     assert tree(union.target) == {"perl": "new", "perl5.36": "new"}
 
 

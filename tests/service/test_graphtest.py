@@ -7,14 +7,30 @@ drivers/graphtest/graphtest_unix.go (Echo).
 import os
 import random
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aufsd_client import Client
-from tests.daemon import Daemon
+from tests.daemon import Daemon, daemon
 
 pytestmark = pytest.mark.service
+
+
+@pytest.fixture(
+    params=[
+        "auto",
+        pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
+        pytest.param("btrfs", marks=pytest.mark.btrfs),
+    ]
+)
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon over a new store, with each backend in turn."""
+    name = str(request.param)
+    root = request.getfixturevalue("on_btrfs") if name == "btrfs" else tmp_path
+    with daemon(tmp_path, "--backend", name, root=root / "store") as made:
+        yield made
 
 
 def make_base(client: Client, id: str) -> None:
