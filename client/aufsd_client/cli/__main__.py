@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import click
 
 from aufsd_client import __version__
-from aufsd_client.cli import content, conversion, daemon, export, layers, show
+from aufsd_client.cli import content, conversion, daemon, export, layers, show, top
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import AufsdError
@@ -45,6 +45,7 @@ _VERBS = (
     *conversion.COMMANDS,
     *export.COMMANDS,
     *daemon.COMMANDS,
+    top.top,
 )
 for command in _VERBS:
     aufsctl.add_command(command)
