@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from aufsd.kernel import syscalls
-from bench import archives, calls, docker, ground, mounts, peers, report, store
+from bench import archives, calls, docker, ground, mounts, peers, relabel, report, store
 from bench.figures import Curve
 from bench.harness import Bench, Case
 
@@ -16,6 +16,7 @@ CASES: tuple[Case, ...] = (
     *mounts.CASES,
     *archives.CASES,
     *store.CASES,
+    *relabel.CASES,
     *docker.CASES,
 )
 OUT = Path(__file__).parent.parent / "build" / "bench"
