@@ -6,7 +6,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint format bench test-vm man install install-files clean
+.PHONY: help demo test test-crash lint format bench test-vm man install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,9 @@ demo: $(VENV)/installed ## load a root file system, stack two layers, mount, cha
 
 test: lint ## linters, then every test that this machine can run; says which tiers are off
 	$(BIN)/python -m pytest
+
+test-crash: $(VENV)/installed ## kill the daemon, and break it, at every system call of every operation
+	AUFSD_CRASH=all $(BIN)/python -m pytest tests/crash
 
 lint: $(VENV)/installed ## ruff and mypy --strict
 	$(BIN)/ruff check .

@@ -155,13 +155,13 @@ def _check(flags: dict[str, object]) -> int:
     from aufsd.archive import offline
     from aufsd.archive.requests import Settings
     from aufsd.kernel import probe
-    from aufsd.store import check, layers
+    from aufsd.store import check, opening
 
     root = os.path.realpath(str(flags["root"]))
     if not os.path.isdir(f"{root}/layers"):
         raise ConfigError(f"{root}: no store lies there")
     namespace: Literal["trusted", "user"] = "user" if probe.in_user_namespace() else "trusted"
-    store = layers.open_store(root, adopt=bool(flags["adopt"]), xattr_namespace=namespace)
+    store = opening.open_store(root, adopt=bool(flags["adopt"]), xattr_namespace=namespace)
     try:
         problems = check.check(
             store, id=None, deep=bool(flags["deep"]), repair=bool(flags["repair"]), mounted=None

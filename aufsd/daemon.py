@@ -20,7 +20,7 @@ from aufsd import journal
 from aufsd.archive.jobs import open_jobs
 from aufsd.archive.requests import Limits
 from aufsd.config import Config, ConfigError
-from aufsd.driver import Driver, erase_removed
+from aufsd.driver import Driver
 from aufsd.idmap import to_host
 from aufsd.journal import Journal
 from aufsd.kernel import probe
@@ -37,12 +37,14 @@ from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
 from aufsd.store import recovery
 from aufsd.store.ids import LayerId
-from aufsd.store.layers import Store, open_store
+from aufsd.store.layers import Store
+from aufsd.store.opening import open_store
 from aufsd.store.recovery import Recovered
 from aufsd.table import Table
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.choice import choose
+from aufsd.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 
@@ -78,6 +80,11 @@ def open_root(config: Config) -> Opened:
         recovered = recovery.recover(store)
         for step in recovered:
             log.warning("recovered", action=step.action, what=step.what, name=step.name)
+        warnings = [
+            f"not put right: {step.what} {step.name}"
+            for step in recovered
+            if step.action == "failed"
+        ]
         choice = choose(config.backend, store.format.backend, store.layout)
         for warning in choice.warnings:
             log.warning("backend", warning=warning)
@@ -87,7 +94,7 @@ def open_root(config: Config) -> Opened:
     except BaseException:
         store.close()
         raise
-    return Opened(store, choice.backend, recovered, list(choice.warnings))
+    return Opened(store, choice.backend, recovered, [*warnings, *choice.warnings])
 
 
 @asynccontextmanager
@@ -115,11 +122,12 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 sync=config.sync,
                 acls=config.acls,
                 xattr_namespace=store.xattr_namespace,
+                held=(store.jobs_fd,),
             ) as jobs,
             open_mounts(table, backend, prepare, recorded) as unions,
             trio.open_nursery() as nursery,
         ):
-            backing = probe.ground(store.layout.private).kind
+            backing = probe.ground(store.layout.probes).kind
             overview = Overview(store, backend, unions, jobs, backing, opened.warnings)
             metrics.watch(
                 gauges.build(backend.name),
@@ -129,6 +137,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 gauges.process(),
             )
             disk = Disk()
+            upkeep = Upkeep(store, unions, jobs, disk, opened.recovered)
             driver = Driver(
                 store=store,
                 backend=backend,
@@ -139,10 +148,10 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 render_metrics=metrics.render,
                 convert_policy=config.convert,
                 snapshots=Snapshots(store, jobs, disk, table, config.selinux),
-                erase=trio.Event(),
+                erase=upkeep.erase,
+                upkeep=upkeep,
             )
-            driver.erase.set()  # what the last run, or a crash, left to be deleted
-            nursery.start_soon(erase_removed, driver)
+            nursery.start_soon(upkeep.run)
             try:
                 yield driver
             finally:

@@ -32,12 +32,14 @@ from aufsd.union import dialect as dialects
 from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size
 from aufsd.union.dialect import Dialect
+from aufsd.upkeep import Bell, Upkeep
 from aufsd_client.errors import (
     ConversionNeeded,
     InvalidParams,
     LayerDamaged,
     LayerInUse,
     LayerNotFound,
+    MountFailed,
     ParentNotFound,
     TooManyLayers,
 )
@@ -63,7 +65,8 @@ class Driver:
     # used where the backend makes no unions
     snapshots: Snapshots
     # set to have removed layers deleted in the background
-    erase: trio.Event
+    erase: Bell
+    upkeep: Upkeep
     # layers that are in the backend's dialect; whether their `/` is opaque
     roots: dict[LayerId, bool] = field(default_factory=dict)
 
@@ -193,7 +196,7 @@ class Driver:
             assert isinstance(references, int)
             return answers.Removed(False, "in-use", references)
         for failure in left:
-            log.warning("content of a removed layer stays until the next start", error=str(failure))
+            log.warning("content of a removed layer is still in its place", error=str(failure))
         self.erase.set()
         return answers.Removed(True)
 
@@ -237,7 +240,13 @@ class Driver:
         if self.store.snapshots:
             await self.snapshots.settle(id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
-        entry = await self.unions.get(id, reference, label=mount_label)
+        try:
+            entry = await self.unions.get(id, reference, label=mount_label)
+        except MountFailed:
+            for branch in self.store.chain(id):
+                # raises the reason, if it is that a branch is gone
+                await self.disk.run(self._dialect, branch)
+            raise
         return answers.Got(
             path=self._path(id, union=entry.union),
             references=len(entry.references),
@@ -308,15 +317,17 @@ class Driver:
                 # nothing to keep: written as the backend reads it, so that it never converts
                 chain = (Branch(id, self.backend.dialect), *chain[1:])
             xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
-            staged = await self.disk.run(self.store.stage, id, xattrs)
+            staged = ""
             try:
+                staged = await self.disk.run(self.store.stage, id, xattrs)
                 if not empty:
                     await self.jobs.clone(id, staged)
                 result = await self.jobs.apply(chain, staged, source, digest=digest)
                 await self.disk.run(self.store.swap_in, id, staged)
             finally:
-                with trio.CancelScope(shield=True):
-                    await self.disk.run(self.store.discard, staged)
+                if staged:
+                    with trio.CancelScope(shield=True):
+                        await self.disk.run(self.store.discard_staged, staged)
                 self.erase.set()
         return result
 
@@ -324,7 +335,7 @@ class Driver:
         """Rewrite the layer's whiteouts for another union file system."""
         async with self.unions.table.changing(id):
             self.roots.pop(id, None)
-            return answers.Converted(await self.jobs.convert(id, to))
+            return answers.Converted(await self.upkeep.convert(id, to))
 
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         """Bring every branch of a chain that is about to be mounted into the backend's dialect.
@@ -334,15 +345,14 @@ class Driver:
         """
         unknown = tuple(id for id in chain if id not in self.roots)
         if unknown:
-            for id, dialect in (await self.disk.run(self._dialects, unknown)).items():
-                if dialect is not self.backend.dialect:
-                    await self._convert_for_mount(id, dialect, owned=id == chain[0])
+            for id, dialect in (await self.disk.run(self._unprepared, unknown)).items():
+                await self._convert_for_mount(id, dialect, owned=id == chain[0])
             self.roots.update(await self.disk.run(self._opaque_roots, unknown))
         return frozenset(id for id in chain if self.roots[id])
 
     async def _convert_for_mount(self, id: LayerId, dialect: Dialect, *, owned: bool) -> None:
         wanted = self.backend.dialect
-        if self.convert_policy == "never":
+        if self.convert_policy == "never" and dialect is not wanted:
             command = f"aufsctl convert {id} --to {wanted}"
             raise ConversionNeeded(
                 f"layer {id} is written for {dialect}, {self.backend.name} needs "
@@ -351,7 +361,7 @@ class Driver:
                 command=command,
             )
         async with self.unions.converting(id, owned=owned):
-            if await self.jobs.convert(id, wanted):
+            if await self.upkeep.convert(id, wanted):
                 log.info("branch converted", id=id, dialect=str(wanted))
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
@@ -405,8 +415,16 @@ class Driver:
     def _branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
         return tuple(Branch(id, self._dialect(id)) for id in chain)
 
-    def _dialects(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
-        return {id: self._dialect(id) for id in ids}
+    def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
+        """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
+        content, namespace = self.store.layout.content, self.store.xattr_namespace
+        wanted = self.backend.dialect
+        return {
+            id: dialect
+            for id in ids
+            if (dialect := self._dialect(id)) is not wanted
+            or dialects.interrupted(content(id), namespace) is not None
+        }
 
     def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
         content, namespace = self.store.layout.content, self.store.xattr_namespace
@@ -414,17 +432,15 @@ class Driver:
         return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
 
     def _dialect(self, id: LayerId) -> Dialect:
-        return dialects.read_dialect(self.store.layout.content(id), self.store.xattr_namespace)
+        content = self.store.layout.content(id)
+        try:
+            return dialects.read_dialect(content, self.store.xattr_namespace)
+        except (FileNotFoundError, NotADirectoryError):
+            problem = "its content directory is missing"
+            raise LayerDamaged(
+                f"layer {id} is damaged: {problem}", id=id, problem=problem
+            ) from None
 
     def _is_empty(self, id: LayerId) -> bool:
         with os.scandir(self.store.layout.content(id)) as entries:
             return next(entries, None) is None
-
-
-async def erase_removed(driver: Driver) -> None:
-    """Delete removed layers whenever there are any; a background task, endless."""
-    while True:
-        await driver.erase.wait()
-        driver.erase = trio.Event()
-        for error in await driver.disk.run(driver.store.erase_removed):
-            log.warning("removed content could not be deleted", error=str(error))

@@ -3,16 +3,23 @@
 It lies on a tmpfs (/run) and dies with the mounts at a reboot, so nothing is synced: a write to a
 tmpfs is a copy in memory, which is why it may stand inline in the event loop. What it must survive
 is the daemon's own death at any point: a line cut short is ignored, and so is what follows it.
+
+A file system that is full, or gone, is no reason to refuse a mount, nor to forget one: the table in
+memory is right, the file is behind it until it can be written anew, and `failure` says so.
 """
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from aufsd.refs import Entry
 from aufsd.store.ids import LayerId
+
+log = structlog.get_logger(__name__)
 
 _FORMAT = 1
 # lines beyond twice the table's size, and these many, make the file be written anew
@@ -65,33 +72,75 @@ def read(path: str, root: str) -> dict[LayerId, Entry]:
 
 
 class Journal:
-    """Writes the changes. Owns its descriptor until `close`."""
+    """Writes the changes. Owns its descriptor until `close`.
+
+    `failure` is why the file is behind the table; "" while it is not.
+    """
 
     def __init__(self, path: str, root: str, table: Mapping[LayerId, Entry]) -> None:
+        self.failure = ""
         self._path = path
         self._root = root
         self._fd = -1
         self._lines = 0
+        self._size = 0
         self.rewrite(table)
 
     def rewrite(self, table: Mapping[LayerId, Entry]) -> None:
-        """Write the whole table to a new file and put it in the old one's place."""
-        fresh = f"{self._path}.new"
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        """Write the whole table to a new file and put it in the old one's place.
+
+        If that fails the old one stays as it is, and `failure` says why.
+        """
         records: list[_Header | _Line] = [_Header(_FORMAT, boot_id(), self._root)]
         records += [_Line(id, entry) for id, entry in table.items()]
-        _write(fd, b"".join(_encoder.encode(record) + b"\n" for record in records))
-        os.rename(fresh, self._path)
+        data = b"".join(_encoder.encode(record) + b"\n" for record in records)
+        fresh = f"{self._path}.new"
+        fd = -1
+        try:
+            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            _write(fd, data)
+            os.rename(fresh, self._path)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
+            self._failed(error)
+            return
         self.close()
-        self._fd = fd
-        self._lines = len(records)
+        self._fd, self._lines, self._size = fd, len(records), len(data)
+        if self.failure:
+            self.failure = ""
+            log.info("the journal is written again", path=self._path)
 
     def record(self, id: LayerId, entry: Entry | None, table: Mapping[LayerId, Entry]) -> None:
-        """Write down that `id` now has this entry (None: none), as `table` already says."""
-        _write(self._fd, _encoder.encode(_Line(id, entry)) + b"\n")
+        """Write down that `id` now has this entry (None: none), as `table` already says.
+
+        While the file is behind, each change is a chance to write it anew. Never raises: what has
+        happened has happened, whether or not it could be written down.
+        """
+        if self.failure:
+            self.rewrite(table)
+            return
+        line = _encoder.encode(_Line(id, entry)) + b"\n"
+        try:
+            _write(self._fd, line)
+        except OSError as error:
+            # what follows a line that was written in part could not be read
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._size)
+            self._failed(error)
+            self.rewrite(table)
+            return
         self._lines += 1
+        self._size += len(line)
         if self._lines > 2 * len(table) + _SLACK:
             self.rewrite(table)
+
+    def _failed(self, error: OSError) -> None:
+        if not self.failure:
+            log.error("the journal cannot be written", path=self._path, error=error.strerror)
+        self.failure = f"{self._path}: {error.strerror}"
 
     def close(self) -> None:
         """Close the file; it stays on disk for the next start."""

@@ -102,7 +102,7 @@ class Snapshots:
 
     async def _discard(self, staged: str) -> None:
         with trio.CancelScope(shield=True):
-            await self.disk.run(self.store.discard, staged)
+            await self.disk.run(self.store.discard_staged, staged)
 
     def _xattrs(self) -> dict[str, bytes]:
         return dialects.xattrs(Dialect.NONE, self.store.xattr_namespace)

@@ -67,6 +67,7 @@ class Overview:
             self._busy(),
             self._helpers(),
             self._quarantine(),
+            self._journal(),
             self._start(),
         ]
         worst = max((check.status for check in checks), key=_SEVERITY.index)
@@ -110,6 +111,13 @@ class Overview:
             return answers.HealthCheck("layers", "ok", "no layer is in quarantine")
         detail = f"{len(damaged)} layers are in quarantine: {', '.join(damaged[:5])}"
         return answers.HealthCheck("layers", "degraded", detail)
+
+    def _journal(self) -> answers.HealthCheck:
+        failure = self.unions.table.journal.failure
+        if not failure:
+            return answers.HealthCheck("journal", "ok", "every change of the table is written down")
+        detail = f"after a crash counts may be wrong, the journal cannot be written: {failure}"
+        return answers.HealthCheck("journal", "degraded", detail)
 
     def _start(self) -> answers.HealthCheck:
         if not self.notes:

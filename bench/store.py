@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 
 from aufsd.store.ids import LayerId
-from aufsd.store.layers import open_store
+from aufsd.store.opening import open_store
 from aufsd.union import dialect
 from bench.daemon import Daemon, Line, daemon, namespace, request, require_result
 from bench.figures import Curve, Figure, Goal, Outcome, alone, compare

@@ -16,7 +16,8 @@ from aufsd.mounts import Mounts, open_mounts
 from aufsd.peer import process
 from aufsd.refs import Reference
 from aufsd.store.ids import LayerId
-from aufsd.store.layers import Store, open_store
+from aufsd.store.layers import Store
+from aufsd.store.opening import open_store
 from aufsd.table import Table
 from aufsd.union import dialect as dialects
 from aufsd.union import overlay

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import probe, syscalls
-from aufsd.store import layers, recovery
+from aufsd.store import recovery
 from aufsd.store.ids import LayerId
-from aufsd.store.layers import Store, open_store
+from aufsd.store.layers import Store
+from aufsd.store.opening import open_store
 from aufsd.union.backend import XattrNamespace
 from aufsd_client.errors import (
     LayerDamaged,
@@ -221,6 +222,7 @@ def test_a_damaged_chain_is_in_quarantine_and_the_rest_is_served(
     root = tmp_path / "s"
     docker_store(root)
     (root / "layers/other").write_text("")
+    (root / "diff/other").mkdir()
     (root / "layers" / name).write_bytes(text.encode("latin-1"))
     with opened(root, adopt=True) as store:
         assert store.chain(LayerId("other")) == ("other",)
@@ -239,8 +241,7 @@ def interrupted_create(store: Store) -> None:
 def interrupted_remove(store: Store) -> None:
     make(store, A)
     Path(store.layout.content(A), "file").write_text("x")
-    os.setxattr(store.layout.content(A), f"{NAMESPACE}.{layers.REMOVING_XATTR}", b"1")
-    os.unlink(store.layout.parents_file(A))
+    os.rename(store.layout.parents_file(A), store.layout.removal(A))
 
 
 def interrupted_apply(store: Store) -> None:

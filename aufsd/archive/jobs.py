@@ -41,9 +41,11 @@ class ForkServer:
     """The process that children are forked from; started again if it is gone.
 
     `scratch` is any directory: the process mounts its own root there, where nobody else sees it.
+    It and every child inherit the descriptors `held`: locks that tell when the last one is gone.
     """
 
     scratch: str
+    held: tuple[int, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     channel: socket.socket | None = None
 
@@ -75,7 +77,7 @@ class ForkServer:
                     str(theirs.fileno()),
                     self.scratch,
                 ],
-                pass_fds=(theirs.fileno(),),
+                pass_fds=(theirs.fileno(), *self.held),
                 stdin=subprocess.DEVNULL,
                 # what this process imports from, and not the directory it happens to be in
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
@@ -391,15 +393,16 @@ async def open_jobs(
     sync: Literal["filesystem", "none"] = "filesystem",
     acls: bool = False,
     xattr_namespace: Literal["trusted", "user"] = "trusted",
+    held: tuple[int, ...] = (),
     server: ForkServer | None = None,
 ) -> AsyncIterator[Jobs]:
     """Archive jobs over a store, `max_jobs` at a time; at the end all are killed.
 
-    Call it from the main thread: the fork server ends with the thread that started it. A `server`
-    that is given is used, and left running.
+    Call it from the main thread: the fork server ends with the thread that started it. `held` is
+    for ForkServer; a `server` that is given is used, and left running.
     """
     settings = Settings(tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace)
-    own = server or ForkServer(layout.private)
+    own = server or ForkServer(layout.private, held)
     own.start()
     try:
         yield Jobs(

@@ -16,7 +16,7 @@ from aufsd.refs import State
 from aufsd.service.metrics import Family, by, counter, gauge, labels
 from aufsd.status import Overview
 from aufsd.store.layers import Store
-from aufsd.store.recovery import Recovered
+from aufsd.store.recovery import ACTIONS, Recovered
 
 Source = Callable[[], Iterator[Family]]
 
@@ -46,13 +46,14 @@ def build(backend: str) -> Source:
 
 def store(layers: Store, overview: Overview, recovered: list[Recovered]) -> Source:
     """What is on disk, and how well all is."""
-    actions = Counter(step.action for step in recovered)
-    done = by("action", {action: actions[action] for action in ("finished", "undone")})
 
     def collect() -> Iterator[Family]:
+        # some things are put right after the start, in the background
+        actions = Counter(step.action for step in recovered)
+        done = by("action", {action: actions[action] for action in ACTIONS})
         yield gauge("aufsd_layers", "Layers in the store", len(layers.parent))
         yield gauge("aufsd_layers_quarantined", "Damaged layers", len(layers.damaged))
-        yield counter("aufsd_recovery_actions_total", "What recovery did at start", done)
+        yield counter("aufsd_recovery_actions_total", "What was cut off and put right", done)
         try:
             found = os.statvfs(layers.layout.root)
         except OSError:

@@ -1,50 +1,132 @@
-"""Who stands on whom, as the parents files say; read once, at start."""
+"""The index as the disk has it: who stands on whom, and which records cannot be trusted.
 
+A parents file is the one thing that says what a layer stands on, so it is held against two others:
+it has to go on as that of its first parent does, and it must not be empty if the layer's content
+was marked as made on a parent. An emptied file would silently turn a layer into a base layer
+(containers/storage#1064, moby#35747: what a power cut left of files that were never synced).
+"""
+
+import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 
 from aufsd.store.ids import LayerId, is_id
+from aufsd.store.layout import Layout
+
+# on diff/<id>: the parent that it was made on; layers that aufsd did not make have none
+PARENT_XATTR = "aufsd.parent"
+_NO_PARENT = "-"
+
+Record = tuple[str, ...] | str
 
 
-def read_index(layers: str) -> tuple[dict[LayerId, LayerId | None], dict[LayerId, str]]:
-    """The parent of every layer, None for a base; and what is wrong with those of no sound chain.
+@dataclass(frozen=True, slots=True)
+class Index:
+    """`parent` has None for a base layer; `damaged` says what is wrong with all others.
 
-    `layers` is the directory of the parents files, each of which is read.
+    `below` has what a damaged layer is said to stand on, so that it is not removed meanwhile.
     """
-    recorded: dict[LayerId, tuple[str, ...] | str] = {}
-    for entry in os.scandir(layers):
-        if is_id(entry.name) and entry.is_file(follow_symlinks=False):
-            recorded[LayerId(entry.name)] = read_parents(entry.path)
+
+    parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
+    damaged: dict[LayerId, str] = field(default_factory=dict)
+    below: dict[LayerId, LayerId] = field(default_factory=dict)
+
+    def children(self) -> dict[LayerId, set[LayerId]]:
+        """Who stands on whom, the other way round."""
+        found: dict[LayerId, set[LayerId]] = {}
+        for id, above in (*self.parent.items(), *self.below.items()):
+            if above is not None:
+                found.setdefault(above, set()).add(id)
+        return found
+
+
+def read_index(layout: Layout, namespace: str) -> Index:
+    """Read every parents file once. Raises OSError only where a directory cannot be listed."""
+    with os.scandir(layout.layers) as entries:
+        ids = [
+            LayerId(entry.name)
+            for entry in entries
+            if is_id(entry.name) and entry.is_file(follow_symlinks=False)
+        ]
+    with os.scandir(layout.diff) as entries:
+        contents = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
+    records = {id: _record(layout, namespace, id, contents) for id in ids}
     sound: dict[LayerId, bool] = {}
-    damaged: dict[LayerId, str] = {}
-    for id in recorded:
-        _judge(id, recorded, sound, damaged)
-    parent: dict[LayerId, LayerId | None] = {}
-    for id, good in sound.items():
-        if good:
-            parents = recorded[id]
-            parent[id] = LayerId(parents[0]) if parents else None
-    return parent, damaged
+    index = Index()
+    for id in ids:
+        _judge(id, records, sound, index.damaged)
+    for id, record in records.items():
+        if sound[id]:
+            index.parent[id] = LayerId(record[0]) if record else None
+        elif above := _said_parent(layout, namespace, id):
+            index.below[id] = above
+    return index
 
 
-def read_parents(path: str) -> tuple[str, ...] | str:
+def _record(layout: Layout, namespace: str, id: LayerId, contents: Collection[str]) -> Record:
+    if id not in contents:
+        return "its content directory is missing"
+    try:
+        parents = read_parents(layout.parents_file(id))
+    except OSError as error:
+        return f"its parents file cannot be read: {error.strerror}"
+    if parents == () and (made_on := read_parent_mark(layout.content(id), namespace)):
+        return f"its parents file is empty, and it was made on {made_on}"
+    return parents
+
+
+def _said_parent(layout: Layout, namespace: str, id: LayerId) -> LayerId | None:
+    """What a damaged layer stands on, by its file or else by its mark."""
+    try:
+        parents = read_parents(layout.parents_file(id))
+    except OSError:
+        parents = ()
+    if parents and not isinstance(parents, str):
+        return LayerId(parents[0])
+    return read_parent_mark(layout.content(id), namespace)
+
+
+def parent_mark(parent: LayerId | None, namespace: str) -> dict[str, bytes]:
+    """The xattr that says what a layer was made on."""
+    return {f"{namespace}.{PARENT_XATTR}": (parent or _NO_PARENT).encode()}
+
+
+def read_parent_mark(content: str, namespace: str) -> LayerId | None:
+    """The parent that a layer was made on; None for a base layer, and where nothing says it."""
+    try:
+        text = os.getxattr(content, f"{namespace}.{PARENT_XATTR}").decode("ascii", "replace")
+    except OSError as error:
+        if error.errno in (errno.ENODATA, errno.ENOTSUP, errno.ENOENT, errno.ENOTDIR):
+            return None
+        raise
+    return LayerId(text) if is_id(text) else None
+
+
+def read_parents(path: str) -> Record:
     """The parents that the file lists, nearest first; or, as a str, what is wrong with it."""
-    with open(path, "rb") as file:
-        text = file.read()
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        # 201 bytes a line; as many layers as fit are more than any kernel takes
+        text = os.read(fd, 1 << 22)
+    finally:
+        os.close(fd)
+    if not text:
+        return ()
     try:
         lines = text.decode("ascii").split("\n")
     except UnicodeDecodeError:
-        return "the parents file is not text"
+        return "its parents file is not text"
     # Docker's driver skips blank lines (dirs.go, getParentIds)
     parents = tuple(line for line in lines if line)
-    if not all(is_id(parent) for parent in parents):
-        return "the parents file names something that is not a layer id"
+    if not all(map(is_id, parents)):
+        return "its parents file names something that is not a layer id"
     return parents
 
 
 def _judge(
     id: LayerId,
-    recorded: Mapping[LayerId, tuple[str, ...] | str],
+    records: Mapping[LayerId, Record],
     sound: dict[LayerId, bool],
     damaged: dict[LayerId, str],
 ) -> None:
@@ -55,13 +137,13 @@ def _judge(
         if current in sound:
             pending.pop()
             continue
-        parents = recorded[current]
+        parents = records[current]
         problem = ""
         if isinstance(parents, str):
             problem = parents
         elif parents:
             above = LayerId(parents[0])
-            if above not in recorded:
+            if above not in records:
                 problem = f"its parent {above} does not exist"
             elif above in pending:
                 problem = f"its parents go in a circle through {above}"
@@ -70,7 +152,7 @@ def _judge(
                 continue
             elif not sound[above]:
                 problem = f"its parent {above} is damaged"
-            elif recorded[above] != parents[1:]:
+            elif records[above] != parents[1:]:
                 problem = f"its parents file does not continue as that of its parent {above}"
         sound[current] = not problem
         if problem:

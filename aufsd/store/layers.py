@@ -2,7 +2,7 @@
 
 `layers/<id>` is a layer's commit point: the layer exists when that file does. It lists the parents,
 nearest first, one a line, as Docker's driver writes it. The whole index (who stands on whom) is
-read once, at `open_store`; after that no operation looks at more than its own layer.
+read once, when the store is opened; after that no operation looks at more than its own layer.
 
 Synchronous. One `Store` belongs to one daemon, which calls the `_on_disk` halves from a thread and
 keeps two of them from touching one id at the same time.
@@ -10,57 +10,32 @@ keeps two of them from touching one id at the same time.
 
 import contextlib
 import errno
-import fcntl
 import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
-
-import msgspec
 
 from aufsd.kernel import syscalls
 from aufsd.store import content as contents
 from aufsd.store.content import copy_attributes, erase, fsync
+from aufsd.store.format import Format, Sync, write_durably, write_format
 from aufsd.store.ids import LayerId
-from aufsd.store.index import read_index
+from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
 from aufsd.union.backend import XattrNamespace
-from aufsd_client.errors import (
-    LayerDamaged,
-    LayerExists,
-    LayerNotFound,
-    NoSpace,
-    StoreLocked,
-    StoreNotAdopted,
-)
+from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, NoSpace
 
-Sync = Literal["filesystem", "none"]
-
-FORMAT = 1
-# a whole store may be walked by root and the remapped group only: 0701 let any user of the host
-# run set-id files out of images (moby 03f1c3d78f, CVE-2021-41091)
-_MODE = 0o710
-# says that a removal has passed its point of no return; recovery finishes it
-REMOVING_XATTR = "aufsd.removing"
 # stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
 CREATING_XATTR = "aufsd.creating"
 
 
-class Format(msgspec.Struct, forbid_unknown_fields=False):
-    """`.aufsd/format`: that this store is ours to serve, and which backend wrote to it last."""
-
-    format: int = FORMAT
-    adopted: bool = False
-    backend: str = ""
-
-
 @dataclass(slots=True)
 class Store:
-    """An open store: its lock, and the index of its layers.
+    """An open store: its locks, and the index of its layers.
 
     `parent` has None for a base layer. `damaged` are layers whose record on disk cannot be trusted;
-    they are not in `parent`. Owns the descriptor of the lock until `close`.
+    they are not in `parent`. Owns the descriptors of the locks until `close`; `jobs_fd` is for the
+    processes of archive jobs to inherit.
 
     With `snapshots` each layer is a subvolume of btrfs, and began as a snapshot of its parent.
     """
@@ -72,10 +47,13 @@ class Store:
     format: Format
     xattr_namespace: XattrNamespace
     lock_fd: int
+    jobs_fd: int
     snapshots: bool = False
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
+    # below the store's private directory, and could not be moved away when their time was over
+    _left: list[str] = field(default_factory=list)
     _serial: "itertools.count[int]" = field(default_factory=itertools.count)
 
     # --- questions, from memory ---------------------------------------------------------------
@@ -120,8 +98,9 @@ class Store:
 
     def forget(self, id: LayerId) -> None:
         """Take a layer out of the index."""
-        self.damaged.pop(id, None)
         above = self.parent.pop(id, None)
+        if self.damaged.pop(id, None) is not None:
+            above = next((other for other, made in self.children.items() if id in made), None)
         if above is not None:
             self.children[above].discard(id)
             if not self.children[above]:
@@ -145,6 +124,8 @@ class Store:
         mount_point = self.layout.mount_point(id)
         if os.path.lexists(self.layout.parents_file(id)):
             raise LayerExists(f"layer {id} was made behind our back", id=id)
+        if os.path.lexists(self.layout.removal(id)):
+            self.finish_removal(id)
         made: list[str] = []
         try:
             for path in (content, mount_point):
@@ -159,19 +140,21 @@ class Store:
                 os.rename(staged, content)
             elif parents:
                 copy_attributes(self.layout.content(parents[0]), content)
-            for name, value in xattrs.items():
+            marks = parent_mark(parents[0] if parents else None, self.xattr_namespace)
+            for name, value in {**xattrs, **marks}.items():
                 os.setxattr(content, name, value)
             if self.sync != "none":
                 for path in (content, self.layout.diff, self.layout.mnt):
                     fsync(path)
             self._write_parents(id, parents)
         except BaseException as error:
-            for path in made:
+            # a parents file that could not be taken back means a layer that is wholly there
+            for path in () if os.path.lexists(self.layout.parents_file(id)) else made:
                 try:
                     os.rmdir(path)
                 except OSError:
                     if staged:
-                        self.discard(path)
+                        self.discard_staged(path)
             if isinstance(error, OSError):
                 raise no_space(error, id) or error from error
             raise
@@ -198,19 +181,15 @@ class Store:
 
     def _write_parents(self, id: LayerId, parents: tuple[LayerId, ...]) -> None:
         fresh = f"{self.layout.staging}/parents-{id}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        with open(os.open(fresh, flags, 0o644), "wb") as file:
-            file.write("".join(f"{parent}\n" for parent in parents).encode())
-            file.flush()
-            if self.sync != "none":
-                os.fsync(file.fileno())
         name = self.layout.parents_file(id)
         at = syscalls.AT_FDCWD
         try:
+            write_durably(fresh, "".join(f"{parent}\n" for parent in parents), self.sync)
             # a parents file that is there already is somebody's layer: never replace it
             syscalls.renameat2(at, fresh, at, name, syscalls.RENAME_NOREPLACE)
         except OSError:
-            os.unlink(fresh)
+            with contextlib.suppress(OSError):
+                os.unlink(fresh)
             raise
         if self.sync != "none":
             try:
@@ -222,42 +201,81 @@ class Store:
     # --- removing -----------------------------------------------------------------------------
 
     def remove_on_disk(self, id: LayerId) -> list[OSError]:
-        """Unlink the parents file (the commit), then move what is left out of the way.
+        """Move the parents file to `.aufsd/removing` (the commit), then the rest after it.
 
-        The mark on the content comes first: with it, recovery knows an interrupted removal from
-        content that somebody else put there. `erase_removed` deletes later. After the commit the
-        layer is gone: what then could not be moved is returned, and recovery moves it.
+        There it says that what is left of the layer is ours to take away, and not content that
+        somebody else put into the store. Raises OSError, with nothing done, until the commit; what
+        could not be moved after it is returned, and `finish_removal` or recovery moves it.
+        `erase_removed` deletes later.
         """
-        with contextlib.suppress(OSError):
-            if self.snapshots:
-                contents.freeze(self.layout.content(id), False)
-            os.setxattr(self.layout.content(id), f"{self.xattr_namespace}.{REMOVING_XATTR}", b"1")
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.layout.parents_file(id))
-        if self.sync != "none":
-            fsync(self.layout.layers)
+        layout = self.layout
+        record, name = layout.removal(id), layout.parents_file(id)
+        try:
+            os.rename(name, record)
+        except FileNotFoundError:
+            # taken away behind our back: content and mount point are still to go
+            with open(record, "wb"):
+                pass
+        else:
+            if self.sync != "none":
+                try:
+                    fsync(layout.layers)
+                except OSError:
+                    os.rename(record, name)
+                    raise
+        return self.finish_removal(id)
+
+    def finish_removal(self, id: LayerId) -> list[OSError]:
+        """Move what is left of a layer whose removal was committed; what could not be moved."""
         failures: list[OSError] = []
         layout = self.layout
+        if self.snapshots:
+            with contextlib.suppress(OSError):
+                contents.freeze(layout.content(id), False)
         for path in (layout.content(id), layout.mount_point(id), layout.work(id)):
             try:
                 self.discard(path)
             except OSError as error:
                 failures.append(error)
+        if not failures:
+            try:
+                os.unlink(layout.removal(id))
+            except OSError as error:
+                failures.append(error)
         return failures
+
+    def half_removed(self) -> list[LayerId]:
+        """Layers whose removal was committed, of which something is left all the same."""
+        return self.layout.removals(os.listdir(self.layout.removing))
 
     def discard(self, path: str) -> None:
         """Move a directory out of the way, to be deleted later; harmless if it is gone."""
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, self._removing_name(os.path.basename(path)))
 
+    def discard_staged(self, path: str) -> None:
+        """The same for one in staging; what cannot be moved is tried again by `erase_removed`."""
+        try:
+            self.discard(path)
+        except OSError:
+            self._left.append(path)
+
     def _removing_name(self, name: str) -> str:
         return f"{self.layout.removing}/{os.getpid()}.{next(self._serial)}.{name[:200]}"
 
     def erase_removed(self) -> list[OSError]:
         """Delete what removals left behind; what could not be deleted stays for the next time."""
+        left, self._left = self._left, []
+        for path in left:
+            self.discard_staged(path)
         failures: list[OSError] = []
-        device = os.lstat(self.layout.removing).st_dev
-        for name in os.listdir(self.layout.removing):
+        try:
+            device = os.lstat(self.layout.removing).st_dev
+            names = os.listdir(self.layout.removing)
+        except OSError as error:
+            return [error]
+        half = {os.path.basename(self.layout.removal(id)) for id in self.layout.removals(names)}
+        for name in sorted(set(names) - half):
             try:
                 erase(f"{self.layout.removing}/{name}", device)
             except OSError as error:
@@ -269,7 +287,7 @@ class Store:
     def stage(self, id: LayerId, xattrs: Mapping[str, bytes]) -> str:
         """An empty directory in staging with the attributes of the layer's own; its path.
 
-        A subvolume comes with what it holds, and with its limit.
+        A subvolume comes with what it holds, and with its limit. Raises OSError, and leaves none.
         """
         with self._staged() as path:
             if self.snapshots:
@@ -279,14 +297,15 @@ class Store:
             else:
                 os.mkdir(path, 0o700)
                 copy_attributes(self.layout.content(id), path)
-            for name, value in xattrs.items():
+            marks = parent_mark(self.parent[id], self.xattr_namespace)
+            for name, value in {**xattrs, **marks}.items():
                 os.setxattr(path, name, value)
         return path
 
     def stage_child(self, parent: LayerId | None, size: int) -> str:
         """A subvolume in staging for a new layer, with what its parent holds; its path.
 
-        `size`: at most so many bytes, 0 for no limit. Raises OSError.
+        `size`: at most so many bytes, 0 for no limit. Raises OSError; then there is none.
         """
         with self._staged() as path:
             if parent is None:
@@ -303,14 +322,14 @@ class Store:
         try:
             yield path
         except BaseException:
-            self.discard(path)
+            self.discard_staged(path)
             raise
 
     def swap_in(self, id: LayerId, staged: str) -> None:
         """Put staged content in the layer's place with one rename; the old content is discarded.
 
         The content was synced by who wrote it; here the names are (renameat2(2),
-        RENAME_EXCHANGE: both names exist at every moment).
+        RENAME_EXCHANGE: both names exist at every moment). Raises OSError, with nothing done.
         """
         content = self.layout.content(id)
         at = syscalls.AT_FDCWD
@@ -318,8 +337,12 @@ class Store:
             contents.freeze(content, False)
         syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
         if self.sync != "none":
-            fsync(self.layout.diff)
-        self.discard(staged)
+            try:
+                fsync(self.layout.diff)
+            except OSError:
+                syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
+                raise
+        self.discard_staged(staged)
 
     # --- the store as a whole -----------------------------------------------------------------
 
@@ -331,104 +354,9 @@ class Store:
             write_format(self.layout, self.format, self.sync)
 
     def close(self) -> None:
-        """Release the lock."""
+        """Release the locks."""
+        os.close(self.jobs_fd)
         os.close(self.lock_fd)
-
-
-def open_store(
-    root: str,
-    *,
-    adopt: bool,
-    sync: Sync = "filesystem",
-    uid: int = 0,
-    gid: int = 0,
-    xattr_namespace: XattrNamespace = "trusted",
-) -> Store:
-    """Lock the store at `root` (absolute, resolved, existing) and read its index.
-
-    Makes a store where the directory is empty. Raises StoreLocked if a process has it open, and
-    StoreNotAdopted if it holds layers that aufsd did not make and `adopt` is false; then nothing
-    was changed. Recovery is a step of its own: `recovery.recover`.
-    """
-    layout = Layout(root)
-    known = read_format(layout)
-    foreign = known is None and _has_layers(layout)
-    if foreign and not adopt:
-        raise StoreNotAdopted(
-            f"{root} holds layers that aufsd did not make; start once with --adopt to serve them",
-            root=root,
-        )
-    os.makedirs(layout.private, 0o700, exist_ok=True)
-    lock_fd = _lock(layout)
-    try:
-        for path in (root, layout.layers, layout.diff, layout.mnt):
-            os.makedirs(path, _MODE, exist_ok=True)
-            os.chown(path, 0, gid)
-            os.chmod(path, _MODE)
-        for path in (
-            layout.staging,
-            layout.removing,
-            layout.quarantine,
-            layout.probes,
-            f"{layout.private}/work",
-        ):
-            os.makedirs(path, 0o700, exist_ok=True)
-        store = Store(
-            layout, sync, uid, gid, known or Format(adopted=foreign), xattr_namespace, lock_fd
-        )
-        if known is None:
-            write_format(layout, store.format, sync)
-        parent, damaged = read_index(layout.layers)
-        store.damaged.update(damaged)
-        for id, above in parent.items():
-            store.register(id, above)
-    except BaseException:
-        os.close(lock_fd)
-        raise
-    return store
-
-
-def _has_layers(layout: Layout) -> bool:
-    for path in (layout.layers, layout.diff):
-        with contextlib.suppress(FileNotFoundError):
-            if os.listdir(path):
-                return True
-    return False
-
-
-def _lock(layout: Layout) -> int:
-    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise StoreLocked(
-            f"another process serves {layout.root}; `fuser {layout.lock}` says which",
-            root=layout.root,
-        ) from error
-    return fd
-
-
-def read_format(layout: Layout) -> Format | None:
-    """`.aufsd/format`, or None where aufsd has never served this root."""
-    try:
-        with open(layout.format, "rb") as file:
-            return msgspec.json.decode(file.read(), type=Format)
-    except FileNotFoundError:
-        return None
-
-
-def write_format(layout: Layout, content: Format, sync: Sync) -> None:
-    """Replace `.aufsd/format` atomically."""
-    fresh = f"{layout.format}.new"
-    with open(fresh, "wb") as file:
-        file.write(msgspec.json.encode(content) + b"\n")
-        file.flush()
-        if sync != "none":
-            os.fsync(file.fileno())
-    os.rename(fresh, layout.format)
-    if sync != "none":
-        fsync(layout.private)
 
 
 def no_space(error: OSError, id: LayerId) -> NoSpace | None:

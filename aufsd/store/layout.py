@@ -1,5 +1,6 @@
 """Where everything of a store lies. Pure: nothing here touches the disk."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from aufsd.store.ids import LayerId
@@ -35,6 +36,11 @@ class Layout:
     def lock(self) -> str:
         """Held with flock(2) for the daemon's life."""
         return f"{self.root}/.aufsd/lock"
+
+    @property
+    def jobs_lock(self) -> str:
+        """Held by every process of an archive job, and by who serves the store."""
+        return f"{self.root}/.aufsd/jobs"
 
     @property
     def format(self) -> str:
@@ -76,3 +82,12 @@ class Layout:
     def work(self, id: LayerId) -> str:
         """overlayfs's workdir for the layer; on the file system of its upper directory."""
         return f"{self.root}/.aufsd/work/{id}"
+
+    def removal(self, id: LayerId) -> str:
+        """The parents file of a layer whose removal is committed and not finished."""
+        # no id holds a colon: nothing else in there has such a name
+        return f"{self.root}/.aufsd/removing/layer:{id}"
+
+    def removals(self, names: Iterable[str]) -> list[LayerId]:
+        """The ids of such files, out of the names in `removing`."""
+        return [LayerId(name[6:]) for name in sorted(names) if name.startswith("layer:")]

@@ -3,59 +3,125 @@
 Each operation has one commit point (layers.py), so what lies on disk says on which side of it the
 crash was. Nothing is deleted here, only moved to `.aufsd/removing`, whose content goes after the
 daemon is ready; and nothing that aufsd or Docker's driver did not leave behind is moved at all:
-`check` reports that.
+`check` reports that. A conversion that was cut off is finished after the daemon is ready, or by the
+first mount that needs the layer.
 """
 
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.store.ids import LayerId, is_id
-from aufsd.store.layers import CREATING_XATTR, REMOVING_XATTR, Store
+from aufsd.store.layers import CREATING_XATTR, Store
+
+Action = Literal["finished", "undone", "failed"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """One thing that recovery did. `action` is `finished` or `undone`."""
+    """One thing that was put right; `failed`: it was not, and `what` says why."""
 
-    action: str
+    action: Action
     what: str
     name: str
 
 
 def recover(store: Store) -> list[Recovered]:
-    """Finish or undo what was cut off; what was done, in order. Safe to be cut off itself."""
+    """Finish or undo what was cut off; what was done, in order. Safe to be cut off itself.
+
+    What cannot be put right now is left for the next start, and told.
+    """
+    steps: tuple[Callable[[Store], Iterator[Recovered]], ...] = (
+        _trials,
+        _staged,
+        _removals,
+        _removals_by_docker,
+        _creations,
+        _work,
+    )
     done: list[Recovered] = []
-    for name in sorted(os.listdir(store.layout.staging)):
-        store.discard(f"{store.layout.staging}/{name}")
-        what = "create" if name.startswith("parents-") else "apply_diff"
-        done.append(Recovered("undone", what, name))
-    for directory in (store.layout.diff, store.layout.mnt):
-        for name in sorted(os.listdir(directory)):
-            path = f"{directory}/{name}"
-            if name.endswith("-removing") and is_id(name.removesuffix("-removing")):
-                # Docker's driver renames, then deletes; moby 276b44608b cleans the same at start
-                store.discard(path)
-                done.append(Recovered("finished", "remove by Docker", name))
-            elif is_id(name) and not store.exists(LayerId(name)):
-                done += _orphan(store, path, name)
+    for step in steps:
+        try:
+            done += step(store)
+        except OSError as error:
+            reason = f"{step.__name__.strip('_')}: {error.strerror}"
+            done.append(Recovered("failed", reason, error.filename or ""))
     return done
 
 
-def _orphan(store: Store, path: str, name: str) -> list[Recovered]:
-    """A directory without a parents file: ours to finish, ours to undo, or somebody's."""
-    if _is_marked(store, path, REMOVING_XATTR):
-        store.discard(path)
-        return [Recovered("finished", "remove", name)]
-    if _is_marked(store, path, CREATING_XATTR):
-        store.discard(path)
-        return [Recovered("undone", "create", name)]
-    try:
-        # create makes empty directories before the parents file; rmdir(2) refuses any other, and
-        # a mount point
-        os.rmdir(path)
-    except OSError:
-        return []
-    return [Recovered("undone", "create", name)]
+def _trials(store: Store) -> Iterator[Recovered]:
+    """Trial mounts of a backend that was killed at them."""
+    probes = store.layout.probes
+    names = sorted(os.listdir(probes))
+    if not names:
+        return
+    for row in reversed(mountinfo.mounted_under(probes)):
+        syscalls.umount2(row.mount_point, syscalls.UMOUNT_NOFOLLOW)
+    for name in names:
+        store.discard(f"{probes}/{name}")
+        yield Recovered("undone", "trial mount", name)
+
+
+def _staged(store: Store) -> Iterator[Recovered]:
+    """Before their commit: what came in, and parents files that were about to be renamed."""
+    for name in sorted(os.listdir(store.layout.staging)):
+        store.discard(f"{store.layout.staging}/{name}")
+        # beside a parents file stand the directories, which `_creations` tells of
+        if not name.startswith("parents-"):
+            yield Recovered("undone", "apply_diff", name)
+
+
+def _removals(store: Store) -> Iterator[Recovered]:
+    """After their commit: the parents file is in `removing` already."""
+    for id in store.half_removed():
+        if store.exists(id):
+            # made anew since; the record of the old one was not deleted in time
+            os.unlink(store.layout.removal(id))
+            continue
+        for error in store.finish_removal(id):
+            raise error
+        yield Recovered("finished", "remove", id)
+
+
+def _removals_by_docker(store: Store) -> Iterator[Recovered]:
+    """Docker's driver renames, then deletes; moby 276b44608b cleans the same at start."""
+    for directory in (store.layout.diff, store.layout.mnt):
+        for name in sorted(os.listdir(directory)):
+            if name.endswith("-removing") and is_id(name.removesuffix("-removing")):
+                store.discard(f"{directory}/{name}")
+                yield Recovered("finished", "remove by Docker", name)
+
+
+def _creations(store: Store) -> Iterator[Recovered]:
+    """Directories without a parents file that are empty, or marked as about to get one."""
+    found: set[str] = set()
+    for directory in (store.layout.mnt, store.layout.diff):
+        for name in os.listdir(directory):
+            if is_id(name) and not store.exists(LayerId(name)):
+                path = f"{directory}/{name}"
+                if _is_marked(store, path, CREATING_XATTR):
+                    store.discard(path)
+                else:
+                    try:
+                        # refused for any that holds something, and for a mount point (rmdir(2))
+                        os.rmdir(path)
+                    except OSError:
+                        continue
+                found.add(name)
+    for name in sorted(found):
+        yield Recovered("undone", "create", name)
+
+
+def _work(store: Store) -> Iterator[Recovered]:
+    """Work directories of layers that are gone."""
+    directory = os.path.dirname(store.layout.work(LayerId("any")))
+    for name in sorted(os.listdir(directory)):
+        if not (is_id(name) and store.exists(LayerId(name))):
+            store.discard(f"{directory}/{name}")
+            yield Recovered("finished", "remove", f"work directory of {name}")
 
 
 def _is_marked(store: Store, path: str, mark: str) -> bool:

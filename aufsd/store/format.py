@@ -1,0 +1,54 @@
+"""`.aufsd/format`: that a store is ours to serve, and which backend wrote to it last."""
+
+import os
+from typing import Literal
+
+import msgspec
+
+from aufsd.store.content import fsync
+from aufsd.store.layout import Layout
+
+Sync = Literal["filesystem", "none"]
+
+FORMAT = 1
+
+
+class Format(msgspec.Struct, forbid_unknown_fields=False):
+    """What the file says. `adopted`: the store held layers before aufsd came."""
+
+    format: int = FORMAT
+    adopted: bool = False
+    backend: str = ""
+
+
+def read_format(layout: Layout) -> Format | None:
+    """What the file says, or None where aufsd has never served this root.
+
+    One that cannot be read still says that the store is ours; it is written anew at start.
+    """
+    try:
+        with open(layout.format, "rb") as file:
+            return msgspec.json.decode(file.read(), type=Format)
+    except FileNotFoundError:
+        return None
+    except msgspec.DecodeError:
+        return Format(adopted=True)
+
+
+def write_format(layout: Layout, content: Format, sync: Sync) -> None:
+    """Replace `.aufsd/format` atomically."""
+    fresh = f"{layout.format}.new"
+    write_durably(fresh, msgspec.json.encode(content).decode() + "\n", sync)
+    os.rename(fresh, layout.format)
+    if sync != "none":
+        fsync(layout.private)
+
+
+def write_durably(path: str, text: str, sync: Sync) -> None:
+    """Write a file anew, and its content to the disk; a name that lasts is the caller's to make."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o644), "w") as file:
+        file.write(text)
+        file.flush()
+        if sync != "none":
+            os.fsync(file.fileno())

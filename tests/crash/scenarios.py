@@ -1,0 +1,143 @@
+"""The operations that are cut off, each as the steps that it may be found at.
+
+An operation is held to: as before, or as after the last step; one that does two things, each of
+them whole, may be found between them.
+"""
+
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from aufsd_client import Client
+from tests.archives import tar
+
+Step = Callable[[Client, str], object]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """`ready` makes what is needed of layer `id`; `act` is the operation; `between` its halves."""
+
+    name: str
+    ready: tuple[Step, ...]
+    act: Step
+    between: tuple[Step, ...] = ()
+    # whether a child process does part of it
+    archive: bool = False
+
+
+def populate(client: Client) -> None:
+    """What all scenarios stand on."""
+    client.create("base")
+    # with a time for the top directory, which what stands on it takes over
+    client.apply_diff(
+        "base",
+        tar({".": None, "etc": None, "etc/hosts": b"a", "gone": b"b", "d": None, "d/f": b""}),
+    )
+
+
+def _special() -> tarfile.TarInfo:
+    info = tarfile.TarInfo("d/fifo")
+    info.type, info.mode, info.mtime = tarfile.FIFOTYPE, 0o640, 1_500_000_000
+    return info
+
+
+def _device() -> tarfile.TarInfo:
+    info = tarfile.TarInfo("d/null")
+    info.type, info.mode, info.mtime = tarfile.CHRTYPE, 0o666, 1_500_000_000
+    info.devmajor, info.devminor = 1, 3
+    return info
+
+
+def _link() -> tarfile.TarInfo:
+    info = tarfile.TarInfo("d/link")
+    info.type, info.linkname = tarfile.LNKTYPE, "d/file"
+    return info
+
+
+def _owned() -> tarfile.TarInfo:
+    info = tarfile.TarInfo("d/suid")
+    info.mode, info.uid, info.gid, info.mtime = 0o4755, 7, 8, 1_500_000_001
+    info.pax_headers = {"SCHILY.xattr.user.note": "kept"}
+    return info
+
+
+FIRST = tar(
+    {
+        "d": None,
+        "d/file": b"x" * 10_000,
+        "d/link": _link(),
+        "d/fifo": _special(),
+        "d/null": _device(),
+        "d/suid": _owned(),
+        "d/.wh..wh..opq": b"",
+        ".wh.gone": b"",
+        "symlink": "d/file",
+    }
+)
+SECOND = tar(
+    {"d/file": b"y" * 5_000, "d/.wh.fifo": b"", "new": None, "new/file": b"z", ".wh.etc": b""}
+)
+
+
+def _create(client: Client, id: str) -> object:
+    return client.create(id, parent="base")
+
+
+def _first(client: Client, id: str) -> object:
+    return client.apply_diff(id, FIRST)
+
+
+def _second(client: Client, id: str) -> object:
+    return client.apply_diff(id, SECOND)
+
+
+def _to_aufs(client: Client, id: str) -> object:
+    return client.convert(id, "aufs")
+
+
+def _to_overlay(client: Client, id: str) -> object:
+    return client.convert(id, "overlay")
+
+
+def _remove(client: Client, id: str) -> object:
+    return client.remove(id)
+
+
+def _remove_by_force(client: Client, id: str) -> object:
+    return client.remove(id, force=True)
+
+
+def _get(client: Client, id: str) -> object:
+    return client.get(id)
+
+
+def _put(client: Client, id: str) -> object:
+    return client.put(id)
+
+
+SCENARIOS = (
+    Scenario("create", (), _create),
+    Scenario("remove", (_create, _first), _remove),
+    Scenario("remove by force", (_create, _first, _get), _remove_by_force, between=(_put,)),
+    Scenario("apply to an empty layer", (_create,), _first, archive=True),
+    Scenario("apply to a full layer", (_create, _first), _second, archive=True),
+    Scenario("convert to aufs", (_create, _first), _to_aufs, archive=True),
+    Scenario("convert to overlay", (_create, _first, _to_aufs), _to_overlay, archive=True),
+    Scenario("get", (_create, _first), _get),
+    Scenario("get again", (_create, _first, _get), _get),
+    Scenario(
+        "get what must be converted",
+        (_create, _first, _to_aufs),
+        _get,
+        between=(_to_overlay,),
+        archive=True,
+    ),
+    Scenario("put", (_create, _first, _get), _put),
+    Scenario("put one of two", (_create, _get, _get), _put),
+)
+
+
+def clear(client: Client, id: str) -> None:
+    """Take away what a scenario left, so that the store does not grow."""
+    client.remove(id, force=True)

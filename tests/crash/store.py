@@ -1,0 +1,134 @@
+"""What a layer is, seen from outside the daemon, and whether a store is in order."""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from aufsd.kernel import mountinfo
+from aufsd_client import Client
+from tests.crash.subject import Subject
+from tests.daemon import eventually
+
+# marks that overlayfs keeps for itself on an upper directory, from its first mount on
+_OVERLAYS_OWN = ("trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid")
+_PRIVATE = {
+    *("lock", "format", "staging", "removing", "quarantine", "probes", "work", "empty"),
+    "format.new",
+    "jobs",
+}
+# emptied at start, or by the deletion in the background
+_EMPTIED = ("staging", "removing", "probes")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One layer: its parents file, its content, and its line in the table."""
+
+    parents: bytes
+    content: tuple[object, ...]
+    references: int
+    mounted: bool
+
+
+def look(subject: Subject, client: Client, id: str) -> Seen | None:
+    """The layer as it is now; None if nothing of it is there."""
+    root = subject.root
+    rows = client.list(after="", limit=10_000).layers
+    row = next((row for row in rows if row.id == id), None)
+    found = [sub for sub in ("layers", "diff", "mnt") if (root / sub / id).exists()]
+    if row is None and not found:
+        return None
+    assert row is not None, f"{id} is not listed, but is in {found}"
+    assert len(found) == 3, f"{id} is listed, but only in {found}"
+    return Seen(
+        (root / "layers" / id).read_bytes(),
+        tuple(_tree(root / "diff" / id)),
+        row.references,
+        os.path.ismount(root / "mnt" / id),
+    )
+
+
+def _tree(top: Path) -> Iterator[object]:
+    for path in [top, *sorted(top.rglob("*"))]:
+        info = path.lstat()
+        body: object = info.st_rdev
+        if stat.S_ISREG(info.st_mode):
+            body = path.read_bytes()
+        elif stat.S_ISLNK(info.st_mode):
+            body = os.readlink(path)
+        xattrs = {
+            name: os.getxattr(path, name, follow_symlinks=False)
+            for name in os.listxattr(path, follow_symlinks=False)
+            if name not in _OVERLAYS_OWN
+        }
+        # a whiteout has no time of its own
+        whiteout = stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+        links = 0 if stat.S_ISDIR(info.st_mode) else info.st_nlink
+        yield (
+            *(str(path.relative_to(top)), info.st_mode, info.st_uid, info.st_gid, links, body),
+            *(0 if whiteout else info.st_mtime_ns, tuple(sorted(xattrs.items()))),
+        )
+
+
+def difference(seen: Seen | None, allowed: Seen | None) -> str:
+    """In what a layer is not as it may be."""
+    if seen is None or allowed is None:
+        return "it is there" if seen else "it is not there"
+    parts = [
+        f"{name} is {getattr(seen, name)!r}, not {getattr(allowed, name)!r}"
+        for name in ("parents", "references", "mounted")
+        if getattr(seen, name) != getattr(allowed, name)
+    ]
+    for row in set(seen.content) ^ set(allowed.content):
+        parts.append(f"{'too much' if row in seen.content else 'missing'}: {str(row)[:300]}")
+    return "; ".join(parts)
+
+
+def disorder(subject: Subject, client: Client) -> Iterator[str]:
+    """What is wrong with the store as a whole."""
+    root = subject.root
+    if left := settle(subject, client):
+        yield f"this is not put right yet: {left}"
+    for problem in client.check(deep=True).problems:
+        yield f"check: {problem}"
+    ids = {row.id for row in client.list(after="", limit=10_000).layers}
+    for sub in ("layers", "diff", "mnt"):
+        if strange := set(os.listdir(root / sub)) ^ ids:
+            yield f"{sub} and the list differ by {strange}"
+    if strange := set(os.listdir(root)) - {"layers", "diff", "mnt", ".aufsd"}:
+        yield f"the root holds {strange}"
+    if strange := set(os.listdir(root / ".aufsd")) - _PRIVATE:
+        yield f".aufsd holds {strange}"
+    if strange := set(os.listdir(root / ".aufsd/work")) - ids:
+        yield f"work directories of no layer: {strange}"
+    if quarantined := os.listdir(root / ".aufsd/quarantine"):
+        yield f"in quarantine: {quarantined}"
+    counted = {str(root / "mnt" / row.id) for row in client.mounts().mounts if row.mounted}
+    live = {row.mount_point for row in mountinfo.mounted_under(str(root))}
+    if live != counted:
+        yield f"mounts and the table differ by {live ^ counted}"
+
+
+def settle(subject: Subject, client: Client) -> list[str]:
+    """Give the daemon the time to put right and delete what it has to; what is left then."""
+    left: list[str] = []
+
+    def settled() -> bool:
+        client.ping()
+        left[:] = _unsettled(subject.root)
+        return not left
+
+    with suppress(AssertionError):
+        eventually(settled)
+    return left
+
+
+def _unsettled(root: Path) -> list[str]:
+    found = [str(path) for name in _EMPTIED for path in (root / ".aufsd" / name).iterdir()]
+    for path in (root / "diff").iterdir():
+        if "trusted.aufsd.converting" in os.listxattr(path):
+            found.append(f"{path} is half converted")
+    return found

@@ -1,0 +1,104 @@
+"""strace(1), attached to processes that run: counts their calls, or breaks one of them."""
+
+import os
+import re
+import subprocess
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# the calls that change something that outlives the process, and those that make it last
+CALLS = (
+    *("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
+    *("write", "pwrite64", "fsync", "syncfs", "mount", "umount2"),
+    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "fremovexattr"),
+    *("link", "linkat", "symlink", "symlinkat", "mknod", "mknodat"),
+)
+# those that need a descriptor
+OPENING = ("openat", "open_tree", "socketpair", "pidfd_open")
+_CALL = re.compile(r"(\d+) +(\w+)\(")
+
+
+@dataclass
+class Trace:
+    """What strace says while it runs."""
+
+    lines: list[str] = field(default_factory=list)
+    attached: threading.Event = field(default_factory=threading.Event)
+    # a process was stopped by an injected SIGSTOP
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def injected(self) -> bool:
+        """Whether the fault has been made, so far."""
+        return any(
+            "(INJECTED)" in line or "killed by SIGKILL" in line or "stopped by SIGSTOP" in line
+            for line in self.lines
+        )
+
+    def counts(self) -> dict[str, int]:
+        """The most calls of each name that one process or thread made."""
+        each: Counter[tuple[str, str]] = Counter()
+        for line in self.lines:
+            if found := _CALL.match(line):
+                each[found[1], found[2]] += 1
+        most: dict[str, int] = {}
+        for (_, call), count in each.items():
+            most[call] = max(count, most.get(call, 0))
+        return most
+
+    def read(self, pipe: int, expected: int) -> None:
+        with open(pipe, encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                if line.startswith("strace: Process"):
+                    expected -= 1
+                    if not expected:
+                        self.attached.set()
+                elif "--- stopped by SIGSTOP ---" in line:
+                    self.lines.append(line)
+                    self.stopped.set()
+                else:
+                    self.lines.append(line)
+        self.attached.set()
+
+
+@contextmanager
+def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
+    """Trace these processes, their threads and children, until the block is left.
+
+    The first of them is the one that the others end with.
+
+    An injection counts the calls of each thread by itself (strace(1), "when=").
+    """
+    trace = Trace()
+    read, write = os.pipe()
+    arguments = ["strace", "-f", "-o", f"/dev/fd/{write}"]
+    for expression in expressions:
+        arguments += ["-e", expression]
+    for pid in pids:
+        arguments += ["-p", str(pid)]
+    with subprocess.Popen(arguments, stderr=write, pass_fds=[write]) as process:
+        os.close(write)
+        reader = threading.Thread(target=trace.read, args=(read, len(pids)))
+        reader.start()
+        try:
+            assert trace.attached.wait(60)
+            yield trace
+        finally:
+            # told to stop while threads of a process are dying, strace waits for them for good
+            # (its detach() waits for the leader alone); it ends by itself when all have
+            if _lives(pids[0]):
+                process.terminate()
+            process.wait()
+            reader.join()
+
+
+def _lives(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
