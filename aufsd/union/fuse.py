@@ -114,7 +114,8 @@ class Fuse:
             if not union.read_only:
                 exclusive.refuse_if_written(union, self.layout.probes, self.namespace)
             os.makedirs(union.work, 0o700, exist_ok=True)
-            helper.forget(union.work)
+            # of a union that ended without us
+            _let_go(union.work, self.namespace)
             shutil.rmtree(f"{union.work}/work", ignore_errors=True)
         self.log.mark()
         with ExitStack() as opened:
@@ -180,6 +181,8 @@ class Fuse:
             syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
             _let_go(work, self.namespace)
         elif not self.clear(target):
+            # unmounted behind our back, or never one of ours
+            _let_go(work, self.namespace)
             plink.unmount(target)
 
     def is_mounted(self, target: str) -> bool:

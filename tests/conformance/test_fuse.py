@@ -200,6 +200,25 @@ def test_the_helpers_own_xattrs_are_gone_after_an_unmount(layers: Layers, backen
     assert (top / "d/.wh..wh..opq").exists()
 
 
+@pytest.mark.parametrize("then", ["unmount", "mount"])
+def test_nor_are_they_left_by_a_union_that_was_unmounted_behind_our_back(
+    layers: Layers, backend: Fuse, then: str
+) -> None:
+    union = layers.mount(layers.add(), layers.add({"file": "old"}))
+    Path(union.target, "file").write_text("new")
+    found = backend.helper(union.target)
+    assert found is not None
+    syscalls.umount2(union.target)
+    assert helper.wait(*found, 30)
+    assert os.listxattr(f"{union.top}/file")
+    if then == "unmount":
+        with pytest.raises(OSError, match="Invalid argument"):
+            backend.unmount(union.target)
+    else:
+        backend.mount(union)
+    assert os.listxattr(f"{union.top}/file") == []
+
+
 def test_an_opaque_root_ends_the_chain(layers: Layers) -> None:
     chain = [layers.add({f"file-{n}": ""}) for n in range(3)]
     layers.make_opaque(chain[1])
