@@ -74,12 +74,32 @@ def sha256(text: str) -> str:
 def dockerd(data: Path, run: Path) -> Iterator[Dockerd]:
     """A daemon, ready; `run` is an empty directory with a short name, for its sockets."""
     address = f"unix://{run}/s"
+    containerd = [
+        "containerd",
+        "--address",
+        f"{run}/c",
+        "--root",
+        f"{run}/r",
+        "--state",
+        f"{run}/t",
+    ]
+    # dockerd starts one itself, but waits for it no longer than an ordinary machine takes
     command = ["dockerd", "-s", "aufs", "--data-root", str(data), "--exec-root", f"{run}/e"]
-    command += ["-p", f"{run}/pid", "-H", address, "--bridge=none", "--iptables=false"]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, open(run / "log", "wb") as log:
-        ready.bind(f"{run}/ready")
+    command += ["--containerd", f"{run}/c", "-p", f"{run}/pid", "-H", address]
+    command += ["--bridge=none", "--iptables=false"]
+    with _started(containerd, run), _started(command, run):
+        yield Dockerd(data, address)
+
+
+@contextmanager
+def _started(command: Sequence[str], run: Path) -> Iterator[None]:
+    """A process that says when it is ready as systemd has it (sd_notify(3))."""
+    said = run / f"{command[0]}.log"
+    address = f"{run}/{command[0]}.ready"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, said.open("wb") as log:
+        ready.bind(address)
         ready.settimeout(0.1)
-        environment = {**os.environ, "NOTIFY_SOCKET": f"{run}/ready"}
+        environment = {**os.environ, "NOTIFY_SOCKET": address}
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         try:
             for _ in range(int(READY_WITHIN / 0.1)):
@@ -87,8 +107,8 @@ def dockerd(data: Path, run: Path) -> Iterator[Dockerd]:
                     if b"READY=1" in ready.recv(4096):
                         break
                 except TimeoutError:
-                    assert process.poll() is None, (run / "log").read_text()
-            yield Dockerd(data, address)
+                    assert process.poll() is None, said.read_text()
+            yield
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(READY_WITHIN)
