@@ -84,7 +84,7 @@ def exported(
         elif name in _ACLS:
             if settings.acls:
                 found.append((name, _acl(read(text), owners, path)))
-        elif _may_travel(name, settings):
+        elif may_travel(name, settings):
             found.append((name, read(text)))
     return found
 
@@ -104,7 +104,7 @@ def imported(
             found.append((text, _capability(value, lambda id: owners.uid(id, path))))
         elif name in _ACLS and settings.acls:
             found.append((text, _acl(value, owners, path)))
-        elif _may_travel(name, settings) and b"\0" not in name:
+        elif may_travel(name, settings) and b"\0" not in name:
             found.append((text, value))
         else:
             meter.warn(f"dropped the attribute {shown(name)} of {shown(path) or '/'}")
@@ -116,7 +116,7 @@ def carried(fd: int, settings: Settings) -> dict[str, bytes]:
     found = {}
     for text in os.listxattr(fd):
         name = text.encode("utf-8", "surrogateescape")
-        if name == CAPABILITY or (name in _ACLS and settings.acls) or _may_travel(name, settings):
+        if name == CAPABILITY or (name in _ACLS and settings.acls) or may_travel(name, settings):
             found[text] = os.getxattr(fd, text)
     return found
 
@@ -143,7 +143,8 @@ def inherit(source: int | None) -> bool:
     return True
 
 
-def _may_travel(name: bytes, settings: Settings) -> bool:
+def may_travel(name: bytes, settings: Settings) -> bool:
+    """Whether this is an xattr of a user's, and none that a union file system keeps for itself."""
     if not name.startswith(b"user.") or name.startswith(_OURS):
         return False
     return settings.namespace != "user" or not name.startswith(b"user.overlay.")

@@ -9,8 +9,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -22,6 +20,7 @@ import trio
 
 from aufsd import answers
 from aufsd.archive import requests
+from aufsd.archive.fork import ForkServer
 from aufsd.archive.requests import Branch, Limits, Settings
 from aufsd.idmap import IdMap
 from aufsd.kernel import syscalls as sc
@@ -32,78 +31,6 @@ from aufsd_client.errors import InternalError, Overloaded, from_wire
 _LINE = 1 << 16
 # a page of changes whose paths are all as long as they can be is smaller
 _REPLY_MAX = 256 << 20
-# of the fork server for one job
-_STARTS = 2
-
-
-@dataclass(slots=True)
-class ForkServer:
-    """The process that children are forked from; started again if it is gone.
-
-    `scratch` is any directory: the process mounts its own root there, where nobody else sees it.
-    It and every child inherit the descriptors `held`: locks that tell when the last one is gone.
-    """
-
-    scratch: str
-    held: tuple[int, ...] = ()
-    process: subprocess.Popen[bytes] | None = None
-    channel: socket.socket | None = None
-
-    async def fork(self, channel: socket.socket) -> None:
-        """Have a child made that serves `channel`, which the caller closes."""
-        for _ in range(_STARTS):
-            self.start()
-            assert self.channel is not None
-            try:
-                while not _sent(self.channel, channel):
-                    await trio.lowlevel.wait_writable(self.channel)
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                self.stop()
-        raise InternalError("the process that archive jobs are forked from ends at once")
-
-    def start(self) -> None:
-        """Start the process unless it runs, without waiting: a job sent early waits in line."""
-        if self.process is not None and self.process.poll() is None:
-            return
-        self.stop()
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "aufsd.archive.forkserver",
-                    str(theirs.fileno()),
-                    self.scratch,
-                ],
-                pass_fds=(theirs.fileno(), *self.held),
-                stdin=subprocess.DEVNULL,
-                # what this process imports from, and not the directory it happens to be in
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                cwd="/",
-            )
-        ours.setblocking(False)
-        self.channel = ours
-
-    def stop(self) -> None:
-        """End the process, and with it every child."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        if self.process is not None:
-            self.process.kill()
-            self.process.wait()
-            self.process = None
-
-
-def _sent(server: socket.socket, channel: socket.socket) -> bool:
-    """Hand a job's socket over; False if there is no room. One byte, in a queue of many."""
-    try:
-        socket.send_fds(server, [b"j"], [channel.fileno()])
-    except BlockingIOError:
-        return False
-    return True
 
 
 @dataclass(slots=True)
@@ -298,7 +225,9 @@ class Jobs:
             stack.enter_context(ours)
             with theirs:
                 fds = [stack.enter_context(_cloned(path)) for path in mounts]
-                await self.server.fork(theirs)
+                while not self.server.hand_over(theirs):
+                    assert self.server.channel is not None
+                    await trio.lowlevel.wait_writable(self.server.channel)
             child = _Child(job, trio.socket.from_stdlib_socket(ours))
             try:
                 await child.send(requests.encode(request) + b"\n", [*fds, *passed])

@@ -109,8 +109,11 @@ class Packer:
         elif stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
             kind = headers.CHARACTER if stat.S_ISCHR(mode) else headers.BLOCK_DEVICE
             device = (os.major(found.st_rdev), os.minor(found.st_rdev))
-        else:
+        elif stat.S_ISSOCK(mode):
             self.meter.warn(f"left out the socket {shown(name)}")
+            return
+        else:
+            self.vanished(name, FileNotFoundError(errno.ENOENT, "another file took its name"))
             return
         link = self._linked(name, found) if found.st_nlink > 1 else b""
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)

@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Final
 
 from aufsd.archive import headers, holes, names
-from aufsd.archive.attributes import Owners, imported
+from aufsd.archive.attributes import Owners, imported, may_travel
 from aufsd.archive.headers import Member
-from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
 from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
+from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
@@ -57,15 +57,12 @@ class Unpacker:
         self._reader = reader
         self._dialect = dialect
         self._settings = settings
-        self._limits = settings.limits
+        self._depth = settings.limits.depth
         self._meter = meter
         self._inherit = inherit
         self._owners = Owners(settings, outward=False)
         self._tree = Tree(dialect, settings.namespace, fresh=fresh)
-        # a layer that holds its parents' content too is measured by who knows those
-        self._measurable = dialect is not Dialect.NONE
-        before = (0, 0) if fresh or not self._measurable else self._measure()
-        self._bytes, self._entries = before
+        self._tally = Tally(settings.limits, self._tree)
         # of the current entry, for directories that it implies
         self._mtime = 0
         self._told: set[bytes] = set()
@@ -91,16 +88,15 @@ class Unpacker:
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
         tree.finish()
-        exact = (tree.fresh and not tree.removed) or not self._measurable
-        return self._bytes if exact else self._measure()[0]
+        return self._tally.total()
 
     # --- one entry ----------------------------------------------------------------------------
 
     def _member(self, member: Member) -> None:
         path = member.name = names.inside(member.name)
         kind = member.kind
-        if self._limits.depth and path.count(b"/") >= self._limits.depth:
-            raise LimitExceeded(f"an entry more than {self._limits.depth} directories deep")
+        if self._depth and path.count(b"/") >= self._depth:
+            raise LimitExceeded(f"an entry more than {self._depth} directories deep")
         self._mtime = member.mtime
         if b".wh." in path and self._mark(path, member):
             return
@@ -121,13 +117,13 @@ class Unpacker:
             self._file(name, member)
         elif kind == headers.DIRECTORY or kind == b"D":
             made = self._tree.make_directory(name, member.mode & 0o1777)
-            self._count(made)
+            self._tally.add(made)
             self._directory(name, path, member, made=made)
         elif kind == headers.SYMLINK:
             if not member.link:
                 raise BadArchive(f"{shown(path)} is a symlink to nothing")
             self._make(name, lambda: os.symlink(member.link, name))
-            self._count(1)
+            self._tally.add(1)
             self._owner(name, member)
             if member.xattrs:
                 self._set_xattrs(name, member)
@@ -152,7 +148,7 @@ class Unpacker:
             self._tree.clear(name)
             fd = os.open(name, _CREATE, mode & 0o777)
         try:
-            self._count(1, size)
+            self._tally.add(1, size)
             if member.extents is not None:
                 self._sparse(fd, member)
             elif size:
@@ -230,7 +226,7 @@ class Unpacker:
             ) from None
         except PermissionError:
             raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
-        self._count(1)
+        self._tally.add(1)
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
         kind = _NODES[member.kind]
@@ -245,7 +241,7 @@ class Unpacker:
             # as in any user namespace but the first
             self._meter.warn(f"left out the device {shown(path)}: making one is not permitted")
             return
-        self._count(1)
+        self._tally.add(1)
         self._owner(name, member)
         if member.xattrs:
             self._set_xattrs(name, member)
@@ -266,11 +262,11 @@ class Unpacker:
         directory = path.rpartition(b"/")[0]
         self._tree.enter(directory, self._implied)
         if deleted:
-            self._count(self._tree.whiteout(deleted))
+            self._tally.add(self._tree.whiteout(deleted))
         else:
             self._tree.keep_put(b".", self._tree.here.inode)
             self._tree.set_opaque(b".")
-            self._count(self._dialect is Dialect.AUFS)
+            self._tally.add(self._dialect is Dialect.AUFS)
         return True
 
     def _housekeeping(self, path: bytes, member: Member) -> bool:
@@ -331,54 +327,19 @@ class Unpacker:
         wanted = {key for key, _ in member.xattrs or ()}
         for text in os.listxattr(name, follow_symlinks=False):
             key = text.encode("utf-8", "surrogateescape")
-            if key.startswith((b"user.aufsd.", b"user.overlay.")) or key in wanted:
-                continue
-            if key.startswith((b"user.", b"system.posix_acl_access")):
+            ours = key.startswith(b"user.") and may_travel(key, self._settings)
+            if key not in wanted and (ours or key == b"system.posix_acl_access"):
                 os.removexattr(name, text, follow_symlinks=False)
 
     def _implied(self, path: bytes) -> None:
         """The current directory has just been made, because an entry lies in it."""
-        self._count(1)
+        self._tally.add(1)
         if self._inherit(path):
             return
         os.chown(b".", *self._owners.both(0, 0, path))
         os.chmod(b".", 0o755)
         # not the time of day: the same tar has to give the same layer
         os.utime(b".", ns=(self._mtime, self._mtime))
-
-    # --- limits and errors --------------------------------------------------------------------
-
-    def _count(self, entries: int, size: int = 0) -> None:
-        """Count what has just been made, and the `size` that it will have."""
-        self._entries += entries
-        self._bytes += size
-        limits = self._limits
-        if limits.bytes and self._bytes > limits.bytes:
-            self._recount(size)
-            if self._bytes > limits.bytes:
-                raise LimitExceeded(
-                    f"the layer would hold more than {limits.bytes} bytes", limit=limits.bytes
-                )
-        if limits.entries and self._entries > limits.entries:
-            self._recount(size)
-            if self._entries > limits.entries:
-                raise LimitExceeded(
-                    f"the layer would hold more than {limits.entries} entries",
-                    limit=limits.entries,
-                )
-
-    def _recount(self, size: int) -> None:
-        """What was taken away since was counted too."""
-        if self._tree.removed and self._measurable:
-            here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY)
-            found = self._measure()
-            self._bytes, self._entries = found[0] + size, found[1]
-            os.fchdir(here)
-            os.close(here)
-
-    def _measure(self) -> tuple[int, int]:
-        os.chdir(b"/")
-        return measure(aufs=self._dialect is Dialect.AUFS)
 
 
 def _translated(error: OSError, name: bytes, start: int) -> Exception:

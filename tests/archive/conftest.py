@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from tests.archive.shelf import Shelf, open_shelf
 
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, NamedTuple
 import pytest
 
 from aufsd.answers import Streamed
-from aufsd.archive.jobs import ForkServer, Jobs, open_jobs
+from aufsd.archive.fork import ForkServer
+from aufsd.archive.jobs import Jobs, open_jobs
 from aufsd.archive.requests import Branch, Limits
 from aufsd.store.layout import Layout
 from aufsd.union import dialect as marks

@@ -11,7 +11,7 @@ import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive
 from tests.archive.shelf import Shelf, open_shelf, snapshot

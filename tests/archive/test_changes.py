@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aufsd.answers import Change
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from aufsd.kernel import syscalls
 from aufsd.union.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import InvalidParams

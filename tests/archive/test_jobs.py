@@ -16,7 +16,7 @@ import trio
 import zstandard
 
 from aufsd.answers import Streamed
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from aufsd.archive.requests import Limits
 from aufsd.idmap import IdMap
 from aufsd.kernel import syscalls

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from aufsd.archive.requests import Limits
 from aufsd_client.errors import LimitExceeded
 from tests.archive.shelf import Shelf, open_shelf

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.archive.jobs import ForkServer
+from aufsd.archive.fork import ForkServer
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
