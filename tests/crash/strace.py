@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import threading
 from collections import Counter
@@ -22,12 +23,17 @@ OPENING = ("openat", "open_tree", "socketpair", "pidfd_open")
 _CALL = re.compile(r"(\d+) +(\w+)\(")
 
 
+class CannotTrace(Exception):
+    """What strace says of it."""
+
+
 @dataclass
 class Trace:
     """What strace says while it runs."""
 
     lines: list[str] = field(default_factory=list)
     attached: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
     # a process was stopped by an injected SIGSTOP
     stopped: threading.Event = field(default_factory=threading.Event)
 
@@ -62,7 +68,21 @@ class Trace:
                     self.stopped.set()
                 else:
                     self.lines.append(line)
-        self.attached.set()
+        self.ended.set()
+
+
+def untraceable() -> str:
+    """Why no process can be traced here; "" if one can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    with subprocess.Popen(["sleep", "60"]) as victim:
+        try:
+            with traced([victim.pid], "trace=none"):
+                return ""
+        except CannotTrace as error:
+            return str(error)
+        finally:
+            victim.kill()
 
 
 @contextmanager
@@ -75,7 +95,8 @@ def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
     """
     trace = Trace()
     read, write = os.pipe()
-    arguments = ["strace", "-f", "-o", f"/dev/fd/{write}"]
+    # -y: descriptors with their paths
+    arguments = ["strace", "-f", "-y", "-o", f"/dev/fd/{write}"]
     for expression in expressions:
         arguments += ["-e", expression]
     for pid in pids:
@@ -85,7 +106,9 @@ def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
         reader = threading.Thread(target=trace.read, args=(read, len(pids)))
         reader.start()
         try:
-            assert trace.attached.wait(60)
+            while not trace.attached.wait(0.1):
+                if trace.ended.is_set():
+                    raise CannotTrace("".join(trace.lines))
             yield trace
         finally:
             # told to stop while threads of a process are dying, strace waits for them for good
