@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from aufsd.kernel import mountinfo
 from aufsd_client import Client
 from tests.archives import tar
-from tests.daemon import Daemon, daemon
+from tests.daemon import Daemon, daemon, eventually
 
 pytestmark = [pytest.mark.service, pytest.mark.fuse]
 
@@ -53,9 +52,7 @@ def helper_of(served: Daemon, id: str) -> int:
 def kill_and_wait(pid: int, client: Client) -> None:
     """kill -9 of a helper; returns when the daemon knows."""
     os.kill(pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while client.health().status == "ok" and time.monotonic() < deadline:
-        pass
+    eventually(lambda: client.health().status != "ok")
 
 
 def test_a_killed_helper_is_told_and_the_next_get_mounts_with_no_reference_lost(
