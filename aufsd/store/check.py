@@ -1,19 +1,30 @@
 """Consistency of layers/, diff/ and mnt/, and what may be put right.
 
-Repair moves things into quarantine and makes missing directories; it deletes nothing, and touches
-nothing that is mounted. Synchronous: works on a store that is served, and offline.
+Repair moves things into quarantine, makes missing directories, and writes a parents file that was
+lost from what is known otherwise; it deletes nothing, and does nothing where it is refused: a mount
+that is busy is no reason to begin with something worse. Synchronous: works on a store that is
+served, and offline.
 """
 
+import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from typing import ParamSpec
 
 from aufsd.answers import Problem
 from aufsd.kernel import mountinfo
+from aufsd.store.content import fsync
+from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
+from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
 from aufsd.union import dialect as dialects
 from aufsd.union.dialect import Dialect
+
+P = ParamSpec("P")
 
 
 def check(
@@ -32,13 +43,31 @@ def check(
     if id is not None:
         store.require(id)
         return list(_layer(store, id, deep=deep, repair=repair))
-    found = list(_modes(store, repair=repair))
+    found = list(whole(store, repair=repair))
     for known in sorted((*store.parent, *store.damaged)):
         found += _layer(store, known, deep=deep, repair=repair)
-    found += _orphans(store, repair=repair)
+    names = {*os.listdir(store.layout.diff), *os.listdir(store.layout.mnt)}
+    for name in sorted(names):
+        found += _orphan(store, name, repair=repair)
     if mounted is not None:
         found += _uncounted(store, mounted)
     return found
+
+
+def again(
+    store: Store, name: str, *, deep: bool, repair: bool, mounted: Collection[LayerId]
+) -> list[Problem]:
+    """Look once more at one name, which nobody changes meanwhile."""
+    if is_id(name) and store.exists(LayerId(name)):
+        found = list(_layer(store, LayerId(name), deep=deep, repair=repair))
+        return [*found, *(each for each in _uncounted(store, mounted) if each.id == name)]
+    return list(_orphan(store, name, repair=repair))
+
+
+def whole(store: Store, *, repair: bool) -> Iterator[Problem]:
+    """What is wrong with the store's own directories, and is no layer's."""
+    yield from _modes(store, repair=repair)
+    yield from _strays(store, repair=repair)
 
 
 def _modes(store: Store, *, repair: bool) -> Iterator[Problem]:
@@ -46,25 +75,27 @@ def _modes(store: Store, *, repair: bool) -> Iterator[Problem]:
     for path in (layout.root, layout.layers, layout.diff, layout.mnt):
         found = os.lstat(path)
         if stat.S_IMODE(found.st_mode) != 0o710 or (found.st_uid, found.st_gid) != (0, store.gid):
-            if repair:
-                os.chown(path, 0, store.gid)
-                os.chmod(path, 0o710)
+            done = repair and _done(_set_mode, path, store.gid)
             detail = f"{path} is {stat.filemode(found.st_mode)} {found.st_uid}:{found.st_gid}"
-            yield Problem("", "wrong-mode", f"{detail}, should be 0710 0:{store.gid}", repair)
+            yield Problem("", "wrong-mode", f"{detail}, should be 0710 0:{store.gid}", done)
 
 
 def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[Problem]:
     if id in store.damaged:
-        yield Problem(id, "damaged", store.damaged[id], False)
+        done = repair and _done(_restore_parents, store, id)
+        after = "; its parents file is written again, and counts at the next start" if done else ""
+        yield Problem(id, "damaged", store.damaged[id] + after, done)
+    elif told := _differing(store, id):
+        done = repair and _done(_write_parents, store, id, store.chain(id)[1:])
+        yield Problem(id, "parents-differ", told, done)
     content = store.layout.content(id)
     if not os.path.isdir(content) or os.path.islink(content):
         yield Problem(id, "missing-content", f"{content} is not a directory", False)
         return
     mount_point = store.layout.mount_point(id)
     if not os.path.isdir(mount_point):
-        if repair:
-            os.mkdir(mount_point, 0o755)
-        yield Problem(id, "missing-mount-point", f"{mount_point} does not exist", repair)
+        done = repair and _done(os.mkdir, mount_point, 0o755)
+        yield Problem(id, "missing-mount-point", f"{mount_point} is not a directory", done)
     half = dialects.interrupted(content, store.xattr_namespace)
     if half is not None:
         detail = f"a conversion to {half} was cut off; the next mount or convert finishes it"
@@ -73,33 +104,115 @@ def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[P
         yield from _content(store, id, content)
 
 
+def _differing(store: Store, id: LayerId) -> str:
+    """In what a parents file is not as it was when the store was opened; "" if it is."""
+    path = store.layout.parents_file(id)
+    try:
+        parents = read_parents(path)
+    except OSError as error:
+        return f"{path}: {error.strerror}"
+    if isinstance(parents, str):
+        return f"{path}: {parents}"
+    if parents != store.chain(id)[1:]:
+        return f"{path} names other parents than when the store was opened"
+    made_on = read_parent_mark(store.layout.content(id), store.xattr_namespace)
+    if made_on is not None and made_on != store.parent[id]:
+        return f"{path} does not name {made_on}, which the layer was made on"
+    return ""
+
+
+def _restore_parents(store: Store, id: LayerId) -> None:
+    """Write the parents file of a damaged layer from what its content was marked with."""
+    parent = read_parent_mark(store.layout.content(id), store.xattr_namespace)
+    if parent is None or parent not in store.parent:
+        raise OSError(errno.ENODATA, "nothing says what it was made on")
+    _write_parents(store, id, store.chain(parent))
+
+
+def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> None:
+    fresh = f"{store.layout.staging}/parents-{id}"
+    write_durably(fresh, "".join(f"{parent}\n" for parent in parents), store.sync)
+    path = store.layout.parents_file(id)
+    with suppress(FileNotFoundError):
+        os.link(path, f"{store.layout.quarantine}/{time.time_ns()}.parents.{id}")
+    os.rename(fresh, path)
+    if store.sync != "none":
+        fsync(store.layout.layers)
+
+
 def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
-    """Whiteouts that this layer's dialect does not know."""
+    """Marks that this layer's dialect does not know, and what only part of a layer lies in."""
     dialect = dialects.read_dialect(content, store.xattr_namespace)
-    for directory, _, names, fd in os.fwalk(content):
+    opaque = dialects.opaque_xattr(store.xattr_namespace)
+    elsewhere = {f"{store.xattr_namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
+    for directory, directories, names, fd in os.fwalk(content):
+        inside = directory.removeprefix(content)
         for name in names:
-            inside = os.path.join(directory.removeprefix(content), name)
-            if dialect is Dialect.OVERLAY and name.startswith(".wh."):
-                yield Problem(id, "mixed-dialects", f"{inside} is an aufs whiteout", False)
-            elif dialect is Dialect.AUFS:
-                found = os.lstat(name, dir_fd=fd)
-                if stat.S_ISCHR(found.st_mode) and found.st_rdev == 0:
-                    yield Problem(id, "mixed-dialects", f"{inside} is an overlay whiteout", False)
+            path = os.path.join(inside, name)
+            if dialect is not Dialect.AUFS and dialects.deleted_name(os.fsencode(name)) is not None:
+                yield Problem(id, "mixed-dialects", f"{path} is an aufs whiteout", False)
+            elif dialect is not Dialect.OVERLAY and dialects.is_whiteout_node(
+                os.lstat(name, dir_fd=fd)
+            ):
+                yield Problem(id, "mixed-dialects", f"{path} is an overlay whiteout", False)
+        for name in (*directories, *names):
+            path = os.path.join(directory, name)
+            found = set(os.listxattr(path, follow_symlinks=False))
+            if stray := found & elsewhere:
+                detail = f"{path.removeprefix(content)} has {', '.join(sorted(stray))}"
+                yield Problem(id, "stray-xattr", detail, False)
+            if opaque in found and dialect is not Dialect.OVERLAY:
+                detail = f"{path.removeprefix(content)} is opaque as overlay says it"
+                yield Problem(id, "mixed-dialects", detail, False)
 
 
-def _orphans(store: Store, *, repair: bool) -> Iterator[Problem]:
+def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:
+    """What lies in layers/ and is no parents file."""
+    with os.scandir(store.layout.layers) as entries:
+        found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
+    for name, regular in found:
+        if not (is_id(name) and regular):
+            path = f"{store.layout.layers}/{name}"
+            done = repair and _quarantined(store, path, "stray-record")
+            yield Problem(name, "stray-record", f"{path} is no parents file", done)
+
+
+def _orphan(store: Store, name: str, *, repair: bool) -> Iterator[Problem]:
+    """A directory that belongs to no layer."""
+    if is_id(name) and store.exists(LayerId(name)):
+        return
     layout = store.layout
     for directory, problem in ((layout.diff, "orphan-content"), (layout.mnt, "orphan-mount-point")):
-        for name in sorted(os.listdir(directory)):
-            if is_id(name) and store.exists(LayerId(name)):
-                continue
-            path = f"{directory}/{name}"
-            if mountinfo.is_mount_point(path):
-                yield Problem(name, "mount-without-layer", f"{path} is mounted", False)
-                continue
-            if repair:
-                os.rename(path, f"{layout.quarantine}/{problem}.{name}")
-            yield Problem(name, problem, f"{path} belongs to no layer", repair)
+        path = f"{directory}/{name}"
+        try:
+            mounted = mountinfo.is_mount_point(path)
+        except FileNotFoundError:
+            continue
+        if mounted:
+            yield Problem(name, "mount-without-layer", f"{path} is mounted", False)
+            continue
+        done = repair and _quarantined(store, path, problem)
+        yield Problem(name, problem, f"{path} belongs to no layer", done)
+
+
+def _quarantined(store: Store, path: str, problem: str) -> bool:
+    """Whether it could be moved away; never over what is there already."""
+    name = f"{time.time_ns()}.{problem}.{os.path.basename(path)}"[:255]
+    return _done(os.rename, path, f"{store.layout.quarantine}/{name}")
+
+
+def _set_mode(path: str, gid: int) -> None:
+    os.chown(path, 0, gid)
+    os.chmod(path, 0o710)
+
+
+def _done(repair: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> bool:
+    """Whether it worked; what is refused, EBUSY most of all, is left as it is."""
+    try:
+        repair(*args, **kwargs)
+    except OSError:
+        return False
+    return True
 
 
 def _uncounted(store: Store, mounted: Collection[LayerId]) -> Iterator[Problem]:

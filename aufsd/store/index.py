@@ -25,7 +25,7 @@ Record = tuple[str, ...] | str
 class Index:
     """`parent` has None for a base layer; `damaged` says what is wrong with all others.
 
-    `below` has what a damaged layer is said to stand on, so that it is not removed meanwhile.
+    `below` has the sound layer that a damaged one is said to stand on, for that not to be removed.
     """
 
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
@@ -59,7 +59,7 @@ def read_index(layout: Layout, namespace: str) -> Index:
     for id, record in records.items():
         if sound[id]:
             index.parent[id] = LayerId(record[0]) if record else None
-        elif above := _said_parent(layout, namespace, id):
+        elif (above := _said_parent(layout, namespace, id)) and sound.get(above):
             index.below[id] = above
     return index
 

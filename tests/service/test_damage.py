@@ -1,0 +1,193 @@
+"""Damaged stores: the damage is told, the rest is served, and repair deletes nothing."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from aufsd.kernel import syscalls
+from aufsd_client import Client, errors
+from tests.archives import tar
+from tests.daemon import Daemon
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture
+def stacked(served: Daemon, client: Client) -> Daemon:
+    """`base`, `middle` on it, `top` on that, and `other` alone; with a file each."""
+    parent = ""
+    for id in ("base", "middle", "top"):
+        client.create(id, parent=parent)
+        client.apply_diff(id, tar({id: b"x"}))
+        parent = id
+    client.create("other")
+    return served
+
+
+def damage(stacked: Daemon, what: Callable[[Path], object]) -> Client:
+    """Damage the store while nobody serves it, and start again."""
+    stacked.kill()
+    what(stacked.root)
+    stacked.start()
+    return stacked.client()
+
+
+def problems(client: Client, *, deep: bool = False, repair: bool = False) -> set[tuple[str, str]]:
+    return {(each.id, each.problem) for each in client.check(deep=deep, repair=repair).problems}
+
+
+def empty(root: Path) -> None:
+    (root / "layers/top").write_text("")
+
+
+def cut(root: Path) -> None:
+    (root / "layers/top").write_text("middle\n")
+
+
+def cut_in_a_name(root: Path) -> None:
+    (root / "layers/top").write_text("middle\nba")
+
+
+def binary(root: Path) -> None:
+    (root / "layers/top").write_bytes(b"\0" * 12)
+
+
+@pytest.mark.parametrize("what", [empty, cut, cut_in_a_name, binary])
+def test_a_parents_file_that_was_lost_is_noticed_and_written_again(
+    stacked: Daemon, what: Callable[[Path], object]
+) -> None:
+    with damage(stacked, what) as client:
+        with pytest.raises(errors.LayerDamaged) as caught:
+            client.get("top")
+        assert caught.value.code == 106
+        assert client.get("middle").references == 1
+        assert client.health().status == "degraded"
+        with pytest.raises(errors.LayerHasChildren):
+            client.remove("middle", force=True)
+        assert ("top", "damaged") in problems(client)
+        assert ("top", "damaged") in problems(client, repair=True)
+    assert (stacked.root / "layers/top").read_text() == "middle\nbase\n"
+    # what was there before is kept
+    assert os.listdir(stacked.root / ".aufsd/quarantine")
+    with damage(stacked, lambda _: None) as client:
+        assert problems(client) == set()
+        assert sorted(os.listdir(client.get("top").path)) == ["base", "middle", "top"]
+
+
+def without_content(root: Path) -> None:
+    (root / "diff/middle").rename(root.parent / "lost")
+
+
+def without_parent(root: Path) -> None:
+    (root / "layers/middle").unlink()
+
+
+def in_a_circle(root: Path) -> None:
+    (root / "layers/base").write_text("top\nmiddle\nbase\n")
+
+
+@pytest.mark.parametrize("what", [without_content, without_parent, in_a_circle])
+def test_one_bad_layer_stops_neither_the_store_nor_the_start(
+    stacked: Daemon, what: Callable[[Path], object]
+) -> None:
+    with damage(stacked, what) as client:
+        for id in ("top", "middle"):
+            with pytest.raises((errors.LayerDamaged, errors.LayerNotFound)):
+                client.get(id)
+        assert client.get("other").references == 1
+        client.create("new", parent="other")
+        assert client.get("new").mounted
+        assert "top" in {id for id, _ in problems(client)}
+        # and what is damaged can be removed
+        assert client.remove("top").removed
+
+
+def test_content_that_goes_while_the_daemon_serves_is_damage_and_no_failed_mount(
+    stacked: Daemon, client: Client
+) -> None:
+    without_content(stacked.root)
+    with pytest.raises(errors.LayerDamaged):
+        client.get("top")
+    assert stacked.mounts() == []
+    assert ("middle", "missing-content") in problems(client)
+    (stacked.root.parent / "lost").rename(stacked.root / "diff/middle")
+    assert client.get("top").mounted
+    assert problems(client) == set()
+
+
+def test_a_parents_file_that_changes_while_the_daemon_serves_is_put_right(
+    stacked: Daemon, client: Client
+) -> None:
+    empty(stacked.root)
+    assert problems(client) == {("top", "parents-differ")}
+    assert problems(client, repair=True) == {("top", "parents-differ")}
+    assert problems(client) == set()
+    assert (stacked.root / "layers/top").read_text() == "middle\nbase\n"
+
+
+def test_what_belongs_to_no_layer_goes_into_quarantine_and_is_not_deleted(
+    stacked: Daemon, client: Client
+) -> None:
+    root = stacked.root
+    (root / "diff/stray").mkdir()
+    (root / "diff/stray/precious").write_text("x")
+    (root / "mnt/stray").mkdir()
+    (root / "layers/not an id").write_text("x")
+    (root / "layers/directory").mkdir()
+    found = {
+        ("stray", "orphan-content"),
+        ("stray", "orphan-mount-point"),
+        ("not an id", "stray-record"),
+        ("directory", "stray-record"),
+    }
+    assert problems(client) == found
+    assert (root / "diff/stray/precious").exists()
+    assert problems(client, repair=True) == found
+    assert problems(client) == set()
+    (kept,) = (root / ".aufsd/quarantine").glob("*/precious")
+    assert kept.read_text() == "x"
+
+
+def test_repair_does_nothing_about_what_is_mounted(stacked: Daemon, client: Client) -> None:
+    target = stacked.root / "mnt/stray"
+    target.mkdir()
+    syscalls.mount("tmpfs", str(target), "tmpfs", 0, "size=64k")
+    (target / "precious").write_text("x")
+    try:
+        assert problems(client, repair=True) == {("stray", "mount-without-layer")}
+        assert (target / "precious").read_text() == "x"
+    finally:
+        syscalls.umount2(str(target))
+
+
+def test_modes_and_mount_points_are_put_right(stacked: Daemon, client: Client) -> None:
+    (stacked.root / "diff").chmod(0o755)
+    (stacked.root / "mnt/top").rmdir()
+    assert problems(client, repair=True) == {("", "wrong-mode"), ("top", "missing-mount-point")}
+    assert problems(client) == set()
+
+
+def test_deep_looks_into_the_layers(stacked: Daemon, client: Client) -> None:
+    content = stacked.root / "diff/top"
+    (content / ".wh.base").write_text("")
+    (content / "d").mkdir()
+    os.setxattr(content / "d", "trusted.overlay.redirect", b"/elsewhere")
+    assert problems(client) == set()
+    assert problems(client, deep=True) >= {("top", "mixed-dialects"), ("top", "stray-xattr")}
+
+
+def test_a_store_that_nobody_serves_is_checked_offline(stacked: Daemon) -> None:
+    command = [sys.executable, "-m", "aufsd", "check", "--root", str(stacked.root)]
+    refused = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert refused.returncode == 3  # it is served
+    stacked.kill()
+    empty(stacked.root)
+    told = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (told.returncode, "top: damaged:" in told.stdout) == (1, True)
+    repaired = subprocess.run([*command, "--repair"], capture_output=True, text=True, check=False)
+    assert (repaired.returncode, "(repaired)" in repaired.stdout) == (0, True)
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
