@@ -1,11 +1,13 @@
 """The journal gives back the table, whole or up to where it was cut."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from aufsd import journal
 from aufsd.journal import Journal
+from aufsd.kernel import syscalls
 from aufsd.refs import Entry, Reference, State
 from aufsd.store.ids import LayerId
 
@@ -74,3 +76,49 @@ def test_it_is_written_anew_before_it_grows_without_end(tmp_path: Path) -> None:
     book.close()
     assert path.read_bytes().count(b"\n") < 10_000
     assert journal.read(str(path), "/store") == {A: HELD}
+
+
+@pytest.mark.mounts
+def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    syscalls.mount("tmpfs", str(small), "tmpfs", 0, "size=32k")
+    try:
+        path = str(small / "journal")
+        table: dict[LayerId, Entry] = {A: HELD}
+        book = Journal(path, "/store", table)
+        filler = small / "filler"
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(b"x" * (1 << 20))
+        # what still fits into the last page is written down, what follows is not
+        while not book.failure:
+            table[B] = HELD
+            book.record(B, HELD, table)
+        assert "No space" in book.failure
+        del table[A]
+        book.record(A, None, table)
+        assert book.failure
+        # the file is behind, and readable to its last whole line
+        assert journal.read(path, "/store") == {A: HELD, B: HELD}
+        filler.unlink()
+        book.record(B, HELD, table)
+        assert book.failure == ""
+        assert journal.read(path, "/store") == {B: HELD}
+        book.close()
+        assert os.listdir(small) == ["journal"]
+    finally:
+        syscalls.umount2(str(small))
+
+
+@pytest.mark.mounts
+def test_a_state_directory_that_is_full_at_start_stops_nothing(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    syscalls.mount("tmpfs", str(small), "tmpfs", 0, "size=4k,nr_inodes=1")
+    try:
+        book = Journal(str(small / "journal"), "/store", {})
+        assert book.failure
+        book.record(A, HELD, {A: HELD})
+        book.close()
+    finally:
+        syscalls.umount2(str(small))
