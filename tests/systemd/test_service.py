@@ -360,6 +360,24 @@ def test_no_child_is_left_when_the_daemon_ends_in_the_middle_of_an_archive(
     assert os.listdir(box.path("/var/lib/aufsd/.aufsd/staging")) == []
 
 
+@pytest.mark.fuse
+def test_what_serves_a_mount_outlives_the_daemon(box: Box, connect: Connect) -> None:
+    configure(box, 'backend = "fuse-overlayfs"\n')
+    path = start(box, connect).get("top").path
+    box.run("sh", "-c", f"echo kept >{path}/file")
+    serving = box.run("pgrep", "fuse-overlayfs").stdout
+    box.systemctl("restart", SERVICE)
+    assert box.run("cat", f"{path}/file").stdout == "kept\n"
+    box.systemctl("kill", "--signal=KILL", "--kill-who=main", SERVICE)
+    assert connect().get("top").references == 2
+    assert box.run("cat", f"{path}/file").stdout == "kept\n"
+    assert box.run("pgrep", "fuse-overlayfs").stdout == serving
+    with connect() as made:
+        made.put("top")
+        assert not made.put("top").mounted
+    wait_until(lambda: box.run("pgrep", "fuse-overlayfs", check=False).returncode == 1)
+
+
 # --- reload ---------------------------------------------------------------------------------------
 
 
