@@ -7,9 +7,10 @@ import traceback
 from pathlib import Path
 
 from aufsd.kernel import syscalls
-from bench import archives, calls, docker, ground, mounts, peers, relabel, report, store
+from bench import archives, calls, docker, ground, mounts, peers, priority, relabel, report, store
 from bench.figures import Curve
 from bench.harness import Bench, Case
+from bench.peers import Peers
 
 CASES: tuple[Case, ...] = (
     *calls.CASES,
@@ -41,24 +42,29 @@ def main() -> int:
         list(found.missing.values()),
     )
     print(report.heading(run), flush=True)
-    for case in chosen:
-        print(f"... {case.name}", file=sys.stderr, flush=True)
-        try:
-            with ground.work(arguments.dir) as work:
-                for outcome in case.run(Bench(work, found, arguments.quick)):
-                    if isinstance(outcome, Curve):
-                        run.curves.append(outcome)
-                    else:
-                        run.figures.append(outcome)
-                        print(report.line(outcome), file=sys.stderr, flush=True)
-        except Exception as failure:
-            # one case that cannot run here is no reason to lose the others
-            traceback.print_exception(failure)
-            run.failures.append(f"{case.name}: {failure}")
+    with priority.raised():
+        for case in chosen:
+            print(f"... {case.name}", file=sys.stderr, flush=True)
+            _measure(case, run, Path(arguments.dir), found, quick=arguments.quick)
     arguments.out.mkdir(parents=True, exist_ok=True)
     report.write(run, arguments.out)
     print(report.table(run))
     return 1 if run.failures else 0
+
+
+def _measure(case: Case, run: report.Run, where: Path, found: Peers, *, quick: bool) -> None:
+    try:
+        with ground.work(str(where)) as work:
+            for outcome in case.run(Bench(work, found, quick)):
+                if isinstance(outcome, Curve):
+                    run.curves.append(outcome)
+                else:
+                    run.figures.append(outcome)
+                    print(report.line(outcome), file=sys.stderr, flush=True)
+    except Exception as failure:
+        # one case that cannot run here is no reason to lose the others
+        traceback.print_exception(failure)
+        run.failures.append(f"{case.name}: {failure}")
 
 
 def _named(case: Case, names: list[str]) -> bool:
