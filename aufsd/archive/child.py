@@ -48,6 +48,9 @@ def run(channel: socket.socket) -> NoReturn:
         request, fds = _receive(channel)
         _send(channel, _reply(request, fds, channel))
         status = 0
+    except Exception:
+        # nobody is left to be told; the daemon's standard error is the log
+        traceback.print_exc()
     finally:
         os._exit(status)
 

@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
 from aufsd.archive.meter import shown
-from aufsd.archive.pack import GONE, Packer
+from aufsd.archive.pack import GONE, Packer, pack_file, pack_other, read_link
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Found, Place
 from aufsd.union import dialect as marks
@@ -228,7 +228,7 @@ def _same_time(a: int, b: int) -> bool:
 
 
 def _target(name: bytes, found: Found) -> bytes:
-    return os.readlink(name, dir_fd=found.place.fd)
+    return read_link(name, found.place.fd)
 
 
 def _attributes(name: bytes, found: Found, settings: Settings) -> dict[str, bytes]:
@@ -296,21 +296,13 @@ def _write(packer: Packer, event: Event) -> None:
     if event.now is None:
         packer.whiteout(directory + slash + marks.WHITEOUT + name)
         return
-    found, at = event.now.stat, event.now.place.fd
-    try:
-        if stat.S_ISDIR(found.st_mode):
-            packer.directory(event.path, event.fd, event.now.place.layer)
-        elif stat.S_ISREG(found.st_mode):
-            fd = os.open(name, _FILE, dir_fd=at)
-            try:
-                packer.file(event.path, fd, os.fstat(fd))
-            finally:
-                os.close(fd)
-        else:
-            link = stat.S_ISLNK(found.st_mode)
-            packer.other(event.path, found, os.readlink(name, dir_fd=at) if link else b"")
-    except OSError as error:
-        packer.vanished(event.path, error)
+    mode, at = event.now.stat.st_mode, event.now.place.fd
+    if stat.S_ISDIR(mode):
+        packer.directory(event.path, event.fd, event.now.place.layer)
+    elif stat.S_ISREG(mode):
+        pack_file(packer, event.path, name, at)
+    else:
+        pack_other(packer, event.path, name, at)
 
 
 def size(now: list[Place], then: list[Place], settings: Settings) -> int:

@@ -15,7 +15,7 @@ import socket
 import sys
 from typing import Final, NoReturn
 
-from aufsd.archive import child, confine
+from aufsd.archive import child, confine, warming
 from aufsd.kernel import syscalls
 
 _JOB: Final = b"j"
@@ -29,7 +29,7 @@ def main() -> None:
     # Ctrl-C in a terminal reaches the whole group; the daemon says when it is over
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine.prepare(sys.argv[2])
-    child.warm_up()
+    warming.warm_up()
     # nothing that lives now is garbage; without this each child would copy it all to look at it
     gc.freeze()
     first = os.fork()
@@ -59,6 +59,7 @@ def main() -> None:
 def _spare(server: socket.socket, taken: int) -> NoReturn:
     """Wait for a job with all done that can be, and say so when it comes."""
     confine.isolate()
+    warming.warm_up(1)
     _, fds, _, _ = socket.recv_fds(server, 1, 1)
     os.write(taken, _JOB if fds else _END)
     if not fds:

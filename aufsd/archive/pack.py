@@ -113,7 +113,7 @@ class Packer:
             self.meter.warn(f"left out the socket {shown(name)}")
             return
         else:
-            self.vanished(name, FileNotFoundError(errno.ENOENT, "another file took its name"))
+            self.vanished(name, replaced())
             return
         link = self._linked(name, found) if found.st_nlink > 1 else b""
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
@@ -186,9 +186,9 @@ def pack(packer: Packer, layer: Layer) -> None:
             if entry is None:
                 packer.whiteout(prefix + name)
             elif entry.is_file(follow_symlinks=False):
-                _file(packer, prefix + name, name)
+                pack_file(packer, prefix + name, name)
             elif not entry.is_dir(follow_symlinks=False):
-                _other(packer, prefix + name, name)
+                pack_other(packer, prefix + name, name)
             else:
                 path = prefix + name
                 try:
@@ -256,9 +256,10 @@ def _is_node(entry: os.DirEntry[bytes]) -> bool:
         return False
 
 
-def _file(packer: Packer, path: bytes, name: bytes) -> None:
+def pack_file(packer: Packer, path: bytes, name: bytes, directory: int | None = None) -> None:
+    """Write the regular file `name` of a directory, the current one if None, as `path`."""
     try:
-        fd = os.open(name, _FILE)
+        fd = os.open(name, _FILE, dir_fd=directory)
     except OSError as error:
         packer.vanished(path, error)
         return
@@ -267,16 +268,30 @@ def _file(packer: Packer, path: bytes, name: bytes) -> None:
         if stat.S_ISREG(found.st_mode):
             packer.file(path, fd, found)
         else:
-            packer.vanished(path, OSError(errno.ENOENT, "another file took its name"))
+            packer.vanished(path, replaced())
     finally:
         os.close(fd)
 
 
-def _other(packer: Packer, path: bytes, name: bytes) -> None:
+def pack_other(packer: Packer, path: bytes, name: bytes, directory: int | None = None) -> None:
+    """Write what is neither a regular file nor a directory; as `pack_file`."""
     try:
-        found = os.lstat(name)
-        target = os.readlink(name) if stat.S_ISLNK(found.st_mode) else b""
+        found = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        target = read_link(name, directory) if stat.S_ISLNK(found.st_mode) else b""
     except OSError as error:
         packer.vanished(path, error)
     else:
         packer.other(path, found, target)
+
+
+def read_link(name: bytes, directory: int | None = None) -> bytes:
+    """readlink(2). Raises FileNotFoundError if it is no symlink any more."""
+    try:
+        return os.readlink(name, dir_fd=directory)
+    except OSError as error:
+        raise replaced() if error.errno == errno.EINVAL else error from None
+
+
+def replaced() -> FileNotFoundError:
+    """The error for a name that stands for another kind of file than when it was listed."""
+    return FileNotFoundError(errno.ENOENT, "another file took its name")

@@ -83,6 +83,9 @@ class Sink:
                 start = _seek(fd, at, os.SEEK_DATA, size)
                 self.zeros(start - at)
                 self.flush()
+                if start == size:
+                    # a hole up to the end, or up to where the file ends by now
+                    return max(0, size - max(os.fstat(fd).st_size, at))
                 at = start
                 stop = _seek(fd, at, os.SEEK_HOLE, size)
             done = self._copy(fd, at, stop - at)

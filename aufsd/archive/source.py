@@ -7,6 +7,7 @@ BadArchive.
 
 import errno
 import hashlib
+import mmap
 import os
 import select
 import stat
@@ -41,7 +42,7 @@ class Source:
     """
 
     __slots__ = (
-        *("_at", "_buffer", "_decoder", "_end", "_fd", "_hash", "_meter", "_mover", "_raw"),
+        *("_at", "_decoder", "_end", "_fd", "_hash", "_meter", "_mover", "_raw"),
         *("_raw_at", "_view", "offset"),
     )
 
@@ -49,8 +50,8 @@ class Source:
         self._fd = fd
         self._meter = meter
         self._hash = hashlib.sha256() if digest else None
-        self._buffer = bytearray(_WINDOW + _STEP)
-        self._view = memoryview(self._buffer)
+        # pages that a small archive does not reach are never made, as those of a bytearray are
+        self._view = memoryview(mmap.mmap(-1, _WINDOW + _STEP))
         self._at = 0
         self._end = 0
         self._raw = b""

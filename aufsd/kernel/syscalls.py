@@ -283,12 +283,16 @@ class _CapData(ctypes.Structure):
     )
 
 
+# made here and not per call: making the type takes longer than the call
+_CapDataPair: Final = _CapData * 2
+
+
 def capset(capabilities: frozenset[int]) -> None:
     """capset(2): these capabilities permitted and effective, none inheritable, nothing else."""
     bits = sum(1 << capability for capability in capabilities)
     low, high = bits & 0xFFFFFFFF, bits >> 32
     header = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0)
-    data = (_CapData * 2)(_CapData(low, low, 0), _CapData(high, high, 0))
+    data = _CapDataPair(_CapData(low, low, 0), _CapData(high, high, 0))
     _check(_libc.capset(ctypes.byref(header), data))
 
 
