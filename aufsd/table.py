@@ -119,7 +119,8 @@ class Table:
         return [
             id
             for id, entry in self.entries.items()
-            if entry.union and entry.state is State.MOUNTED and not entry.references
+            # the rarest first: every poll of health and metrics comes by here
+            if not entry.references and entry.union and entry.state is State.MOUNTED
         ]
 
     def holding(self, pid: int, start: int) -> list[LayerId]:

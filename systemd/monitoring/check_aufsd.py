@@ -6,6 +6,7 @@ Asks the monitoring socket by itself and needs nothing but Python. Exit status 0
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -90,7 +91,9 @@ def ask(path: str, timeout: float) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(timeout)
             sock.connect(path)
-            sock.sendall(json.dumps(calls).encode() + b"\n")
+            # one that is turned away at the door finds it closed, and why in what it can read
+            with contextlib.suppress(BrokenPipeError):
+                sock.sendall(json.dumps(calls).encode() + b"\n")
             while not answer.endswith(b"\n"):
                 sock.settimeout(max(until - time.monotonic(), 0.001))
                 data = sock.recv(1 << 16)
