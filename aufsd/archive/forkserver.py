@@ -8,6 +8,7 @@ and takes that from the socket itself, which saves a job a millisecond. At the s
 server ends, and with it every child. It is never reached by what an archive holds.
 """
 
+import contextlib
 import gc
 import os
 import signal
@@ -29,7 +30,7 @@ def main() -> None:
     # Ctrl-C in a terminal reaches the whole group; the daemon says when it is over
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     confine.prepare(sys.argv[2])
-    warming.warm_up()
+    _warm_up()
     # nothing that lives now is garbage; without this each child would copy it all to look at it
     gc.freeze()
     first = os.fork()
@@ -56,10 +57,16 @@ def main() -> None:
             return
 
 
+def _warm_up(*rounds: int) -> None:
+    # nothing depends on it but the time that a job takes
+    with contextlib.suppress(OSError):
+        warming.warm_up(*rounds)
+
+
 def _spare(server: socket.socket, taken: int) -> NoReturn:
     """Wait for a job with all done that can be, and say so when it comes."""
     confine.isolate()
-    warming.warm_up(1)
+    _warm_up(1)
     _, fds, _, _ = socket.recv_fds(server, 1, 1)
     os.write(taken, _JOB if fds else _END)
     if not fds:

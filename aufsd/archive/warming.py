@@ -26,32 +26,25 @@ _ROUNDS: Final = 12
 
 
 def warm_up(rounds: int = _ROUNDS) -> None:
-    """Do it that often, in a new directory of the root; nothing is left.
+    """Do it that often, below a new directory of the root; nothing is left.
 
-    Needs CAP_SYS_CHROOT, and a root directory that may be written to.
+    Needs a root directory that may be written to and holds little else.
     """
     request = requests.Request(requests.Convert(Dialect.AUFS), Settings())
     requests.decode_request(requests.encode(request))
-    top = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    layer = str(os.getpid()).encode()
+    name = b"%d" % os.getpid()
     for _ in range(rounds):
-        os.mkdir(layer)
-        os.chroot(layer)
         os.chdir("/")
-        try:
-            _there_and_back()
-        finally:
-            os.fchdir(top)
-            os.chroot(".")
-        for _ in erase(layer):
+        _there_and_back(name)
+        os.chdir("/")
+        for _ in erase(name):
             pass
-    os.close(top)
 
 
-def _there_and_back() -> None:
+def _there_and_back(name: bytes) -> None:
     settings = Settings(sync="none")
     stream = os.memfd_create("archive")
-    os.write(stream, _archive())
+    os.write(stream, _archive(name))
     os.lseek(stream, 0, os.SEEK_SET)
     meter = Meter(lambda size, entries: None)
     reader = Reader(Source(stream, meter, digest=False), meter)
@@ -64,10 +57,10 @@ def _there_and_back() -> None:
     os.close(stream)
 
 
-def _archive() -> bytes:
-    rows = [(b"./", b"5"), (b"d/", b"5"), (b"d/f", b"0"), (b"d/g", b"0"), (b"e/h", b"0")]
+def _archive(name: bytes) -> bytes:
+    rows = [(b"/", b"5"), (b"/d/", b"5"), (b"/d/f", b"0"), (b"/d/g", b"0"), (b"/e/h", b"0")]
     return b"".join(
-        headers.encode(name, kind, mode=0o755, uid=0, gid=0, size=kind == b"0")
+        headers.encode(name + below, kind, mode=0o755, uid=0, gid=0, size=kind == b"0")
         + (b"x".ljust(512, b"\0") if kind == b"0" else b"")
-        for name, kind in rows
+        for below, kind in rows
     ) + bytes(1024)
