@@ -1,0 +1,52 @@
+"""Archive jobs with no more privileges than the systemd unit leaves the daemon."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import trio
+
+from aufsd.union.dialect import Dialect
+from tests.archive.shelf import needs_root, open_shelf
+from tests.archive.tars import directory, entry, tar
+
+pytestmark = [pytest.mark.mounts, needs_root]
+CHECKOUT = Path(__file__).parents[2]
+UNIT = CHECKOUT / "systemd" / "aufsd.service.in"
+
+
+def test_the_capabilities_of_the_unit_are_enough(tmp_path: Path) -> None:
+    [line] = re.findall("^CapabilityBoundingSet=(.*)$", UNIT.read_text(), re.MULTILINE)
+    kept = ",".join(name.lower().replace("cap_", "+", 1) for name in line.split())
+    command = ["setpriv", "--bounding-set", f"-all,{kept}", "--no-new-privs", sys.executable]
+    run = subprocess.run(
+        [*command, "-m", "tests.archive.test_unit_privileges", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+async def _all_jobs(root: Path) -> None:
+    stream = tar(
+        directory("d", uid=5, mode=0o2750), entry("d/f", b"x", mode=0o4755), entry(".wh.gone")
+    )
+    async with open_shelf(root, sync="filesystem") as shelf:
+        for dialect in (Dialect.AUFS, Dialect.OVERLAY):
+            id = str(dialect)
+            shelf.add(id, dialect)
+            assert (await shelf.apply(stream, id)).warnings == []
+            assert (await shelf.merge(stream, id)).size == 1
+            packed = await shelf.diff(id)
+            other = next(d for d in (Dialect.AUFS, Dialect.OVERLAY) if d is not dialect)
+            assert await shelf.jobs.convert(id, other)
+            assert await shelf.diff(id) == packed
+            changes = await shelf.jobs.changes(shelf.chain(id), against=())
+            assert len(changes.changes) == 2
+
+
+if __name__ == "__main__":
+    trio.run(_all_jobs, Path(sys.argv[1]))
