@@ -206,6 +206,17 @@ def test_a_store_that_docker_made_is_served_only_when_adopted(tmp_path: Path) ->
         assert store.format.adopted
 
 
+def test_a_store_of_a_newer_aufsd_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    root = tmp_path / "s"
+    with opened(root) as store:
+        make(store, A)
+    (root / ".aufsd/format").write_text('{"format": 9, "backend": "overlay"}')
+    before = tree(root)
+    with pytest.raises(StoreNotAdopted, match="newer aufsd"), opened(root):
+        pass
+    assert tree(root) == before
+
+
 @pytest.mark.parametrize(
     ("name", "text", "problem"),
     [

@@ -7,6 +7,7 @@ import msgspec
 
 from aufsd.store.content import fsync
 from aufsd.store.layout import Layout
+from aufsd_client.errors import StoreNotAdopted
 
 Sync = Literal["filesystem", "none"]
 
@@ -24,15 +25,23 @@ class Format(msgspec.Struct, forbid_unknown_fields=False):
 def read_format(layout: Layout) -> Format | None:
     """What the file says, or None where aufsd has never served this root.
 
-    One that cannot be read still says that the store is ours; it is written anew at start.
+    One that cannot be read still says that the store is ours; it is written anew at start. Raises
+    StoreNotAdopted for a store that a newer aufsd has written.
     """
     try:
         with open(layout.format, "rb") as file:
-            return msgspec.json.decode(file.read(), type=Format)
+            found = msgspec.json.decode(file.read(), type=Format)
     except FileNotFoundError:
         return None
     except msgspec.DecodeError:
         return Format(adopted=True)
+    if found.format > FORMAT:
+        raise StoreNotAdopted(
+            f"{layout.root} was written by a newer aufsd: its format is {found.format}, and this "
+            f"one knows {FORMAT}",
+            root=layout.root,
+        )
+    return found
 
 
 def write_format(layout: Layout, content: Format, sync: Sync) -> None:
