@@ -15,7 +15,7 @@ from typing import Literal
 import structlog
 import trio
 
-from aufsd import __version__, answers
+from aufsd import __version__, answers, checks
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.kernel import holders as kernel_holders
@@ -24,7 +24,6 @@ from aufsd.peer import Peer
 from aufsd.refs import Reference
 from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
-from aufsd.store import check as store_check
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
@@ -366,33 +365,9 @@ class Driver:
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
-        table = self.unions.table
-        found = await self.disk.run(
-            store_check.check,
-            self.store,
-            id=id,
-            deep=deep,
-            repair=False,
-            mounted=set(table.entries),
+        found = await checks.consistency(
+            self.store, self.unions.table, self.disk, id=id, deep=deep, repair=repair
         )
-        # what was being changed looked wrong: asked again with nobody at it, and repaired only then
-        suspects = sorted({each.id for each in found if each.id and each.problem != "stray-record"})
-        whole = store_check.whole(self.store, repair=repair) if id is None else ()
-        found = await self.disk.run(list[answers.Problem], whole)
-        for name in suspects:
-            # what has no layer's name is claimed all the same, and nobody else's
-            await table.claim(LayerId(name))
-            try:
-                found += await self.disk.run(
-                    store_check.again,
-                    self.store,
-                    name,
-                    deep=deep,
-                    repair=repair,
-                    mounted=set(table.entries),
-                )
-            finally:
-                table.end(LayerId(name))
         if deep and self.backend.unions:
             found += await self._read_by_aufs(sorted(self.store.parent) if id is None else [id])
         return answers.Check(found)

@@ -17,6 +17,7 @@ LEVELS = {
     "aufsd.service": 6,
     "aufsd.driver": 5,
     "aufsd.status": 4,
+    "aufsd.checks": 4,
     "aufsd.snapshots": 4,
     "aufsd.upkeep": 4,
     "aufsd.mounts": 3,
