@@ -1,5 +1,8 @@
 """The active-mount table in the state directory: one line a change, replayed at start.
 
+A line is an entry as it is now, or one reference more or less of it: a base layer that a thousand
+sandboxes hold is not written out whole whenever one comes or goes.
+
 It lies on a tmpfs (/run) and dies with the mounts at a reboot, so nothing is synced: a write to a
 tmpfs is a copy in memory, which is why it may stand inline in the event loop. What it must survive
 is the daemon's own death at any point: a line cut short is ignored, and so is what follows it.
@@ -16,7 +19,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from aufsd.refs import Entry
+from aufsd import refs
+from aufsd.refs import Entry, Reference
 from aufsd.store.ids import LayerId
 
 log = structlog.get_logger(__name__)
@@ -37,8 +41,18 @@ class _Line(msgspec.Struct, tag="entry", tag_field="t", omit_defaults=True):
     entry: Entry | None = None
 
 
+class _Counted(msgspec.Struct, tag="counted", tag_field="t"):
+    id: str
+    reference: Reference
+
+
+class _Dropped(msgspec.Struct, tag="dropped", tag_field="t"):
+    id: str
+    at: int
+
+
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(_Header | _Line)
+_decoder = msgspec.json.Decoder(_Header | _Line | _Counted | _Dropped)
 
 
 def boot_id() -> str:
@@ -63,12 +77,27 @@ def read(path: str, root: str) -> dict[LayerId, Entry]:
             expected = _Header(_FORMAT, boot_id(), root)
             if record != expected:
                 return {}
-        elif isinstance(record, _Line):
-            if record.entry is None:
-                table.pop(LayerId(record.id), None)
-            else:
-                table[LayerId(record.id)] = record.entry
+        elif not isinstance(record, _Header):
+            try:
+                _replay(table, record)
+            except LookupError:
+                break
     return table
+
+
+def _replay(table: dict[LayerId, Entry], record: _Line | _Counted | _Dropped) -> None:
+    """Do what a line says. LookupError if there is nothing there that it could be done to."""
+    id = LayerId(record.id)
+    if isinstance(record, _Counted):
+        table[id] = refs.counted(table[id], record.reference)
+    elif isinstance(record, _Dropped):
+        if not 0 <= record.at < len(table[id].references):
+            raise IndexError(record.at)
+        table[id] = refs.without(table[id], record.at)
+    elif record.entry is None:
+        table.pop(id, None)
+    else:
+        table[id] = record.entry
 
 
 class Journal:
@@ -119,10 +148,21 @@ class Journal:
         While the file is behind, each change is a chance to write it anew. Never raises: what has
         happened has happened, whether or not it could be written down.
         """
+        self._append(_Line(id, entry), table)
+
+    def counted(self, id: LayerId, reference: Reference, table: Mapping[LayerId, Entry]) -> None:
+        """As `record`: the entry last recorded for `id` has one reference more, at its end."""
+        self._append(_Counted(id, reference), table)
+
+    def dropped(self, id: LayerId, at: int, table: Mapping[LayerId, Entry]) -> None:
+        """As `record`: the entry last recorded for `id` has lost the reference at `at`."""
+        self._append(_Dropped(id, at), table)
+
+    def _append(self, record: _Line | _Counted | _Dropped, table: Mapping[LayerId, Entry]) -> None:
         if self.failure:
             self.rewrite(table)
             return
-        line = _encoder.encode(_Line(id, entry)) + b"\n"
+        line = _encoder.encode(record) + b"\n"
         try:
             _write(self._fd, line)
         except OSError as error:

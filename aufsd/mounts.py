@@ -162,9 +162,14 @@ class Mounts:
         self.backend.mount(union)
 
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
+        # then the journal has it; one that was just mounted is not there yet
+        recorded = self.table.entries.get(id) is entry
         entry = refs.counted(entry, reference)
         self.table.enter(id, entry)
-        self.table.record(id)
+        if recorded:
+            self.table.journal.counted(id, reference, self.table.entries)
+        else:
+            self.table.record(id)
         if reference.hold == "process":
             self.watch(reference)
         return entry
@@ -203,9 +208,10 @@ class Mounts:
         return None
 
     def _drop(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
-        entry = refs.dropped(entry, reference)
+        at = refs.position(entry, reference)
+        entry = refs.without(entry, at)
         self.table.enter(id, entry)
-        self.table.record(id)
+        self.table.journal.dropped(id, at, self.table.entries)
         return entry
 
     async def _unmount(self, id: LayerId) -> None:

@@ -123,20 +123,30 @@ def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, Referen
 
 
 def _reference_to_drop(entry: Entry, pid: int) -> Reference | None:
-    chosen = None
     for reference in entry.references:
-        if reference.hold == "process" and reference.pid == pid:
+        if reference.pid == pid and reference.hold == "process":
             return reference
-        if reference.hold == "manual":
-            chosen = reference
-    return chosen
+    # from the end, where with many references the first one looked at will do
+    return next((held for held in reversed(entry.references) if held.hold == "manual"), None)
+
+
+def position(entry: Entry, reference: Reference) -> int:
+    """Where a reference stands in the entry: itself, or else the first that equals it."""
+    for at in range(len(entry.references) - 1, -1, -1):
+        if entry.references[at] is reference:
+            return at
+    return entry.references.index(reference)
 
 
 def dropped(entry: Entry, reference: Reference) -> Entry:
     """One reference less: exactly one, also where an equal one stands beside it."""
-    references = list(entry.references)
-    references.remove(reference)
-    return replace(entry, references=tuple(references))
+    return without(entry, position(entry, reference))
+
+
+def without(entry: Entry, at: int) -> Entry:
+    """The entry without the reference at this position."""
+    references = entry.references
+    return replace(entry, references=references[:at] + references[at + 1 :])
 
 
 def unmounting(entry: Entry) -> Entry:

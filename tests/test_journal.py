@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd import journal
+from aufsd import journal, refs
 from aufsd.journal import Journal
 from aufsd.kernel import syscalls
 from aufsd.refs import Entry, Reference, State
@@ -21,6 +21,8 @@ HELD = Entry(
     2.0,
     "overlay",
 )
+
+OTHER = Reference(8, 0, "sh", "manual", 2.5, 11)
 
 
 def test_what_was_recorded_is_read_back(tmp_path: Path) -> None:
@@ -40,14 +42,37 @@ def test_cut_at_any_byte_it_is_read_up_to_the_cut(tmp_path: Path) -> None:
     book = Journal(str(path), "/store", {})
     book.record(A, HELD, {A: HELD})
     book.record(B, HELD, {A: HELD, B: HELD})
+    book.counted(B, OTHER, {})
+    book.dropped(B, 0, {})
     book.close()
     whole = path.read_bytes()
-    states = [{}, {A: HELD}, {A: HELD, B: HELD}]
+    both = refs.counted(HELD, OTHER)
+    states = [
+        {},
+        {A: HELD},
+        {A: HELD, B: HELD},
+        {A: HELD, B: both},
+        {A: HELD, B: refs.dropped(both, HELD.references[0])},
+    ]
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
         path.write_bytes(whole[:cut])
         lines = sum(1 for end in ends if end <= cut)
         assert journal.read(str(path), "/store") == states[max(lines - 1, 0)]
+
+
+def test_what_follows_a_change_to_nothing_is_not_believed(tmp_path: Path) -> None:
+    path = str(tmp_path / "journal")
+    book = Journal(path, "/store", {A: HELD})
+    book.dropped(A, 1, {})
+    book.record(B, HELD, {})
+    book.close()
+    assert journal.read(path, "/store") == {A: HELD}
+    book = Journal(path, "/store", {A: HELD})
+    book.counted(B, OTHER, {})
+    book.record(B, HELD, {})
+    book.close()
+    assert journal.read(path, "/store") == {A: HELD}
 
 
 @pytest.mark.parametrize("line", [b"\xff\n", b"{}\n", b'{"t":"header","format":9}\n', b"\n"])
