@@ -176,7 +176,8 @@ def _is_utf8(name: bytes) -> bool:
 
 # --- in ----------------------------------------------------------------------------------------
 
-_FIELDS: Final = struct.Struct("100s24s12s12s8sc100s6s2x64x8s8s155s12s")
+# name; mode, uid and gid; size; mtime; checksum; type
+_FIELDS: Final = struct.Struct("100s24s12s12s8sc")
 _ZERO: Final = bytes(BLOCK)
 
 
@@ -208,30 +209,27 @@ def decode(block: bytes) -> Member:
 
     Raises HeaderError.
     """
-    name, owner, size, mtime, checksum, kind, link, magic, major, minor, prefix, tail = (
-        _FIELDS.unpack(block)
-    )
-    # 256 bytes of 0xFF are 65280, so neither half wraps
-    found = (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 1
-    if _checksum(checksum) != found - (zlib.adler32(checksum) & 0xFFFF) + 8 * 0x20:
+    name, owner, size, mtime, checksum, kind = _FIELDS.unpack_from(block)
+    if zlib.adler32(block) & 0xFFFF != _adler(checksum):
         _check_signed(block, checksum)
     name = name.partition(b"\0")[0]
     # GNU tar has times where POSIX has the prefix, and says so by its magic
-    if prefix[0] and magic == b"ustar\0":
-        prefix = prefix[:131] if tail[8:] == b"tar\0" else prefix
+    if block[345] and block[257:263] == b"ustar\0":
+        # star's is shorter, and says so at its end
+        prefix = block[345:476] if block[508:] == b"tar\0" else block[345:500]
         name = prefix.partition(b"\0")[0] + b"/" + name
     member = Member(
         name,
         REGULAR if kind == b"\0" else kind,
         _owner(owner),
-        number(size, "size"),
+        _size(size),
         _seconds(mtime) * 1_000_000_000,
     )
-    if link[0]:
-        member.link = link.partition(b"\0")[0]
+    if block[157]:
+        member.link = block[157:257].partition(b"\0")[0]
     if kind in b"34":
-        member.major = number(major, "devmajor")
-        member.minor = number(minor, "devminor")
+        member.major = number(block[329:337], "devmajor")
+        member.minor = number(block[337:345], "devminor")
     return member
 
 
@@ -243,13 +241,27 @@ def _owner(fields: bytes) -> tuple[int, int, int]:
 
 
 @lru_cache(4096)
+def _size(field: bytes) -> int:
+    return number(field, "size")
+
+
+@lru_cache(4096)
 def _seconds(field: bytes) -> int:
     return number(field, "mtime")
 
 
-def _checksum(field: bytes) -> int:
+@lru_cache(8192)
+def _adler(checksum: bytes) -> int:
+    """The low half of the adler32 of a block with this checksum.
+
+    It is 1 + the sum of the bytes modulo 65521; in the checksum eight blanks stand for itself.
+    """
+    return (_octal(checksum) + sum(checksum) - 8 * 0x20 + 1) % 65521
+
+
+def _octal(checksum: bytes) -> int:
     try:
-        return int(field.rstrip(b"\0 ") or b"x", 8)
+        return int(checksum.rstrip(b"\0 ") or b"x", 8)
     except ValueError:
         raise HeaderError("not a tar header") from None
 
@@ -257,7 +269,7 @@ def _checksum(field: bytes) -> int:
 def _check_signed(block: bytes, checksum: bytes) -> None:
     """The other sum, which tars of systems with signed chars have. Raises HeaderError."""
     counted = block[:148] + _SPACES + block[156:]
-    if _checksum(checksum) != sum(counted) - 256 * sum(byte > 127 for byte in counted):
+    if _octal(checksum) != sum(counted) - 256 * sum(byte > 127 for byte in counted):
         raise HeaderError("the checksum of a header is wrong")
 
 

@@ -197,11 +197,11 @@ class Tree:
 
     def unhide(self, name: bytes) -> bool:
         """Take away an aufs whiteout of `name`; whether there was one."""
-        if self.dialect is not Dialect.AUFS:
+        if self.dialect is not Dialect.AUFS or (self.fresh and not self._hidden):
             return False
         if self.fresh:
             key = (self.here.inode, name)
-            if not self._hidden or key not in self._hidden:
+            if key not in self._hidden:
                 return False
             self._hidden.remove(key)
         try:

@@ -9,6 +9,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from aufsd.archive import headers, holes, names
@@ -25,6 +26,8 @@ from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+# old tars say "contiguous", which means nothing here
+_FILES: Final = (headers.REGULAR, b"7")
 _SPECIAL_BITS: Final = 0o7000
 _STEP: Final = 16 << 20
 _NODES: Final = {
@@ -113,7 +116,7 @@ class Unpacker:
         else:
             name = path[slash + 1 :]
             self._tree.enter(path[:slash], self._implied)
-        if kind == headers.REGULAR or kind == b"7":
+        if kind in _FILES:
             self._file(name, member)
         elif kind == headers.DIRECTORY or kind == b"D":
             made = self._tree.make_directory(name, member.mode & 0o1777)
@@ -122,7 +125,7 @@ class Unpacker:
         elif kind == headers.SYMLINK:
             if not member.link:
                 raise BadArchive(f"{shown(path)} is a symlink to nothing")
-            self._make(name, lambda: os.symlink(member.link, name))
+            self._make(name, partial(os.symlink, member.link, name))
             self._tally.add(1)
             self._owner(name, member)
             if member.xattrs:
@@ -137,7 +140,8 @@ class Unpacker:
             return
         else:
             raise BadArchive(f"{shown(path)} has the unknown type {shown(kind)}")
-        self._tree.note(name)
+        if not self._tree.fresh:
+            self._tree.note(name)
 
     def _file(self, name: bytes, member: Member) -> None:
         size = member.size
@@ -216,9 +220,8 @@ class Unpacker:
                     os.stat(source, dir_fd=fd, follow_symlinks=False)
                 ):
                     raise BadArchive(f"{shown(path)} is a hard link to a deleted file")
-                self._make(
-                    name, lambda: os.link(source, name, src_dir_fd=fd, follow_symlinks=False)
-                )
+                make = partial(os.link, source, name, src_dir_fd=fd, follow_symlinks=False)
+                self._make(name, make)
         except FileNotFoundError:
             raise BadArchive(
                 f"{shown(path)} is a hard link to {shown(target)}, which the archive has not put "
@@ -236,7 +239,7 @@ class Unpacker:
             if kind == stat.S_IFCHR and device == 0 and self._dialect is Dialect.OVERLAY:
                 raise ArchiveEscape(f"{shown(path)} would read as a deleted file in this store")
         try:
-            self._make(name, lambda: os.mknod(name, kind | member.mode & 0o777, device))
+            self._make(name, partial(os.mknod, name, kind | member.mode & 0o777, device))
         except PermissionError:
             # as in any user namespace but the first
             self._meter.warn(f"left out the device {shown(path)}: making one is not permitted")
