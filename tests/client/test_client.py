@@ -208,6 +208,7 @@ def test_a_call_that_takes_too_long_ends_in_a_timeout_and_is_carried_out(daemon:
     with Client(daemon.path, timeout=0.05) as client:
         with pytest.raises(TimeoutError):
             client.create("slow")
+        client.timeout = 30.0
         assert client.ping() == results.Empty(), "the late answer is not taken for this one's"
         daemon.do(daemon.driver.go.set)
         daemon.until_running(0)

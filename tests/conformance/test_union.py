@@ -13,6 +13,7 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.union.backend import Union
 from aufsd_client.errors import MountFailed, TooManyLayers
 from tests.conformance.layers import Layers, open_layers, tree
+from tests.daemon import eventually
 
 pytestmark = pytest.mark.mounts
 
@@ -297,7 +298,17 @@ sys.stdin.read()
         with pytest.raises(MountFailed, match="still written by another mount"):
             layers.backend.mount(union)
         child.communicate()
-    layers.backend.mount(union)
+    # with its last mount gone, what serves it (fuse-overlayfs) ends a moment later
+    eventually(lambda: not is_held(layers, union))
+
+
+def is_held(layers: Layers, union: Union) -> bool:
+    """Whether the union's writable branch is still in use elsewhere; mounts it if it is not."""
+    try:
+        layers.backend.mount(union)
+    except MountFailed:
+        return True
+    return False
 
 
 def test_a_branch_that_another_union_reads_may_be_written(layers: Layers) -> None:
