@@ -5,7 +5,6 @@ mount thread and none under the lock. A count changes right after the system cal
 for, in the same task, with no await between.
 """
 
-import errno
 import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +15,7 @@ import structlog
 import trio
 
 from aufsd import refs
-from aufsd.kernel import holders as kernel_holders
+from aufsd.busy import unmount
 from aufsd.kernel import mountinfo
 from aufsd.processes import ended
 from aufsd.refs import Entry, OnGet, OnPut, Reference, State
@@ -37,9 +36,6 @@ from aufsd_client.errors import (
 
 log = structlog.get_logger(__name__)
 
-# umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
-BUSY_TRIES = 5
-BUSY_PAUSE = 0.1  # seconds
 # a mount that stayed busy without a reference is tried again this often, in the background
 BUSY_RETRY = 30.0  # seconds
 
@@ -228,7 +224,8 @@ class Mounts:
                 return
             table.enter(id, refs.unmounting(entry))
         try:
-            await self._unmount_retrying(id)
+            target = self.store.layout.mount_point(id)
+            await unmount(id, target, self.backend, self.thread, retrying=self._retrying)
         except BaseException:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
@@ -240,30 +237,8 @@ class Mounts:
             table.leave(id)
             table.record(id)
 
-    async def _unmount_retrying(self, id: LayerId) -> None:
-        target = self.store.layout.mount_point(id)
-        for attempt in range(1, BUSY_TRIES + 1):
-            try:
-                return await self.thread.run(self.backend.unmount, target)
-            except OSError as error:
-                if error.errno in (errno.EINVAL, errno.ENOENT):
-                    return None  # not mounted (any more), which is what was wanted
-                if error.errno != errno.EBUSY:
-                    raise
-            if attempt < BUSY_TRIES:
-                self.counters.busy_retries += 1
-                await trio.sleep(BUSY_PAUSE)
-        found = await self.thread.run(kernel_holders.holders, target)
-        named = ", ".join(f"{holder.comm} ({holder.pid})" for holder in found[:5])
-        raise UnmountBusy(
-            f"layer {id} stays mounted, it is busy: {named or 'nobody could be named'}; "
-            f"end what uses it, then put or cleanup",
-            id=id,
-            errno="EBUSY",
-            holders=[
-                {"pid": holder.pid, "comm": holder.comm, "uses": holder.uses} for holder in found
-            ],
-        )
+    def _retrying(self) -> None:
+        self.counters.busy_retries += 1
 
     async def flush(self, id: LayerId) -> None:
         """Have a mounted layer's content complete by itself; nothing to do for any other."""

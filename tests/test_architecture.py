@@ -22,6 +22,7 @@ LEVELS = {
     "aufsd.upkeep": 4,
     "aufsd.mounts": 3,
     "aufsd.archive": 3,
+    "aufsd.busy": 2,
     "aufsd.replay": 2,
     "aufsd.watch": 2,
     "aufsd.table": 2,
@@ -50,6 +51,7 @@ ROOMS = {
         *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.mounts", "aufsd.table"),
         *(
             "aufsd.threads",
+            "aufsd.busy",
             "aufsd.processes",
             "aufsd.watch",
             "aufsd.snapshots",
