@@ -26,7 +26,8 @@ async def unmount(
 ) -> None:
     """Unmount a layer's union in the mount thread; nothing to do where none is mounted.
 
-    `retrying` is told of each further try. Raises UnmountBusy, with the holders, and OSError. Cancelled between two tries: it is mounted.
+    `retrying` is told of each further try. Raises UnmountBusy, with the holders, and OSError.
+    Cancelled between two tries: it is mounted.
     """
     for attempt in range(1, TRIES + 1):
         try:
