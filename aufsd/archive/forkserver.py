@@ -21,6 +21,9 @@ from aufsd.kernel import syscalls
 
 _JOB: Final = b"j"
 _END: Final = b"e"
+# so many in a row that did not live until a job came: the server gives up, and the jobs that wait
+# for it fail, rather than fork for ever; the daemon starts another server for the next one
+_LOST_MAX: Final = 3
 
 
 def main() -> None:
@@ -43,18 +46,20 @@ def main() -> None:
     # children are reaped by the kernel
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     me = os.getpid()
-    while True:
+    lost = 0
+    while lost < _LOST_MAX:
         done, taken = os.pipe()
         if os.fork() == 0:
             os.close(done)
             die_with_parent(me)
             _spare(server, taken)
         os.close(taken)
-        # nothing comes from one that was killed while it waited: then there is another
         said = os.read(done, 1)
         os.close(done)
         if said == _END:
             return
+        # nothing comes from one that was killed while it waited: then there is another
+        lost = 0 if said else lost + 1
 
 
 def _warm_up(*rounds: int) -> None:

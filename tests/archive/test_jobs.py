@@ -142,6 +142,25 @@ async def test_a_fork_server_that_died_is_started_again(tmp_path: Path) -> None:
         assert [member.name for member in listing(stream)] == [".", "x"]
 
 
+async def test_a_server_whose_children_never_live_gives_up_and_another_is_started(
+    tmp_path: Path,
+) -> None:
+    """It forked for ever, and a job that waited for a child was never answered."""
+    async with open_shelf(tmp_path) as shelf:
+        shelf.add("a")
+        await shelf.apply(tar(entry("x")), "a")
+        process = shelf.jobs.server.process
+        assert process is not None
+        (first,) = children_of(process.pid)
+        with trio.fail_after(30):
+            while process.poll() is None:
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    for spare in children_of(first):
+                        os.kill(spare, signal.SIGKILL)
+                await trio.sleep(0.001)
+        assert [member.name for member in listing(await shelf.diff("a"))] == [".", "x"]
+
+
 async def test_children_end_with_their_server(tmp_path: Path) -> None:
     async with open_shelf(tmp_path) as shelf:
         shelf.add("a")
