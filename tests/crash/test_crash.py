@@ -16,7 +16,7 @@ from tests.crash.restart import RestartSweep
 from tests.crash.scenarios import SCENARIOS, Scenario
 from tests.crash.sweep import Outcome, Plan, Point, Sweep
 
-pytestmark = pytest.mark.service
+pytestmark = [pytest.mark.service, pytest.mark.crash]
 
 WHOLE = os.environ.get("AUFSD_CRASH") == "all"
 KILLS, ERRORS = (10_000, 10_000) if WHOLE else (16, 10)
