@@ -9,7 +9,7 @@ LayerId = NewType("LayerId", str)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 # a context goes into mount options between quotes: what could end the quoting, or a line, is out
-_LABEL = re.compile(r"[^\x00-\x1f\x7f\"'\\]*")
+_LABEL = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\"'\\]*")
 
 
 def parse_id(text: str) -> LayerId:
