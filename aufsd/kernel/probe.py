@@ -102,6 +102,14 @@ def filesystems() -> frozenset[str]:
         return frozenset(line.split("\t")[1].strip() for line in file if "\t" in line)
 
 
+def missing_filesystem(name: str) -> str:
+    """Why the kernel has no file system of this type, after asking for its module; "" if it has."""
+    if name in filesystems():
+        return ""
+    tried = load_module(name)
+    return "" if name in filesystems() else tried or "the module has another type"
+
+
 def in_user_namespace() -> bool:
     """Whether our root is not the host's: the map of the initial namespace is the identity."""
     with open("/proc/self/uid_map", encoding="ascii") as file:

@@ -129,10 +129,8 @@ def probe(layout: Layout) -> Aufs | Verdict:
 
     Raises OSError if the store cannot be written at all.
     """
-    if "aufs" not in host.filesystems():
-        tried = host.load_module("aufs")
-        if "aufs" not in host.filesystems():
-            return Verdict(f"this kernel has no aufs ({tried or 'the module has another type'})")
+    if missing := host.missing_filesystem("aufs"):
+        return Verdict(f"this kernel has no aufs ({missing})")
     # dirperm1 came late to aufs; the store decides, and not the file system of $TMPDIR
     for options in (("dio", "dirperm1"), ("dio",), ()):
         try:

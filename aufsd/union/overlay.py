@@ -21,7 +21,7 @@ from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
 from aufsd.union.causes import refused
-from aufsd.union.dialect import Dialect
+from aufsd.union.dialect import Dialect, is_whiteout_node, opaque_xattr
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 
@@ -149,12 +149,8 @@ def probe(layout: Layout) -> Overlay | Verdict:
 
     Raises OSError if the store cannot be written at all.
     """
-    if "overlay" not in host.filesystems():
-        tried = host.load_module("overlay")
-        if "overlay" not in host.filesystems():
-            return Verdict(
-                f"this kernel has no overlayfs ({tried or 'the module has another type'})"
-            )
+    if missing := host.missing_filesystem("overlay"):
+        return Verdict(f"this kernel has no overlayfs ({missing})")
     os.makedirs(layout.probes, 0o700, exist_ok=True)
     ground = host.ground(layout.probes)
     if not ground.xattrs:
@@ -199,7 +195,7 @@ def _try_out(backend: Overlay) -> bool:
             ):
                 raise OSError(errno.ENOTSUP, "whiteouts or opaque directories hide nothing")
             os.rmdir(f"{union.target}/copied")
-            if not is_whiteout(os.lstat(f"{union.top}/copied")):
+            if not is_whiteout_node(os.lstat(f"{union.top}/copied")):
                 raise OSError(errno.ENOTSUP, "a removed directory leaves no whiteout")
             return "index" in _parameters() and exclusive.is_upper_in_use(
                 union.top, backend.scratch, backend.namespace
@@ -208,13 +204,8 @@ def _try_out(backend: Overlay) -> bool:
             runner.undo(union.target)
 
 
-def is_whiteout(found: os.stat_result) -> bool:
-    """Whether an entry is overlayfs's mark of a deleted name."""
-    return stat.S_ISCHR(found.st_mode) and found.st_rdev == 0
-
-
 def _is_opaque(path: str, namespace: XattrNamespace) -> bool:
-    name = f"{namespace}.overlay.opaque"
+    name = opaque_xattr(namespace)
     try:
         # a listing is one call that does not fail, where asking for the value fails nearly always
         return name in os.listxattr(path) and os.getxattr(path, name) == b"y"
