@@ -14,6 +14,7 @@ import pytest
 
 from aufsd.kernel import syscalls
 from tests.btrfs import btrfs_at
+from tests.crash.strace import untraceable
 from tests.systemd import box
 
 ROOT_IN_HOST = os.geteuid() == 0 and Path("/proc/self/uid_map").read_text().split() == [
@@ -69,6 +70,7 @@ OFF: dict[str, str] = {"mounts": _enter_namespace()}
 OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namespace"
 OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or box.missing()
+OFF["crash"] = OFF["service"] or untraceable()
 OFF["aufs"] = OFF["mounts"] or _aufs()
 OFF["dockerd"] = OFF["aufs"] or _dockerd()
 OFF["oci"] = "" if shutil.which("skopeo") and shutil.which("umoci") else "needs skopeo and umoci"

@@ -1,4 +1,4 @@
-"""One zygote for all, and whether this machine lets one process trace another."""
+"""One zygote for all."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.strace import untraceable
 from tests.crash.subject import Subject, Zygote, subject, zygote
 
 Fresh = Callable[[], AbstractContextManager[Subject]]
@@ -16,8 +15,6 @@ Fresh = Callable[[], AbstractContextManager[Subject]]
 @pytest.fixture(scope="session")
 def shared_zygote() -> Iterator[Zygote]:
     """The process that all daemons here are forked from."""
-    if why := untraceable():
-        pytest.skip(why)
     with zygote() as made:
         yield made
 

@@ -122,8 +122,16 @@ SCENARIOS = (
     Scenario("remove by force", (_create, _first, _get), _remove_by_force, between=(_put,)),
     Scenario("apply to an empty layer", (_create,), _first, archive=True),
     Scenario("apply to a full layer", (_create, _first), _second, archive=True),
-    Scenario("convert to aufs", (_create, _first), _to_aufs, archive=True),
-    Scenario("convert to overlay", (_create, _first, _to_aufs), _to_overlay, archive=True),
+    # what fails and cannot be brought back either, since the next child is killed as well, is
+    # finished in the background instead
+    Scenario("convert to aufs", (_create, _first), _to_aufs, (_to_aufs,), archive=True),
+    Scenario(
+        "convert to overlay",
+        (_create, _first, _to_aufs),
+        _to_overlay,
+        (_to_overlay,),
+        archive=True,
+    ),
     Scenario("get", (_create, _first), _get),
     Scenario("get again", (_create, _first, _get), _get),
     Scenario(

@@ -89,6 +89,9 @@ def untraceable() -> str:
 def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
     """Trace these processes, their threads and children, until the block is left.
 
+    A child is let go when it becomes another program: the fork server of a daemon that starts.
+    Each child that waits there for a job would meet the fault, and no job would ever be done.
+
     The first of them is the one that the others end with.
 
     An injection counts the calls of each thread by itself (strace(1), "when=").
@@ -96,7 +99,7 @@ def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
     trace = Trace()
     read, write = os.pipe()
     # -y: descriptors with their paths
-    arguments = ["strace", "-f", "-y", "-o", f"/dev/fd/{write}"]
+    arguments = ["strace", "-f", "-b", "execve", "-y", "-o", f"/dev/fd/{write}"]
     for expression in expressions:
         arguments += ["-e", expression]
     for pid in pids:

@@ -146,6 +146,10 @@ class Sweep:
                 if point.where == "daemon":
                     with suppress(ConnectionLost, DaemonUnreachable):
                         store.settle(subject, client)
+                elif point.fault == "STOP" and not subject.died(0):
+                    # it was not the child of the operation that was stopped, but the next one,
+                    # and the next operation would wait for that
+                    subject.kill()
         killed = subject.died(0)
         if killed:
             if point.fault not in KILLS:
