@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from aufsd.__main__ import main
 from aufsd.archive.offline import open_offline
 from aufsd.archive.requests import Settings
 from aufsd_client.cli.__main__ import run
-from tests.daemon import Daemon, daemon
+from tests.daemon import Daemon, daemon, eventually
 from tests.docker import store
 from tests.docker.store import DIFFERENT, LAYERS, ORDERED, View
 
@@ -89,6 +90,37 @@ def test_nothing_that_export_makes_stays_in_the_store(served: Daemon, tmp_path: 
         assert child.stdout.read(1)
         child.send_signal(signal.SIGINT)
         assert child.wait(60) == 130
+    with served.client() as client:
+        assert {row.id for row in client.iter_layers()} == LAYERS.keys()
+
+
+@pytest.mark.service
+def test_the_next_export_removes_what_a_killed_one_left(served: Daemon, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "aufsd_client.cli.__main__", "--socket", served.socket]
+    with subprocess.Popen([*command, "export", TOP], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.read(1)
+        child.kill()
+    with served.client() as client:
+        (left,) = {row.id for row in client.iter_layers()} - LAYERS.keys()
+        kept = f"{left[:-1]}x"
+        client.create(kept)
+        # the daemon reads it until it sees that nobody takes the stream
+        export = ["--socket", served.socket, "export", BASE, "-o", f"{tmp_path}/tar"]
+        eventually(lambda: run(export) == 0 and not client.exists(left).exists)
+        assert {row.id for row in client.iter_layers()} == {*LAYERS, kept}
+        assert client.remove(kept).removed
+
+
+@pytest.mark.service
+def test_exports_at_a_time_leave_each_others_layers(served: Daemon, tmp_path: Path) -> None:
+    def export(number: int) -> bytes:
+        tar = tmp_path / f"{number}"
+        assert run(["--socket", served.socket, "export", TOP, "-o", str(tar)]) == 0
+        return tar.read_bytes()
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        assert len(set(pool.map(export, range(24)))) == 1
     with served.client() as client:
         assert {row.id for row in client.iter_layers()} == LAYERS.keys()
 

@@ -1,18 +1,22 @@
 """The verb that takes layers out of a store whole, for other tools."""
 
 import json
+import re
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import click
 
-from aufsd_client import Client, calls, oci
+from aufsd_client import Client, calls, oci, results
 from aufsd_client.cli import content, show
 from aufsd_client.cli.session import Session, warn
+from aufsd_client.errors import LayerHasChildren, LayerNotFound, ParentNotFound
 
+_PREFIX = "aufsctl-export-"
+_EMPTY = re.compile(_PREFIX + "[0-9a-f]{16}")
 _TRIES = 20
 _PAUSE = 0.1  # seconds
 
@@ -44,28 +48,54 @@ def export(
         return
     if len(ids) > 1:
         raise click.UsageError("several layers make several images: with --oci only")
-    with content.tar_out(output) as fd, session.client() as client, _nothing(client) as nothing:
-        request = calls.diff(ids[0], parent=nothing)
-        found = session.ask(request, fd=fd, stderr=output is None)
+    with content.tar_out(output) as fd, session.client() as client:
+        _remove_left_behind(client)
+        found = _whole(session, client, ids[0], fd, stderr=output is None)
     if session.human:
         content.show_stream(found, stderr=output is None)
 
 
+def _whole(session: Session, client: Client, id: str, fd: int, *, stderr: bool) -> results.Streamed:
+    """Write what differs between a layer and nothing: all that it shows."""
+    while True:
+        try:
+            with _nothing(client) as nothing:
+                return session.ask(calls.diff(id, parent=nothing), fd=fd, stderr=stderr)
+        except (LayerNotFound, ParentNotFound) as error:
+            # gone before it was read: another export took it for one left behind
+            if nothing not in (error.data.get("id"), error.data.get("parent")):
+                raise
+
+
 @contextmanager
 def _nothing(client: Client) -> Iterator[str]:
-    """An empty layer while the block lasts: what differs from it is all that a layer shows."""
-    id = f"export-{uuid.uuid4().hex[:16]}"
+    """An empty layer while the block lasts."""
+    id = f"{_PREFIX}{uuid.uuid4().hex[:16]}"
     client.create(id)
     try:
         yield id
     finally:
         for _ in range(_TRIES):
             # interrupted, the daemon may still be about to end the call that reads it
-            if client.remove(id).removed:
+            if _remove(client, id):
                 break
             time.sleep(_PAUSE)
         else:
-            warn([f"the empty layer {id} could not be removed: `aufsctl remove {id}`"])
+            warn([f"the empty layer {id} could not be removed; the next export does it"])
+
+
+def _remove_left_behind(client: Client) -> None:
+    """Remove the empty layers of exports that were killed. What is being read is not removed."""
+    for row in client.list(after=_PREFIX).layers:
+        if _EMPTY.fullmatch(row.id) and not row.parent:
+            _remove(client, row.id)
+
+
+def _remove(client: Client, id: str) -> bool:
+    """Remove an empty layer, unless a call reads it now; whether it is gone."""
+    with suppress(LayerNotFound, LayerHasChildren):
+        return client.remove(id).reason != "in-use"
+    return True
 
 
 def _images(
