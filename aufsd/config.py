@@ -45,6 +45,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     max_calls_per_uid: int = 0
     max_jobs_per_uid: int = 0
     max_jobs: int = 4
+    stream_timeout: float = 600.0
     drain_timeout: float = 10.0
     read_users: tuple[str, ...] = ("*",)
     use_users: tuple[str, ...] = ("*",)
@@ -74,6 +75,7 @@ HELP = {
     "max_calls_per_uid": "calls of one user at a time, over all its connections",
     "max_jobs_per_uid": "archives of one user at a time",
     "max_jobs": "archives at a time; 256 more wait",
+    "stream_timeout": "how long an archive may wait for a peer that moves no byte",
     "drain_timeout": "how long running calls may take once the daemon is told to stop",
     "read_users": "users and @groups that may call what reads; * for all, repeatable",
     "use_users": "users and @groups that may get and put; * for all, repeatable",

@@ -119,6 +119,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 gid_maps=config.gid_maps,
                 limits=limits,
                 max_jobs=config.max_jobs,
+                stream_timeout=config.stream_timeout,
                 sync=config.sync,
                 acls=config.acls,
                 xattr_namespace=store.xattr_namespace,

@@ -15,7 +15,18 @@ from typing import NoReturn
 from msgspec import UNSET
 
 from aufsd.answers import Streamed
-from aufsd.archive import changes, clone, compare, confine, readings, relabel, requests, twin, view
+from aufsd.archive import (
+    changes,
+    clone,
+    compare,
+    confine,
+    patience,
+    readings,
+    relabel,
+    requests,
+    twin,
+    view,
+)
 from aufsd.archive.attributes import inherit
 from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter
@@ -113,9 +124,11 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
     settings = request.settings
     match request.work:
         case requests.Diff():
-            return _diff(request.work, fds, settings, meter)
+            with patience.limited(meter, settings.stream_timeout):
+                return _diff(request.work, fds, settings, meter)
         case requests.Apply():
-            return _apply(request.work, fds, settings, meter)
+            with patience.limited(meter, settings.stream_timeout):
+                return _apply(request.work, fds, settings, meter)
         case requests.Compare(chain, against, after, limit):
             now, then = _views(settings, fds[0], chain, against)
             return requests.Compared(changes.changes(now, then, settings, after=after, limit=limit))

@@ -78,7 +78,8 @@ class Jobs:
         """Write what chain[0] changed as a tar to the descriptor `out`, which stays the caller's.
 
         `against` is another chain to compare with, () for no layer at all; None for the layer's own
-        content, which is what it changed against its parent. Raises StreamBroken.
+        content, which is what it changed against its parent. Raises StreamBroken, also when nobody
+        reads for `stream_timeout` seconds.
         """
         work = requests.Diff(chain, against, digest)
         root = self._content(chain[0]) if against is None else self.layout.diff
@@ -319,6 +320,7 @@ async def open_jobs(
     limits: Limits = Limits(),  # noqa: B008  (frozen)
     max_jobs: int = 4,
     max_waiting: int = 256,
+    stream_timeout: float = 0.0,
     sync: Literal["filesystem", "none"] = "filesystem",
     acls: bool = False,
     xattr_namespace: Literal["trusted", "user"] = "trusted",
@@ -330,7 +332,9 @@ async def open_jobs(
     Call it from the main thread: the fork server ends with the thread that started it. `held` is
     for ForkServer; a `server` that is given is used, and left running.
     """
-    settings = Settings(tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace)
+    settings = Settings(
+        tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace, stream_timeout
+    )
     own = server or ForkServer(layout.private, held)
     own.start()
     try:

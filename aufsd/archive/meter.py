@@ -11,7 +11,10 @@ _PAUSE: Final = 0.25  # seconds between two reports
 class Meter:
     """Bytes of the stream and entries so far, reported now and then; and the warnings."""
 
-    __slots__ = ("_clock", "_next", "_report", "_unsaid", "bytes", "entries", "warned")
+    __slots__ = (
+        *("_clock", "_next", "_report", "_unsaid"),
+        *("bytes", "entries", "waiting", "warned"),
+    )
 
     def __init__(
         self,
@@ -20,6 +23,8 @@ class Meter:
     ) -> None:
         self.bytes = 0
         self.entries = 0
+        # for the other end of the stream, and not for the disk
+        self.waiting = False
         self.warned: list[str] = []
         self._unsaid = 0
         self._report = report

@@ -39,6 +39,8 @@ class Settings(Struct, frozen=True):
     sync: Literal["filesystem", "none"] = "filesystem"
     acls: bool = False
     namespace: Literal["trusted", "user"] = "trusted"
+    # seconds that a peer may leave its end of a stream unmoved; 0 for no limit
+    stream_timeout: float = 0.0
 
 
 # --- requests; beside each, the descriptors that come with it ----------------------------------

@@ -151,6 +151,13 @@ class Sink:
 
     def _waiting(self, call: Callable[..., int], *args: object) -> int:
         """What the call on our descriptor returns; if that is full, once it has room again."""
+        self._meter.waiting = True
+        try:
+            return self._called(call, *args)
+        finally:
+            self._meter.waiting = False
+
+    def _called(self, call: Callable[..., int], *args: object) -> int:
         while True:
             try:
                 return call(self._fd, *args)

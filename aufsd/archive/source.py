@@ -236,6 +236,13 @@ class Source:
         return moved
 
     def _waiting(self, call: Callable[[], int], *, target: bool = False) -> int:
+        self._meter.waiting = True
+        try:
+            return self._called(call, target=target)
+        finally:
+            self._meter.waiting = False
+
+    def _called(self, call: Callable[[], int], *, target: bool) -> int:
         while True:
             try:
                 return call()

@@ -1,0 +1,96 @@
+"""A peer that keeps its descriptor open and moves nothing does not hold a job's place for ever."""
+
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from aufsd.answers import Streamed
+from aufsd.archive import patience
+from aufsd.archive.meter import Meter
+from aufsd_client.errors import StreamBroken
+from tests.archive.shelf import Shelf, open_shelf
+from tests.archive.tars import entry, tar
+
+pytestmark = pytest.mark.mounts
+
+BODY = b"y" * 2_000_000
+
+
+@pytest.fixture
+async def impatient(tmp_path: Path) -> AsyncIterator[Shelf]:
+    """A shelf with room for one job, a layer `full` and one that is `empty`."""
+    async with open_shelf(tmp_path, max_jobs=1, stream_timeout=0.2) as shelf:
+        (shelf.add("full") / "file").write_bytes(BODY)
+        shelf.add("empty")
+        yield shelf
+
+
+@pytest.fixture(params=[True, False], ids=["blocking", "non-blocking"])
+def pipe(request: pytest.FixtureRequest) -> Iterator[tuple[int, int]]:
+    r, w = os.pipe()
+    for fd in (r, w):
+        os.set_blocking(fd, request.param)
+    yield r, w
+    os.close(r)
+    os.close(w)
+
+
+def diff(shelf: Shelf, pipe: tuple[int, int]) -> Awaitable[Streamed]:
+    return shelf.jobs.diff(shelf.chain("full"), pipe[1])
+
+
+def diff_with_digest(shelf: Shelf, pipe: tuple[int, int]) -> Awaitable[Streamed]:
+    return shelf.jobs.diff(shelf.chain("full"), pipe[1], digest=True)
+
+
+def apply_of_nothing(shelf: Shelf, pipe: tuple[int, int]) -> Awaitable[Streamed]:
+    return shelf.jobs.apply(shelf.chain("empty"), str(shelf.path("empty")), pipe[0])
+
+
+def apply_of_a_part(shelf: Shelf, pipe: tuple[int, int]) -> Awaitable[Streamed]:
+    os.write(pipe[1], tar(entry("file", BODY))[:2000])
+    return apply_of_nothing(shelf, pipe)
+
+
+@pytest.mark.parametrize("work", [diff, diff_with_digest, apply_of_nothing, apply_of_a_part])
+async def test_a_peer_that_moves_nothing_ends_the_job_and_another_has_its_place(
+    impatient: Shelf,
+    pipe: tuple[int, int],
+    work: Callable[[Shelf, tuple[int, int]], Awaitable[Streamed]],
+) -> None:
+    with pytest.raises(StreamBroken) as caught:
+        await work(impatient, pipe)
+    assert caught.value.data["errno"] == "ETIMEDOUT"
+    assert impatient.jobs.running() == []
+    assert len(await impatient.diff("full")) > len(BODY)
+
+
+def test_one_that_moves_a_little_now_and_then_is_served() -> None:
+    """The looks are raised by hand here: the timer would come after a day."""
+    meter = Meter(lambda size, entries: None)
+    meter.waiting = True
+    with patience.limited(meter, 86_400.0):
+        for _ in range(10):
+            meter.bytes += 1
+            for _ in range(4):
+                signal.raise_signal(signal.SIGALRM)
+
+
+def test_time_that_passes_without_waiting_for_the_peer_counts_nothing() -> None:
+    meter = Meter(lambda size, entries: None)
+    with patience.limited(meter, 86_400.0):
+        for _ in range(3):
+            meter.waiting = True
+            for _ in range(3):
+                signal.raise_signal(signal.SIGALRM)
+            meter.waiting = False
+            signal.raise_signal(signal.SIGALRM)
+        meter.waiting = True
+        for _ in range(3):
+            signal.raise_signal(signal.SIGALRM)
+        with pytest.raises(StreamBroken):
+            signal.raise_signal(signal.SIGALRM)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
