@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import pytest
 
@@ -280,3 +282,42 @@ def test_a_daemon_gives_the_same_images(
     assert sorted(os.listdir(tmp_path / "a/blobs/sha256")) == sorted(
         os.listdir(tmp_path / "b/blobs/sha256")
     )
+
+
+@pytest.mark.service
+@pytest.mark.btrfs
+@pytest.mark.oci
+def test_layers_that_are_snapshots_give_the_images_of_what_they_changed(
+    untouched: Path, tmp_path: Path, on_btrfs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A snapshot holds its parents' content too, of which its blob holds nothing."""
+    chain = [*reversed(LAYERS[TOP]["parents"]), TOP]
+    with daemon(tmp_path, "--backend", "btrfs", root=on_btrfs / "store") as made:
+        with made.client() as client, open_offline(str(untouched), Settings()) as docker:
+            for id in chain:
+                with (tmp_path / "tar").open("wb") as out:
+                    docker.write_layer(id, out.fileno())
+                client.create(id, parent=(*LAYERS[id]["parents"], "")[0])
+                client.apply_diff(id, tmp_path / "tar")
+        assert run(["--socket", made.socket, "export", "--oci", f"{tmp_path}/online", TOP]) == 0
+        online = capfd.readouterr().out
+        assert made.stop() == 0
+    command = ["export", "--root", str(made.root), "--oci", f"{tmp_path}/offline", TOP]
+    assert main(command) == 0
+    assert capfd.readouterr().out == online
+    sizes = [layer["size"] for layer in manifest(tmp_path / "offline")["layers"]]
+    assert len(sizes) == len(chain)
+    # the base has a shell in it, and most others a few files
+    assert median(sizes) < sizes[0] // 10
+    unpack = ["umoci", "unpack", "--image", f"{tmp_path}/offline:{TOP}", str(tmp_path / "bundle")]
+    subprocess.run(unpack, check=True, capture_output=True)
+    assert store.seen(str(tmp_path / "bundle/rootfs")) == without_empty_xattrs(
+        store.expected(TOP, strict=True)
+    )
+
+
+def manifest(layout: Path) -> dict[str, Any]:
+    """The manifest of the one image of a layout."""
+    (row,) = json.loads((layout / "index.json").read_bytes())["manifests"]
+    path = layout / "blobs" / row["digest"].replace(":", "/")
+    return dict(json.loads(path.read_bytes()))
