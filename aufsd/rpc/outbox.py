@@ -26,6 +26,8 @@ class Outbox:
         self._lock = trio.Lock()
         self._scope: trio.CancelScope | None = None
         self.closed = False
+        # bytes of frames that wait to go out
+        self.held = 0
 
     def close(self) -> None:
         """Send no more; a frame that is half out stays so."""
@@ -59,15 +61,20 @@ class Outbox:
         """
         if sent == len(frame) or self.closed:
             return
-        if sent:
-            self._lock.acquire_nowait()
-        else:
-            # another frame is half out, or nothing more goes in
-            await self._lock.acquire()
+        left = len(frame) - sent
+        self.held += left
         try:
-            await self._send_rest(memoryview(frame)[sent:])
+            if sent:
+                self._lock.acquire_nowait()
+            else:
+                # another frame is half out, or nothing more goes in
+                await self._lock.acquire()
+            try:
+                await self._send_rest(memoryview(frame)[sent:])
+            finally:
+                self._lock.release()
         finally:
-            self._lock.release()
+            self.held -= left
 
     async def _send_rest(self, rest: memoryview) -> None:
         deadline = trio.current_time() + self._admission.settings.send_timeout

@@ -31,6 +31,9 @@ Answering = Coroutine[Any, Any, None]
 
 # what the answers of one batch may come to, in bytes, before the rest of it is refused
 _MAX_BATCH_REPLY = 16 << 20
+# while more than this waits for a peer that does not read its answers, none of its lines is begun:
+# everybody may open the monitor socket two thousand times
+_MAX_HELD = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ class Runner:
 
     async def below_the_limit(self) -> None:
         """Wait until another call may be begun."""
-        while self._in_flight >= self._admission.settings.max_in_flight:
+        while (
+            self._in_flight >= self._admission.settings.max_in_flight
+            or self._outbox.held > _MAX_HELD
+        ):
             await self._freed.park()
 
     def cancel_streams(self) -> None:

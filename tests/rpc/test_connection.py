@@ -235,6 +235,20 @@ async def test_no_frame_is_half_out_when_a_slow_reader_comes_back(
     assert all(answer["result"]["openrpc"] for answer in answers)
 
 
+async def test_while_its_answers_are_not_taken_no_more_of_a_peers_lines_are_begun(
+    served: Served, connect: Connect
+) -> None:
+    """Else 64 of them wait in memory for each connection, and everybody may make thousands."""
+    peer = connect(served.monitor)
+    await peer.send(b"".join(line("rpc.discover", n) for n in range(64)))
+    await trio.testing.wait_all_tasks_blocked()
+    begun = len(served.observed)
+    document = len(await peer.receive_line())
+    room = peer.sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) + (64 << 10)
+    assert begun <= room // document + 2 < 64
+    assert {(await peer.receive())["id"] for _ in range(63)} == set(range(1, 64))
+
+
 async def test_a_batch_whose_answers_are_too_long_is_refused_from_there_on(
     served: Served, connect: Connect
 ) -> None:
