@@ -75,11 +75,15 @@ class Store:
 
     def chain(self, id: LayerId) -> tuple[LayerId, ...]:
         """The layer and its parents, nearest first."""
-        self.require(id)
-        found = [id]
-        while (above := self.parent[found[-1]]) is not None:
-            self.require(above)
-            found.append(above)
+        found = []
+        above: LayerId | None = id
+        try:
+            while above is not None:
+                found.append(above)
+                above = self.parent[above]
+        except KeyError:
+            self.require(found[-1])
+            raise
         return tuple(found)
 
     def children_of(self, id: LayerId) -> frozenset[LayerId]:
