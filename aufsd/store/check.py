@@ -148,7 +148,7 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
     for directory, directories, names, fd in os.fwalk(content):
         inside = directory.removeprefix(content)
         for name in names:
-            path = os.path.join(inside, name)
+            path = _shown(os.path.join(inside, name))
             if dialect is not Dialect.AUFS and dialects.deleted_name(os.fsencode(name)) is not None:
                 yield Problem(id, "mixed-dialects", f"{path} is an aufs whiteout", False)
             elif dialect is not Dialect.OVERLAY and dialects.is_whiteout_node(
@@ -156,14 +156,25 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
             ):
                 yield Problem(id, "mixed-dialects", f"{path} is an overlay whiteout", False)
         for name in (*directories, *names):
-            path = os.path.join(directory, name)
-            found = set(os.listxattr(path, follow_symlinks=False))
+            path = _shown(f"{inside}/{name}")
+            found = set(os.listxattr(os.path.join(directory, name), follow_symlinks=False))
             if stray := found & elsewhere:
-                detail = f"{path.removeprefix(content)} has {', '.join(sorted(stray))}"
+                detail = f"{path} has {', '.join(sorted(stray))}"
                 yield Problem(id, "stray-xattr", detail, False)
             if opaque in found and dialect is not Dialect.OVERLAY:
-                detail = f"{path.removeprefix(content)} is opaque as overlay says it"
-                yield Problem(id, "mixed-dialects", detail, False)
+                yield Problem(id, "mixed-dialects", f"{path} is opaque as overlay says it", False)
+            if dialect is Dialect.AUFS and _is_long(os.fsencode(name)):
+                detail = f"{path}: aufs lists names of more than 242 bytes, and cannot open them"
+                yield Problem(id, "long-name", detail, False)
+
+
+def _is_long(name: bytes) -> bool:
+    return len(name) > dialects.AUFS_NAME_MAX and not name.startswith(dialects.WHITEOUT)
+
+
+def _shown(path: str) -> str:
+    """A path, for a sentence that goes out as JSON."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:

@@ -39,6 +39,8 @@ OPAQUE: Final = b".wh..wh..opq"
 PLINKS: Final = b".wh..wh.plnk"
 # what a branch that was mounted rw has at its top
 HOUSEKEEPING: Final = frozenset({b".wh..wh.aufs", b".wh..wh.orph", PLINKS})
+# AUFS_MAX_NAMELEN: a longer name is listed, and every lookup of it fails with ENAMETOOLONG
+AUFS_NAME_MAX: Final = 242
 # WHITEOUT_MODE and WHITEOUT_DEV in include/linux/fs.h
 WHITEOUT_NODE: Final = stat.S_IFCHR
 WHITEOUT_DEVICE: Final = os.makedev(0, 0)

@@ -23,6 +23,7 @@ from typing import Final
 import structlog
 
 from aufsd.kernel import syscalls
+from aufsd.union.dialect import AUFS_NAME_MAX
 
 log = structlog.get_logger(__name__)
 
@@ -167,6 +168,8 @@ def _names(root: int, inodes: Collection[int]) -> Iterator[tuple[int, str]]:
                 continue
             with os.scandir(directory) as entries:
                 for entry in entries:
+                    if len(os.fsencode(entry.name)) > AUFS_NAME_MAX:
+                        continue  # a lower one is listed, and nothing else can be done with it
                     if entry.is_dir(follow_symlinks=False):
                         inner.append(entry.name)
                     elif entry.inode() in inodes:

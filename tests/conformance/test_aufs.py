@@ -189,6 +189,25 @@ def test_a_long_read_only_chain_stays_read_only(layers: Layers) -> None:
     assert os.listdir(layers.content(union.id)) == []
 
 
+@pytest.mark.parametrize(
+    "made_before",
+    [(), (".wh..wh.aufs", ".wh..wh.orph"), (".wh..wh.aufs", ".wh..wh.orph", ".wh..wh.plnk")],
+    ids=["none", "some", "all"],
+)
+def test_what_aufs_makes_at_the_top_of_a_layer_is_no_change_of_it(
+    made_before: tuple[str, ...], layers: Layers
+) -> None:
+    base, top = layers.add({"d/": ""}), layers.add({"a": ""})
+    for name in made_before:
+        layers.write(top, name if name == ".wh..wh.aufs" else f"{name}/", "")
+    os.utime(layers.content(top), ns=(5, 10**9 + 7))
+    union = layers.mount(top, base)
+    assert ".wh..wh.orph" in os.listdir(union.top)
+    assert {os.stat(path).st_mtime_ns for path in (union.target, union.top)} == {10**9 + 7}
+    Path(union.target, "b").touch()
+    assert os.stat(union.target).st_mtime_ns == os.stat(union.top).st_mtime_ns > 10**9 + 7
+
+
 def test_an_opaque_root_hides_nothing(layers: Layers) -> None:
     """aufs ignores the marker there, and on aufs the union is what aufs shows."""
     base, top = layers.add({"a": "base"}), layers.add({"b": "top"})
@@ -226,6 +245,25 @@ def test_lower_permissions_do_not_count_with_dirperm1(layers: Layers) -> None:
     read = ["cat", "d/file"]
     done = subprocess.run(read, cwd=union.target, user=1000, capture_output=True, check=False)
     assert (done.stdout, done.stderr) == (b"content", b"")
+
+
+@pytest.mark.parametrize("kind", ["", "/"], ids=["file", "directory"])
+def test_names_that_are_too_long_for_aufs_do_not_stop_a_flush(
+    kind: str, layers: Layers, linked: str
+) -> None:
+    """They come from an image, are listed, and cannot be looked up: AUFS_MAX_NAMELEN is 242."""
+    long, longest = "n" * 243, "o" * 255
+    for name in (long, longest):
+        layers.write(linked, f"{name}{kind}", "")
+    union = layers.mount(layers.add(), linked)
+    assert {long, longest} < set(os.listdir(union.target))
+    for name in (long, longest):
+        with pytest.raises(OSError, match="File name too long"):
+            os.lstat(f"{union.target}/{name}")
+    Path(union.target, "a").write_text("new")
+    layers.backend.unmount(union.target)
+    assert plinks(layers, union.id) == []
+    assert Path(layers.content(union.id), "d/b").read_text() == "new"
 
 
 def test_a_flush_finds_names_in_wide_and_deep_trees(layers: Layers, linked: str) -> None:

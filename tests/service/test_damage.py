@@ -180,6 +180,18 @@ def test_deep_looks_into_the_layers(stacked: Daemon, client: Client) -> None:
     assert problems(client, deep=True) >= {("top", "mixed-dialects"), ("top", "stray-xattr")}
 
 
+def test_deep_names_what_aufs_cannot_open(stacked: Daemon, client: Client) -> None:
+    client.convert("other", "aufs")
+    for name in (b"n" * 242, b"n" * 243, b"d/" + b"\xff" * 255, b".wh." + b"w" * 242):
+        path = os.path.join(os.fsencode(stacked.root), b"diff/other", name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.close(os.open(path, os.O_CREAT))
+    found = [(row.problem, row.detail) for row in client.check("other", deep=True).problems]
+    assert {problem for problem, _ in found} == {"long-name"}
+    names = [detail.partition(":")[0] for _, detail in found]
+    assert names == [f"/{'n' * 243}", "/d/" + r"\udcff" * 255]
+
+
 def test_a_store_that_nobody_serves_is_checked_offline(stacked: Daemon) -> None:
     command = [sys.executable, "-m", "aufsd", "check", "--root", str(stacked.root)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
