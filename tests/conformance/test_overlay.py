@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.kernel import syscalls
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.log import KernelLog
+from aufsd.union import runner
+from aufsd.union.branches import DATA_MAX, MountCall, longest
 from aufsd.union.overlay import Overlay
 from aufsd_client.errors import MountFailed
 from tests.conformance.layers import Layers, open_layers, tree
@@ -42,6 +44,19 @@ def test_an_opaque_root_ends_the_chain(
         Path(union.target, "new").touch()
         os.unlink(f"{union.target}/file-{depth}")
     assert os.listdir(f"{layers.layout.private}/empty") == []
+
+
+def test_options_longer_than_the_page_are_refused_and_not_cut(layers: Layers) -> None:
+    """No plan has them; the kernel would mount what fits, without a word."""
+    dirs = tuple(layers.content(layers.add(id=f"{n:0100d}")) for n in range(40))
+    target = layers.union(layers.add()).target
+    data = "lowerdir=" + ":".join(f"{{{n}}}" for n in range(len(dirs)))
+    call = MountCall(target, "overlay", data, dirs)
+    assert longest(call) > DATA_MAX
+    with pytest.raises(MountFailed, match="too many options or branches for one call") as caught:
+        runner.run("layer", [call], magic=syscalls.OVERLAYFS_SUPER_MAGIC, log=KernelLog(-1))
+    assert caught.value.data["errno"] == "E2BIG"
+    assert mountinfo.mounted_under(layers.layout.root) == []
 
 
 def test_a_layer_is_whole_by_itself(layers: Layers) -> None:
