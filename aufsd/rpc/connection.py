@@ -57,10 +57,13 @@ class Connection:
         self._runner = Runner(desk, peer, groups, self._outbox, monitor=monitor)
         # lines that were read and not begun
         self._arrived: deque[bytes] = deque()
+        # a task whose call has waited and ended, to read when the next call waits
+        self._spare = trio.lowlevel.ParkingLot()
         # how much the last read brought
         self._length = 0
-        # nothing more is read
+        # nothing more is read; and there is no reader any more
         self._over = False
+        self._ended = False
         self._dropped = False
 
     async def serve(self) -> None:
@@ -104,9 +107,14 @@ class Connection:
         """Be the reader, of which there is one at any time, until a call has to wait.
 
         Lines are begun in their order. A call that never waits is answered before the next line is
-        looked at, which costs no task; when one does wait, a new task reads on.
+        looked at, which costs no task; when one does wait, another task reads on, which is the one
+        of an earlier such call: a new one costs as much as a short call.
         """
-        read_on = partial(tasks.start_soon, self._read, tasks)
+
+        def read_on() -> None:
+            if not self._spare.unpark():
+                tasks.start_soon(self._read, tasks)
+
         while (line := await self._next_line()) is not None:
             answer = self._runner.begin(line, self._descriptors.claim)
             self._descriptors.line_done()
@@ -114,7 +122,13 @@ class Connection:
                 pending = self._lines.pending > 0
                 self._descriptors.read_done(length=self._length, unfinished=pending)
             if await watched(answer, read_on):
-                return
+                if self._ended or self._spare:
+                    return
+                await self._spare.park()
+                if self._ended:
+                    return
+        self._ended = True
+        self._spare.unpark_all()
         await self._finish()
 
     async def _next_line(self) -> bytes | None:
