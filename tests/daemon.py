@@ -14,7 +14,7 @@ from pathlib import Path
 from aufsd.kernel import mountinfo, syscalls
 from aufsd_client import Client
 
-READY_WITHIN = 60.0  # seconds
+READY_WITHIN = 300.0  # seconds; the machine may be an emulated one, and busy
 EVENTUALLY = 30.0  # seconds
 
 
