@@ -1,5 +1,6 @@
 """Owners and xattrs between a layer's files and its archive: what is mapped, what may travel."""
 
+import errno
 import os
 import stat
 import struct
@@ -27,21 +28,21 @@ _ACL_GROUP: Final = 0x08
 
 
 class Owners:
-    """Ids of one direction, looked up once each."""
+    """Ids of one direction, looked up once each: then they are `known`."""
 
-    __slots__ = ("_known", "_settings", "_to")
+    __slots__ = ("_settings", "_to", "known")
 
     def __init__(self, settings: Settings, *, outward: bool) -> None:
         self._settings = settings
         self._to = to_container if outward else to_host
-        self._known: dict[tuple[int, int], tuple[int, int]] = {}
+        self.known: dict[tuple[int, int], tuple[int, int]] = {}
 
     def both(self, uid: int, gid: int, name: bytes) -> tuple[int, int]:
         """User and group on the other side. Raises BadArchive (in) or InternalError (out)."""
-        found = self._known.get((uid, gid))
+        found = self.known.get((uid, gid))
         if found is None:
             found = self.uid(uid, name), self.gid(gid, name)
-            self._known[uid, gid] = found
+            self.known[uid, gid] = found
         return found
 
     def uid(self, id: int, name: bytes) -> int:
@@ -65,6 +66,20 @@ class Owners:
         return InternalError(sentence, entry=shown(name))
 
 
+def read_xattr(fd: int, name: str) -> bytes:
+    """One xattr of an open file; b"" of a file capability that aufs removed by half.
+
+    chown(2) and removexattr(2) through aufs leave an empty one in the branch, and fgetxattr(2) says
+    EINVAL of that. With it no exec of the file succeeds, so it goes nowhere from here.
+    """
+    try:
+        return os.getxattr(fd, name)
+    except OSError as error:
+        if error.errno != errno.EINVAL or os.fsencode(name) != CAPABILITY:
+            raise
+        return b""
+
+
 def exported(
     names: Iterable[str],
     read: Callable[[str], bytes],
@@ -78,7 +93,6 @@ def exported(
         name = text.encode("utf-8", "surrogateescape")
         if name == CAPABILITY:
             value = read(text)
-            # aufs leaves an empty one where it was removed, which would make exec fail (EINVAL)
             if value:
                 found.append((name, _capability(value, lambda id: owners.uid(id, path))))
         elif name in _ACLS:
@@ -117,7 +131,9 @@ def carried(fd: int, settings: Settings) -> dict[str, bytes]:
     for text in os.listxattr(fd):
         name = text.encode("utf-8", "surrogateescape")
         if name == CAPABILITY or (name in _ACLS and settings.acls) or may_travel(name, settings):
-            found[text] = os.getxattr(fd, text)
+            value = read_xattr(fd, text)
+            if value or name != CAPABILITY:
+                found[text] = value
     return found
 
 

@@ -4,6 +4,7 @@ Written is ustar, with a PAX header before it only where ustar cannot say it. Re
 the wild hold: ustar, GNU, star's prefix, V7, base-256 numbers.
 """
 
+import re
 import struct
 import zlib
 from collections.abc import Iterable
@@ -176,20 +177,27 @@ def _is_utf8(name: bytes) -> bool:
 
 # --- in ----------------------------------------------------------------------------------------
 
-# name; mode, uid and gid; size; mtime; checksum; type
-_FIELDS: Final = struct.Struct("100s24s12s12s8sc")
+# name; mode, uid and gid; size; mtime; checksum; type; first of the link's name and of the prefix
+FIELDS: Final = struct.Struct("100s24s12s12s8scB187xB")
 _ZERO: Final = bytes(BLOCK)
+_NOBODY: Final = (0, 0, 0)
+# LENGTH KEY=VALUE
+_RECORDS: Final = re.compile(rb"([0-9]{1,19}) ([^=\n]+)=([^\n]*)\n").findall
 
 
 class Member:
     """One entry of a tar. `size` is the file's, `mtime` in nanoseconds, `start` its offset.
 
-    `extents` are a sparse file's (offset, length) of data, in the order of the stream.
+    `extents` are a sparse file's (offset, length) of data, in the order of the stream; `sparse` are
+    the records that say so.
     """
 
     start = 0
+    link = b""
+    major = minor = 0
     xattrs: list[tuple[bytes, bytes]] | None = None
     extents: list[tuple[int, int]] | None = None
+    sparse: dict[bytes, bytes] | None = None
 
     def __init__(
         self, name: bytes, kind: bytes, owner: tuple[int, int, int], size: int, mtime: int
@@ -199,35 +207,35 @@ class Member:
         self.mode, self.uid, self.gid = owner
         self.size = size
         self.mtime = mtime
-        self.link = b""
-        self.major = 0
-        self.minor = 0
 
 
 def decode(block: bytes) -> Member:
     """What one header says; PAX records and GNU long names are the reader's to add.
 
-    Raises HeaderError.
+    Of a PAX header only its size. Raises HeaderError.
     """
-    name, owner, size, mtime, checksum, kind = _FIELDS.unpack_from(block)
-    if zlib.adler32(block) & 0xFFFF != _adler(checksum):
+    name, owner, size, mtime, checksum, kind, link, prefix = FIELDS.unpack_from(block)
+    if zlib.adler32(block) & 0xFFFF != adler_of(checksum):
         _check_signed(block, checksum)
+    if kind == PAX:
+        # GNU tar writes one for every file
+        return Member(b"", kind, _NOBODY, size_of(size), 0)
     name = name.partition(b"\0")[0]
     # GNU tar has times where POSIX has the prefix, and says so by its magic
-    if block[345] and block[257:263] == b"ustar\0":
+    if prefix and block[257:263] == b"ustar\0":
         # star's is shorter, and says so at its end
-        prefix = block[345:476] if block[508:] == b"tar\0" else block[345:500]
-        name = prefix.partition(b"\0")[0] + b"/" + name
+        before = block[345:476] if block[508:] == b"tar\0" else block[345:500]
+        name = before.partition(b"\0")[0] + b"/" + name
     member = Member(
         name,
         REGULAR if kind == b"\0" else kind,
-        _owner(owner),
-        _size(size),
-        _seconds(mtime) * 1_000_000_000,
+        owner_of(owner),
+        size_of(size),
+        seconds_of(mtime) * 1_000_000_000,
     )
-    if block[157]:
+    if link:
         member.link = block[157:257].partition(b"\0")[0]
-    if kind in b"34":
+    if kind in (CHARACTER, BLOCK_DEVICE):
         member.major = number(block[329:337], "devmajor")
         member.minor = number(block[337:345], "devminor")
     return member
@@ -235,23 +243,23 @@ def decode(block: bytes) -> Member:
 
 # few of these differ from one entry to the next
 @lru_cache(4096)
-def _owner(fields: bytes) -> tuple[int, int, int]:
+def owner_of(fields: bytes) -> tuple[int, int, int]:
     mode, uid, gid = fields[:8], fields[8:16], fields[16:]
     return number(mode, "mode") & 0o7777, number(uid, "uid"), number(gid, "gid")
 
 
 @lru_cache(4096)
-def _size(field: bytes) -> int:
+def size_of(field: bytes) -> int:
     return number(field, "size")
 
 
 @lru_cache(4096)
-def _seconds(field: bytes) -> int:
+def seconds_of(field: bytes) -> int:
     return number(field, "mtime")
 
 
 @lru_cache(8192)
-def _adler(checksum: bytes) -> int:
+def adler_of(checksum: bytes) -> int:
     """The low half of the adler32 of a block with this checksum.
 
     It is 1 + the sum of the bytes modulo 65521; in the checksum eight blanks stand for itself.
@@ -302,6 +310,22 @@ def is_zero(block: bytes) -> bool:
 
 def parse_pax(body: bytes) -> list[tuple[bytes, bytes]]:
     """The records of a PAX header, in order; a key may come twice. Raises HeaderError."""
+    # one search finds what most headers hold: records without a newline. They are what the lengths
+    # say if each is as long as it says, and all together are the whole
+    found = _RECORDS(body)
+    whole = 0
+    for digits, key, value in found:
+        size = len(digits) + len(key) + len(value) + 3
+        if int(digits) != size:
+            return _parse_pax(body)
+        whole += size
+    if whole != len(body):
+        return _parse_pax(body)
+    return [(key, value) for _, key, value in found]
+
+
+def _parse_pax(body: bytes) -> list[tuple[bytes, bytes]]:
+    """The same by the lengths."""
     records = []
     at, end = 0, len(body)
     while at < end:
@@ -320,3 +344,16 @@ def parse_pax(body: bytes) -> list[tuple[bytes, bytes]]:
         records.append((key, value))
         at = stop
     return records
+
+
+def nanoseconds(value: bytes) -> int:
+    """The time in a PAX record: decimal seconds, rounded down. Raises HeaderError."""
+    whole, _, fraction = value.partition(b".")
+    if len(fraction) <= 9 and len(whole) <= 19 and whole.isdigit() and fraction.isdigit():
+        return int(whole + fraction.ljust(9, b"0"))
+    digits = whole.removeprefix(b"-")
+    if not digits.isdigit() or len(digits) > 19 or (fraction and not fraction.isdigit()):
+        raise HeaderError("a PAX time out of range")
+    rest = int(fraction[:9].ljust(9, b"0"))
+    sign = -1 if whole.startswith(b"-") else 1
+    return sign * (int(digits) * 1_000_000_000 + rest)

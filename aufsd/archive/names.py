@@ -22,7 +22,13 @@ def inside(name: bytes) -> bytes:
         raise BadArchive("an entry without a name")
     # the common case: nothing to clean
     bare = name[:-1] if name.endswith(b"/") else name
-    if bare[:1] not in _ROUGH and bare[-1:] != b"/" and b"//" not in bare and b"/." not in bare:
+    if (
+        bare[:1] not in _ROUGH
+        and bare[-1:] != b"/"
+        # `in` takes twice as long: it tries first whether what it looks for is a number
+        and bare.find(b"//") < 0
+        and bare.find(b"/.") < 0
+    ):
         return bare
     parts: list[bytes] = []
     for part in name.split(b"/"):

@@ -5,7 +5,8 @@ layer is `unpack`'s.
 """
 
 from collections.abc import Iterator
-from typing import Final
+from typing import Final, TypeAlias
+from zlib import adler32
 
 from aufsd.archive import headers
 from aufsd.archive.headers import BLOCK, HeaderError, Member
@@ -17,12 +18,24 @@ from aufsd_client.errors import BadArchive
 _SPECIAL_MAX: Final = 1 << 20
 # nanoseconds: seconds have to fit into time_t
 _TIME_MAX: Final = (1 << 62) * 1_000_000_000
+_TIME_MIN: Final = -_TIME_MAX
 # -1 stands for "leave it" in chown(2)
 _ID_MAX: Final = (1 << 32) - 2
 # types whose size field says nothing about data that follows
 _HEADER_ONLY: Final = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
+# with the mtime all that most PAX headers of GNU tar's say
+_UNUSED: Final = frozenset((b"atime", b"ctime"))
+# one extent of a sparse file, each in a record of its own
+_SPARSE_PAIR: Final = frozenset((b"GNU.sparse.offset", b"GNU.sparse.numbytes"))
 # headers that say more about the one that follows; Solaris wrote X for x
 _PREFACES: Final = frozenset((headers.PAX, b"X", headers.PAX_GLOBAL, b"L", b"K"))
+
+
+# name, (mode, uid, gid), time in nanoseconds, content
+Plain: TypeAlias = tuple[bytes, tuple[int, int, int], int, memoryview]
+_fields: Final = headers.FIELDS.unpack_from
+_owner, _size, _seconds = headers.owner_of, headers.size_of, headers.seconds_of
+_adler: Final = headers.adler_of
 
 
 class Reader:
@@ -32,15 +45,12 @@ class Reader:
     def __init__(self, source: Source, meter: Meter) -> None:
         self._source = source
         self._meter = meter
-        # the whole body if it lies in the window, without its consumption: `skip` does that
+        # the whole body if it lies in the window, without its consumption
         self.small_body = source.peek
-        # of the current body: bytes not read yet, and padding behind them
+        # of the current body: bytes not read yet, padding behind them included
         self._left = 0
-        self._padding = 0
         # the header that was read last
         self._block = b""
-        # records of the current member that make it a sparse file
-        self._sparse: dict[bytes, bytes] = {}
 
     def members(self) -> Iterator[Member]:
         """Every member, up to the end marker; then the stream is drained.
@@ -49,8 +59,9 @@ class Reader:
         """
         source = self._source
         while True:
-            if self._left or self._padding:
-                self.skip()
+            if self._left:
+                source.skip(self._left)
+                self._left = 0
             start = source.offset
             member = self._header(start)
             if member is not None and member.kind in _PREFACES:
@@ -62,10 +73,54 @@ class Reader:
             self._meter.entries += 1
             yield member
 
-    def skip(self) -> None:
-        """Pass over what is left of the body."""
-        self._source.skip(self._left + self._padding)
-        self._left = self._padding = 0
+    def plain(self, prefix: bytes) -> Iterator[Plain]:
+        """The files `prefix`NAME that come next, as long as they are plain and in the window whole.
+
+        What `members` would give of them in fewer steps, of which 50,000 files take as many. One is
+        consumed when the next is asked for; who stops before that finds it among the members. So
+        whatever is unusual only has to end this, and is judged there.
+        """
+        source = self._source
+        source.skip(self._left)
+        self._left = 0
+        memory, view, start, end = source.window()
+        while start + BLOCK <= end:
+            at = start
+            try:
+                block = memory[at : at + BLOCK]
+                name, owner, size, mtime, checksum, kind, link, more = _fields(block)
+                time = None
+                if kind == headers.PAX and adler32(block) & 0xFFFF == _adler(checksum):
+                    length = _size(size)
+                    at += BLOCK + length + -length % BLOCK
+                    if not 0 <= length <= _SPECIAL_MAX or at + BLOCK > end:
+                        return
+                    time = _only_time(memory[start + BLOCK : start + BLOCK + length])
+                    if time is None:
+                        return
+                    block = memory[at : at + BLOCK]
+                    name, owner, size, mtime, checksum, kind, link, more = _fields(block)
+                if kind != headers.REGULAR or link or more or not name.startswith(prefix):
+                    return
+                if adler32(block) & 0xFFFF != _adler(checksum):
+                    return
+                if time is None:
+                    time = _seconds(mtime) * 1_000_000_000
+                whose, length = _owner(owner), _size(size)
+            except HeaderError:
+                return
+            name = name.partition(b"\0")[0][len(prefix) :]
+            at += BLOCK
+            stop = at + length + -length % BLOCK
+            # one without a name is a directory
+            if not name or name.find(b"/") >= 0 or not 0 <= time < _TIME_MAX:
+                return
+            if length < 0 or stop > end:
+                return
+            yield name, whose, time, view[at : at + length]
+            source.skip(stop - start)
+            self._meter.entries += 1
+            start = stop
 
     def copy(self, target: int, count: int) -> None:
         """Copy the next `count` bytes of the body into a file."""
@@ -79,17 +134,17 @@ class Reader:
         records: list[tuple[bytes, bytes]] = []
         long_name = long_link = b""
         while member is not None and (kind := member.kind) in _PREFACES:
-            if member.size < 0:
-                raise self._bad("a header has a negative size", start, member.name)
-            if kind == headers.PAX_GLOBAL:
-                # for all that follows, which Docker ignores too (moby ba7906aef3)
-                self._source.skip(member.size + -member.size % BLOCK)
+            if kind in (headers.PAX, b"X"):
+                records = self._records(member, start)
             elif kind == headers.GNU_LONG_NAME:
                 long_name = self._special(member, start).partition(b"\0")[0]
             elif kind == headers.GNU_LONG_LINK:
                 long_link = self._special(member, start).partition(b"\0")[0]
             else:
-                records = self._records(member, start)
+                # for all that follows, which Docker ignores too (moby ba7906aef3)
+                if member.size < 0:
+                    raise self._bad("a header has a negative size", start)
+                self._source.skip(member.size + -member.size % BLOCK)
             member = self._header(start, continued=bool(records or long_name or long_link))
         if member is None:
             return None
@@ -125,11 +180,10 @@ class Reader:
             self._meter.warn("the archive ends with one zero block instead of two")
 
     def _special(self, header: Member, start: int) -> bytes:
-        if header.size > _SPECIAL_MAX:
-            raise self._bad(f"a header of {header.size} bytes", start, header.name)
-        body = self._source.take(header.size)
-        self._source.skip(-header.size % BLOCK)
-        return body
+        size = header.size
+        if not 0 <= size <= _SPECIAL_MAX:
+            raise self._bad(f"a header of {size} bytes", start, header.name)
+        return self._source.take(size + -size % BLOCK)[:size]
 
     def _records(self, header: Member, start: int) -> list[tuple[bytes, bytes]]:
         try:
@@ -139,15 +193,16 @@ class Reader:
 
     def _apply(self, member: Member, records: list[tuple[bytes, bytes]]) -> None:
         """Take over PAX records."""
-        sparse: dict[bytes, bytes] = {}
-        pairs: list[bytes] = []
+        sparse: list[tuple[bytes, bytes]] = []
         for key, value in records:
-            if key == b"path":
-                member.name = value or member.name
-            elif key == b"linkpath":
-                member.link = value or member.link
-            elif key == b"mtime":
+            if key == b"mtime":
                 member.mtime = self._time(value, member)
+            elif key in _UNUSED:
+                continue
+            elif key == b"path":
+                member.name = self._name(value, member) or member.name
+            elif key == b"linkpath":
+                member.link = self._name(value, member) or member.link
             elif key == b"size":
                 member.size = self._whole(value, member)
             elif key == b"uid":
@@ -158,29 +213,22 @@ class Reader:
                 name = key[len(headers.XATTR_RECORD) :]
                 name = name.replace(b"%3D", b"=").replace(b"%25", b"%")
                 member.xattrs = [*(member.xattrs or ()), (name, value)]
-            elif key == b"GNU.sparse.name":
-                sparse[key] = value
-            elif key in (b"GNU.sparse.offset", b"GNU.sparse.numbytes"):
-                pairs.append(value)
             elif key.startswith(b"GNU.sparse."):
-                sparse[key] = value
-        if pairs:
-            sparse[b"GNU.sparse.map"] = b",".join(pairs)
-        if b"GNU.sparse.name" in sparse:
-            member.name = sparse[b"GNU.sparse.name"]
-        if b"\0" in member.name or b"\0" in member.link:
-            raise self._bad("a name with a NUL in it", member.start)
-        self._sparse = sparse
+                sparse.append((key, value))
+        if sparse:
+            member.sparse = dict(sparse)
+            pairs = [value for key, value in sparse if key in _SPARSE_PAIR]
+            if pairs:
+                member.sparse[b"GNU.sparse.map"] = b",".join(pairs)
+            if b"GNU.sparse.name" in member.sparse:
+                member.name = self._name(member.sparse[b"GNU.sparse.name"], member)
 
     def _open_body(self, member: Member) -> None:
         """Judge the header as a whole, and stand before the body."""
         kind = member.kind
-        sparse = self._sparse
-        if sparse:
-            self._sparse = {}
         if not 0 <= member.uid <= _ID_MAX or not 0 <= member.gid <= _ID_MAX:
             raise self._bad("an owner out of range", member.start, member.name)
-        if not -_TIME_MAX < member.mtime < _TIME_MAX:
+        if not _TIME_MIN < member.mtime < _TIME_MAX:
             raise self._bad("a time out of range", member.start, member.name)
         if kind in _HEADER_ONLY:
             member.size = 0
@@ -188,17 +236,17 @@ class Reader:
         stored = member.size
         if stored < 0:
             raise self._bad("a header has a negative size", member.start, member.name)
-        self._left = stored
-        self._padding = -stored % BLOCK
+        self._left = stored + -stored % BLOCK
         if kind == headers.REGULAR:
             if member.name.endswith(b"/"):
                 member.kind = headers.DIRECTORY
         elif kind == headers.GNU_SPARSE:
             self._old_sparse(member)
-        if b"GNU.sparse.major" in sparse or b"GNU.sparse.map" in sparse:
-            self._pax_sparse(member, sparse)
+        sparse = member.sparse
+        if sparse and (b"GNU.sparse.major" in sparse or b"GNU.sparse.map" in sparse):
+            stored -= self._pax_sparse(member, sparse)
         if member.extents is not None:
-            self._check_extents(member, self._left)
+            self._check_extents(member, stored)
             member.kind = headers.REGULAR
 
     # --- sparse files (GNU tar's manual, "Storing Sparse Files") -------------------------------
@@ -228,21 +276,24 @@ class Reader:
             raise self._bad(str(error), member.start, member.name) from None
         member.extents = extents
 
-    def _pax_sparse(self, member: Member, sparse: dict[bytes, bytes]) -> None:
+    def _pax_sparse(self, member: Member, sparse: dict[bytes, bytes]) -> int:
+        """Take over what the records say, and the map; how much of the body that took."""
         size = sparse.get(b"GNU.sparse.realsize", sparse.get(b"GNU.sparse.size"))
         if size is None:
             raise self._bad("a sparse file without a size", member.start, member.name)
         if sparse.get(b"GNU.sparse.major") == b"1":
-            numbers = self._sparse_map(member)
+            numbers, taken = self._sparse_map(member)
         else:
             listed = sparse.get(b"GNU.sparse.map", b"")
             numbers = [self._whole(n, member) for n in listed.split(b",")] if listed else []
+            taken = 0
         if len(numbers) % 2:
             raise self._bad("a sparse map that is cut short", member.start, member.name)
         member.size = self._whole(size, member)
         member.extents = list(zip(numbers[::2], numbers[1::2], strict=True))
+        return taken
 
-    def _sparse_map(self, member: Member) -> list[int]:
+    def _sparse_map(self, member: Member) -> tuple[list[int], int]:
         """Format 1.0: decimal lines at the start of the body, their number first."""
         text = b""
         wanted = 1
@@ -253,7 +304,7 @@ class Reader:
             self._left -= BLOCK
             if wanted == 1 and b"\n" in text:
                 wanted = 1 + 2 * self._whole(text.split(b"\n", 1)[0], member)
-        return [self._whole(line, member) for line in text.split(b"\n")[1:wanted]]
+        return [self._whole(line, member) for line in text.split(b"\n")[1:wanted]], len(text)
 
     def _check_extents(self, member: Member, stored: int) -> None:
         assert member.extents is not None
@@ -266,7 +317,12 @@ class Reader:
         if total != stored:
             raise self._bad("a sparse map that does not fit", member.start, member.name)
 
-    # --- numbers in PAX records ----------------------------------------------------------------
+    # --- values of PAX records -----------------------------------------------------------------
+
+    def _name(self, value: bytes, member: Member) -> bytes:
+        if value.find(b"\0") >= 0:
+            raise self._bad("a name with a NUL in it", member.start)
+        return value
 
     def _whole(self, value: bytes, member: Member) -> int:
         if not value.isdigit() or len(value) > 19:
@@ -274,16 +330,26 @@ class Reader:
         return int(value)
 
     def _time(self, value: bytes, member: Member) -> int:
-        """Decimal seconds, as nanoseconds, rounded down."""
-        whole, _, fraction = value.partition(b".")
-        digits = whole.removeprefix(b"-")
-        if not digits.isdigit() or len(digits) > 19 or (fraction and not fraction.isdigit()):
-            raise self._bad("a PAX time out of range", member.start, member.name)
-        nanoseconds = int(fraction[:9].ljust(9, b"0"))
-        sign = -1 if whole.startswith(b"-") else 1
-        return sign * (int(digits) * 1_000_000_000 + nanoseconds)
+        try:
+            return headers.nanoseconds(value)
+        except HeaderError as error:
+            raise self._bad(str(error), member.start, member.name) from None
 
     def _bad(self, what: str, start: int, name: bytes = b"") -> BadArchive:
         if name:
             return BadArchive(f"{what}: {shown(name)}", entry=shown(name), offset=start)
         return BadArchive(f"{what} (at byte {start})", offset=start)
+
+
+def _only_time(records: bytes) -> int | None:
+    """The mtime in the records of a PAX header, None if they say anything of importance besides.
+
+    Raises HeaderError.
+    """
+    time = None
+    for key, value in headers.parse_pax(records):
+        if key == b"mtime":
+            time = headers.nanoseconds(value)
+        elif key not in _UNUSED:
+            return None
+    return time

@@ -42,8 +42,8 @@ class Source:
     """
 
     __slots__ = (
-        *("_at", "_decoder", "_end", "_fd", "_hash", "_meter", "_mover", "_raw"),
-        *("_raw_at", "_view", "offset"),
+        *("_at", "_decoder", "_end", "_fd", "_hash", "_memory", "_meter", "_mover"),
+        *("_raw", "_raw_at", "_view", "offset"),
     )
 
     def __init__(self, fd: int, meter: Meter, *, digest: bool) -> None:
@@ -51,7 +51,8 @@ class Source:
         self._meter = meter
         self._hash = hashlib.sha256() if digest else None
         # pages that a small archive does not reach are never made, as those of a bytearray are
-        self._view = memoryview(mmap.mmap(-1, _WINDOW + _STEP))
+        self._memory = mmap.mmap(-1, _WINDOW + _STEP)
+        self._view = memoryview(self._memory)
         self._at = 0
         self._end = 0
         self._raw = b""
@@ -69,10 +70,9 @@ class Source:
         if self._end - self._at < BLOCK:
             self._gather(BLOCK)
         at = self._at
-        data = self._view[at : min(at + BLOCK, self._end)].tobytes()
-        self._at += len(data)
-        self.offset += len(data)
-        return data
+        stop = self._at = min(at + BLOCK, self._end)
+        self.offset += stop - at
+        return self._memory[at:stop]
 
     def peek(self, count: int) -> memoryview | None:
         """The next `count` bytes without consuming them, valid until the next call.
@@ -86,6 +86,13 @@ class Source:
             if self._end - self._at < count:
                 raise self.cut_short()
         return self._view[self._at : self._at + count]
+
+    def window(self) -> tuple[mmap.mmap, memoryview, int, int]:
+        """What is held: the buffer and a view of it, and where in it the next byte and the end are.
+
+        Valid until something is read or copied; `skip` up to the end leaves it as it is.
+        """
+        return self._memory, self._view, self._at, self._end
 
     def skip(self, count: int) -> None:
         """Consume `count` bytes."""
@@ -102,6 +109,11 @@ class Source:
 
     def take(self, count: int) -> bytes:
         """Consume `count` bytes and return them; for what is known to be small."""
+        at = self._at
+        if count <= self._end - at:
+            self._at += count
+            self.offset += count
+            return self._memory[at : at + count]
         parts = []
         while count:
             step = min(count, _WINDOW)

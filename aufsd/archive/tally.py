@@ -1,5 +1,6 @@
 """What a layer holds while it is being written, held against the limits."""
 
+import math
 import os
 
 from aufsd.archive.measure import measure
@@ -18,6 +19,8 @@ class Tally:
         # a layer that holds its parents' content too is measured by who knows those
         self._measurable = tree.dialect is not Dialect.NONE
         self._bytes = self._entries = 0
+        self._most_bytes = limits.bytes or math.inf
+        self._most_entries = limits.entries or math.inf
         if not tree.fresh:
             self._recount(0)
 
@@ -25,11 +28,12 @@ class Tally:
         """Count what has just been made, and the `size` that it will have. Raises LimitExceeded."""
         self._entries += entries
         self._bytes += size
-        most = self._limits
-        if (most.bytes and self._bytes > most.bytes) or (
-            most.entries and self._entries > most.entries
-        ):
+        if self._bytes > self._most_bytes or self._entries > self._most_entries:
             self._judge(size)
+
+    def has_room(self, size: int) -> bool:
+        """Whether one more entry of this size would be within the limits, by what is counted."""
+        return self._bytes + size <= self._most_bytes and self._entries < self._most_entries
 
     def total(self) -> int:
         """Bytes of the layer's regular files, each inode once."""

@@ -45,7 +45,8 @@ class Tree:
     """Moves through the layer, makes and removes. `fresh` says that it was empty at the start.
 
     In a layer with earlier content `put` are the names that this archive put there, as (inode of
-    the directory, name on disk). `hidden` are names that stand beside an aufs whiteout of theirs.
+    the directory, name on disk). `hidden` are names that stand beside an aufs whiteout of theirs;
+    while `hides` is false there are none. `at` is the path of the current directory.
     """
 
     def __init__(self, dialect: Dialect, namespace: str, *, fresh: bool) -> None:
@@ -59,9 +60,10 @@ class Tree:
         self._opaque_xattr = marks.opaque_xattr(namespace)
         self._put: set[tuple[int, bytes]] = set()
         self._hidden: set[tuple[int, bytes]] = set()
+        self.hides = dialect is Dialect.AUFS and not fresh
         self._by_path = {ROOT: self.here}
         self._by_inode = {self.here.inode: self.here}
-        self._at: bytes | None = None
+        self.at: bytes | None = None
         self._mark_file: bytes | None = None
 
     # --- moving -------------------------------------------------------------------------------
@@ -72,14 +74,14 @@ class Tree:
         `implied` gives a directory made here its attributes. Raises BadArchive if a file is in the
         way.
         """
-        if path == self._at:
+        if path == self.at:
             return
         known = self._by_path.get(path)
         if known is None:
             known = self._walk(path, implied)
         else:
             change_directory(path)
-        self._at = path
+        self.at = path
         self.here = known
 
     def _walk(self, path: bytes, implied: Callable[[bytes], None]) -> Directory:
@@ -87,7 +89,7 @@ class Tree:
         while done not in self._by_path:
             done = done.rpartition(b"/")[0]
         change_directory(done)
-        self._at = None
+        self.at = None
         here = self._by_path[done]
         for part in path[len(done) :].lstrip(b"/").split(b"/"):
             self.here = here
@@ -136,7 +138,7 @@ class Tree:
             directory.default_acl = os.getxattr(b".", DEFAULT_ACL)
             os.removexattr(b".", DEFAULT_ACL)
 
-    def at(self, path: bytes, name: bytes) -> Directory:
+    def record(self, path: bytes, name: bytes) -> Directory:
         """The record of the directory `name` in the current one, whose path is `path`."""
         known = self._by_path.get(path)
         if known is None:
@@ -197,7 +199,7 @@ class Tree:
 
     def unhide(self, name: bytes) -> bool:
         """Take away an aufs whiteout of `name`; whether there was one."""
-        if self.dialect is not Dialect.AUFS or (self.fresh and not self._hidden):
+        if not self.hides:
             return False
         if self.fresh:
             key = (self.here.inode, name)
@@ -294,11 +296,11 @@ class Tree:
             self._by_inode = {i: d for i, d in self._by_inode.items() if i not in gone}
             self._hidden = {key for key in self._hidden if key[0] not in gone}
             self._put = {key for key in self._put if key[0] not in gone}
-            self._at = None
+            self.at = None
         if len(self._by_path) > len(self._by_inode):
             # what went may be a symlink, by which a directory was known under another path
             self._by_path = {p: d for p, d in self._by_path.items() if p == d.path}
-            self._at = None
+            self.at = None
 
     def _make_whiteout(self, name: bytes) -> bool:
         if self.dialect is Dialect.NONE:
@@ -309,6 +311,7 @@ class Tree:
             self.note(name)
             return True
         self._hidden.add((self.here.inode, name))
+        self.hides = True
         return self._make_mark(marks.WHITEOUT + name)
 
     def _make_mark(self, path: bytes) -> bool:

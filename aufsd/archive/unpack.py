@@ -29,6 +29,8 @@ _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEX
 # old tars say "contiguous", which means nothing here
 _FILES: Final = (headers.REGULAR, b"7")
 _SPECIAL_BITS: Final = 0o7000
+_ROOT_OWNED: Final = (0, 0)
+_NO_FILES: Final = frozenset((b".", b".."))
 _STEP: Final = 16 << 20
 _NODES: Final = {
     headers.CHARACTER: stat.S_IFCHR,
@@ -96,12 +98,13 @@ class Unpacker:
     # --- one entry ----------------------------------------------------------------------------
 
     def _member(self, member: Member) -> None:
-        path = member.name = names.inside(member.name)
+        raw = member.name
+        path = member.name = names.inside(raw)
         kind = member.kind
-        if self._depth and path.count(b"/") >= self._depth:
+        if 0 < self._depth < len(path) and path.count(b"/") >= self._depth:
             raise LimitExceeded(f"an entry more than {self._depth} directories deep")
         self._mtime = member.mtime
-        if b".wh." in path and self._mark(path, member):
+        if path.find(b".wh.") >= 0 and self._mark(path, member):
             return
         if path == ROOT:
             if kind != headers.DIRECTORY:
@@ -109,15 +112,13 @@ class Unpacker:
             self._tree.enter(ROOT, self._implied)
             self._directory(b".", ROOT, member, made=False)
             return
-        slash = path.rfind(b"/")
-        if slash < 0:
-            name = path
-            self._tree.enter(ROOT, self._implied)
-        else:
-            name = path[slash + 1 :]
-            self._tree.enter(path[:slash], self._implied)
+        directory, _, name = path.rpartition(b"/")
+        if directory != self._tree.at:
+            self._tree.enter(directory, self._implied)
         if kind in _FILES:
             self._file(name, member)
+            if self._tree.fresh and raw.endswith(name):
+                self._plain_files(raw[: -len(name)])
         elif kind == headers.DIRECTORY or kind == b"D":
             made = self._tree.make_directory(name, member.mode & 0o1777)
             self._tally.add(made)
@@ -172,7 +173,44 @@ class Unpacker:
             os.utime(fd, ns=(member.mtime, member.mtime))
         finally:
             os.close(fd)
-        self._tree.unhide(name)
+        if self._tree.hides:
+            self._tree.unhide(name)
+
+    def _plain_files(self, prefix: bytes) -> None:
+        """Make the plain files that follow in the current directory, which the tar calls `prefix`.
+
+        Ends before one that is not as simple as that, for whatever reason.
+        """
+        tree, tally, owners = self._tree, self._tally, self._owners
+        setgid = tree.here.setgid
+        for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
+            size = len(body)
+            if (
+                tree.hides
+                or mode & _SPECIAL_BITS
+                or size > holes.PIECE
+                or name in _NO_FILES
+                or name.startswith(marks.WHITEOUT)
+                or not tally.has_room(size)
+                or (owner := owners.known.get((uid, gid))) is None
+            ):
+                return
+            try:
+                fd = os.open(name, _CREATE, mode)
+            except OSError:
+                return
+            try:
+                if size and os.write(fd, body) < size:
+                    raise OSError(errno.ENOSPC, "")
+                if owner != _ROOT_OWNED or setgid:
+                    os.fchown(fd, *owner)
+                os.utime(fd, ns=(mtime, mtime))
+            except OSError:
+                os.unlink(name)
+                return
+            finally:
+                os.close(fd)
+            tally.add(1, size)
 
     def _large(self, fd: int, size: int) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -199,7 +237,7 @@ class Unpacker:
             os.chown(name, uid, gid, follow_symlinks=False)
         if not made:
             self._remove_xattrs(name, member)
-        record = tree.at(path, name)
+        record = tree.record(path, name)
         record.default_acl = b""
         if member.xattrs:
             self._set_xattrs(name, member, record)
