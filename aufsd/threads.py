@@ -4,6 +4,7 @@ Work given to a thread is never abandoned: a cancelled caller still waits for th
 its result, so that what was done is always known to who asked for it.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,8 @@ class MountThread:
         # its limiter costs three times what the hop does; a call by descriptor number leaves its
         # thread with a working directory of its own besides (union/runner.py)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # eventfds that no call waits for now
+        self._bells: list[int] = []
         self._thread: threading.Thread | None = None
         # for metrics: calls that ended, and the seconds that they waited and took
         self.calls = 0
@@ -79,33 +82,45 @@ class MountThread:
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="mounts", daemon=True)
             self._thread.start()
-        task, token = trio.lowlevel.current_task(), trio.lowlevel.current_trio_token()
+        # The thread rings an eventfd, which wakes the very task that waits: by the token of Trio
+        # a task of its own would be woken first, and the loop go round once more for ours, which
+        # is a third of the hop
+        bell = self._bells.pop() if self._bells else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         asked = time.monotonic()
         # who takes it out has decided: the thread calls the function, or the task is cancelled
         turn = [True]
+        results: list[outcome.Outcome[T]] = []
 
         def job() -> None:
             if not _taken(turn):
                 return
             began = self._since = time.monotonic()
-            result = outcome.capture(function, *args, **kwargs)
+            results.append(outcome.capture(function, *args, **kwargs))
             self._since = None
             self.calls += 1
             self.wait_seconds += began - asked
             self.busy_seconds += time.monotonic() - began
-            token.run_sync_soon(trio.lowlevel.reschedule, task, result)
-
-        def withdraw(_: object) -> trio.lowlevel.Abort:
-            return trio.lowlevel.Abort.SUCCEEDED if _taken(turn) else trio.lowlevel.Abort.FAILED
+            os.eventfd_write(bell, 1)
 
         self._jobs.put(job)
-        found: T = await trio.lowlevel.wait_task_rescheduled(withdraw)
-        return found
+        try:
+            await trio.lowlevel.wait_readable(bell)
+        except trio.Cancelled:
+            if _taken(turn):
+                self._bells.append(bell)
+                raise
+            with trio.CancelScope(shield=True):
+                await trio.lowlevel.wait_readable(bell)
+        os.eventfd_read(bell)
+        self._bells.append(bell)
+        return results[0].unwrap()
 
     def close(self) -> None:
-        """Let the thread end when it has done what it was given."""
+        """Let the thread end when it has done what it was given; no call may wait for it."""
         self._jobs.put(None)
         self._thread = None
+        while self._bells:
+            os.close(self._bells.pop())
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -20,6 +20,7 @@ CALLS = (
 )
 # those that need a descriptor
 OPENING = ("openat", "open_tree", "socketpair", "pidfd_open")
+_DETACHED_WITHIN = 10.0  # seconds
 _CALL = re.compile(r"(\d+) +(\w+)\(")
 
 
@@ -59,7 +60,8 @@ class Trace:
     def read(self, pipe: int, expected: int) -> None:
         with open(pipe, encoding="utf-8", errors="replace") as stream:
             for line in stream:
-                if line.startswith("strace: Process"):
+                # the child that waits for a job may be another one by now
+                if line.startswith(("strace: Process", "strace: attach")):
                     expected -= 1
                     if not expected:
                         self.attached.set()
@@ -118,7 +120,12 @@ def traced(pids: Sequence[int], *expressions: str) -> Iterator[Trace]:
             # (its detach() waits for the leader alone); it ends by itself when all have
             if _lives(pids[0]):
                 process.terminate()
-            process.wait()
+            try:
+                process.wait(_DETACHED_WITHIN)
+            except subprocess.TimeoutExpired:
+                # they began to die in between; the kernel lets go of what a tracer leaves
+                process.kill()
+                process.wait()
             reader.join()
 
 

@@ -1,0 +1,72 @@
+"""Work in the mount thread: its result comes back, and a cancellation never loses one."""
+
+import threading
+
+import pytest
+import trio
+import trio.testing
+
+from aufsd.threads import MountThread
+
+
+async def test_results_and_errors_come_back_in_order() -> None:
+    thread = MountThread()
+    assert await thread.run(max, 3, 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        await thread.run(divmod, 1, 0)
+    assert await thread.run(threading.get_ident) == await thread.run(threading.get_ident)
+    assert thread.calls == 4
+    thread.close()
+
+
+async def test_what_has_begun_is_waited_for_and_its_result_is_returned() -> None:
+    thread = MountThread()
+    begun, go_on = threading.Event(), threading.Event()
+
+    def work() -> str:
+        begun.set()
+        go_on.wait()
+        return "done"
+
+    found = []
+    with trio.CancelScope() as scope:
+
+        async def call() -> None:
+            found.append(await thread.run(work))
+            with pytest.raises(trio.Cancelled):
+                await trio.lowlevel.checkpoint()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(call)
+            await trio.to_thread.run_sync(begun.wait)
+            scope.cancel()
+            with trio.CancelScope(shield=True):
+                # it waits on, though it was told to stop
+                await trio.testing.wait_all_tasks_blocked()
+            assert found == []
+            go_on.set()
+    assert found == ["done"]
+    thread.close()
+
+
+async def test_what_was_cancelled_in_the_queue_is_never_called() -> None:
+    thread = MountThread()
+    begun, go_on = threading.Event(), threading.Event()
+    called: list[str] = []
+
+    def block() -> None:
+        begun.set()
+        go_on.wait()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(thread.run, block)
+        await trio.to_thread.run_sync(begun.wait)
+        async with trio.open_nursery() as waiting:
+            waiting.start_soon(thread.run, called.append, "cancelled")
+            await trio.testing.wait_all_tasks_blocked()
+            assert thread.queued == 1
+            waiting.cancel_scope.cancel()
+        go_on.set()
+    await thread.run(called.append, "next")
+    assert called == ["next"]
+    thread.close()
