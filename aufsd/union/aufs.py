@@ -21,7 +21,7 @@ from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict, XattrNamespace
 from aufsd.union.branches import MountCall, plan_aufs
 from aufsd.union.causes import refused
-from aufsd.union.dialect import Dialect
+from aufsd.union.dialect import HOUSEKEEPING, Dialect
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 
@@ -29,6 +29,7 @@ MAGIC: Final = syscalls.AUFS_SUPER_MAGIC
 # include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_BR, union aufs_brinfo); with a null pointer it
 # counts the branches
 _AUFS_CTL_BRINFO: Final = 0x50004105
+_HOUSEKEEPING: Final = tuple(os.fsdecode(name) for name in sorted(HOUSEKEEPING))
 _BRANCH_MAXIMA: Final = (127, 511, 1023, 32767)
 
 
@@ -73,10 +74,15 @@ class Aufs:
                 os.unlink(f"{union.work}/xino")
             if not union.read_only:
                 exclusive.refuse_if_written(union, self.scratch, self.namespace)
+                plink.discard(union.top)
+            before = _times_at_risk(union)
         runner.run(union.id, calls, magic=MAGIC, log=self.log)
         try:
             if not self.is_whole(union):
                 raise OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
+            if before is not None:
+                # in the branch: a time set through the union has whole seconds
+                os.utime(union.top, ns=before)
         except OSError as error:
             runner.undo(union.target)
             raise runner.failure(union.id, calls[-1], error, self.log) from error
@@ -175,6 +181,18 @@ def _tried_out(backend: Aufs) -> Aufs:
             return replace(backend, max_branches=limit, facts=facts)
         finally:
             backend.unmount(union.target)
+
+
+def _times_at_risk(union: Union) -> tuple[int, int] | None:
+    """The times of the branch's root, if this mount makes aufs's own entries in there.
+
+    They would count as a change of the layer's `/`. A machine that stops in between loses the time,
+    and no more: the entries are there then.
+    """
+    if union.read_only or all(os.path.lexists(f"{union.top}/{name}") for name in _HOUSEKEEPING):
+        return None
+    found = os.stat(union.top)
+    return found.st_atime_ns, found.st_mtime_ns
 
 
 def _branch_max(target: str, directory: str) -> int:

@@ -70,6 +70,16 @@ def unmount(target: str) -> None:
     return None
 
 
+def discard(branch: str) -> None:
+    """Remove the pseudo-links of an earlier union from a branch that is not mounted.
+
+    Docker without auplink left them, and what a flush failed for. Their numbers are an earlier
+    union's: in the next one they are those of other files, which its flush would copy up.
+    """
+    with _opened(branch) as fd:
+        _forget(fd)
+
+
 def _is_aufs(target: str) -> bool:
     return syscalls.statfs_type(target) == syscalls.AUFS_SUPER_MAGIC
 

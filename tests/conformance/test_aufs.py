@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.kernel import syscalls
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.union import aufs, plink
 from aufsd.union.backend import Union
 from aufsd.union.choice import PROBES
 from aufsd.union.overlay import Overlay
+from aufsd_client.errors import MountFailed
 from tests.conformance.layers import Layers, open_layers, tree
 
 pytestmark = [pytest.mark.mounts, pytest.mark.aufs]
@@ -130,13 +131,20 @@ def test_a_name_deleted_meanwhile_is_not_brought_back(layers: Layers, linked: st
 
 
 def test_pseudo_links_of_an_earlier_union_are_harmless(layers: Layers, linked: str) -> None:
-    """Docker left them in its stores; their numbers mean nothing to a new union."""
+    """Docker left them in its stores; their numbers are those of other files in a new union."""
+    os.symlink("../other", f"{layers.content(linked)}/d/symlink")
     union = layers.mount(layers.add(), linked)
     Path(union.target, "a").write_text("new")
     syscalls.umount2(union.target)
+    (left,) = plinks(layers, union.id)
+    old = f"{layers.content(union.id)}/{plink.DIRECTORY}"
+    for number in range(2, 100):
+        os.link(f"{old}/{left}", f"{old}/{number}.1")
+    content = sorted(os.listdir(layers.content(union.id)))
     layers.backend.mount(union)
     before = tree(union.target)
     layers.backend.unmount(union.target)
+    assert sorted(os.listdir(layers.content(union.id))) == content
     layers.backend.mount(union)
     assert tree(union.target) == before
     assert plinks(layers, union.id) == []
@@ -206,6 +214,29 @@ def test_what_aufs_makes_at_the_top_of_a_layer_is_no_change_of_it(
     assert {os.stat(path).st_mtime_ns for path in (union.target, union.top)} == {10**9 + 7}
     Path(union.target, "b").touch()
     assert os.stat(union.target).st_mtime_ns == os.stat(union.top).st_mtime_ns > 10**9 + 7
+
+
+@pytest.mark.parametrize(
+    ("fstype", "options", "cause"),
+    [
+        ("overlay", "lowerdir={0}/one:{0}/two", "lies on overlayfs, which aufs refuses"),
+        ("proc", "", "the kernel says: .*unsupported filesystem"),
+    ],
+)
+@pytest.mark.parametrize("depth", [2, 100], ids=["one call", "several calls"])
+def test_a_branch_that_aufs_refuses_is_explained_and_nothing_stays_mounted(
+    fstype: str, options: str, cause: str, depth: int, layers: Layers, tmp_path: Path
+) -> None:
+    chain = [layers.add() for _ in range(depth)]
+    bad = layers.content(chain[-1])
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    syscalls.mount("none", bad, fstype, 0, options.format(tmp_path))
+    with pytest.raises(MountFailed, match=cause) as caught:
+        layers.mount(*chain)
+    assert caught.value.data["errno"] == "EINVAL"
+    assert bad in str(caught.value.data["options"])
+    assert [row.mount_point for row in mountinfo.mounted_under(layers.layout.root)] == [bad]
 
 
 def test_an_opaque_root_hides_nothing(layers: Layers) -> None:
