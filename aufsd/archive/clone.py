@@ -9,6 +9,7 @@ import os
 import stat
 from typing import Final
 
+from aufsd.archive.attributes import read_xattr
 from aufsd.union import conversion
 from aufsd.union import dialect as marks
 
@@ -94,6 +95,8 @@ def _copy_attributes(source: int, target: int) -> None:
         # a label is the system's to set
         if name.startswith("security.") and name != "security.capability":
             continue
-        os.setxattr(target, name, os.getxattr(source, name))
+        value = read_xattr(source, name)
+        if value or name != "security.capability":
+            os.setxattr(target, name, value)
     os.fchmod(target, stat.S_IMODE(found.st_mode))
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))

@@ -12,7 +12,7 @@ from operator import itemgetter
 from typing import Final, NamedTuple, TypeAlias
 
 from aufsd.archive import headers
-from aufsd.archive.attributes import Owners, exported
+from aufsd.archive.attributes import Owners, exported, read_xattr
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
@@ -156,7 +156,7 @@ class Packer:
                     entry=shown(name),
                 )
         return exported(
-            names, lambda text: os.getxattr(fd, text), self._settings, self._owners, name
+            names, lambda text: read_xattr(fd, text), self._settings, self._owners, name
         )
 
 
