@@ -399,8 +399,9 @@ class Driver:
             # what a snapshot changed does not lie in it alone
             against = chain[1:]
         async with self.unions.table.reading((*chain, *(against or ()))):
-            # what a mounted union still keeps outside of its writable branch (aufs: pseudo links)
-            await self.unions.flush(id)
+            # what mounted unions still keep outside of their writable branches (aufs: pseudo-links)
+            for one in (*chain, *(against or ())):
+                await self.unions.flush(one)
             yield (
                 await self.disk.run(self._branches, chain),
                 None if against is None else await self.disk.run(self._branches, against),

@@ -127,6 +127,9 @@ class Mounts:
         table.enter(id, mounting)
         try:
             opaque = await self.prepare(chain)
+            for parent in chain[1:]:
+                # one that is mounted writable: what it changed shows here under all its names
+                await self.flush(parent)
             union = table.union(id, mounting, opaque=opaque)
             await self.thread.run(self._mount_in_thread, union)
         except BaseException:
