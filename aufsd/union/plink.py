@@ -138,7 +138,8 @@ def _plinks(branch: int) -> list[str]:
 
 def _forget(branch: int) -> None:
     for name in _plinks(branch):
-        os.unlink(f"{DIRECTORY}/{name}", dir_fd=branch)
+        with suppress(IsADirectoryError):  # no link of aufs's
+            os.unlink(f"{DIRECTORY}/{name}", dir_fd=branch)
 
 
 def _link(directory: int, name: str) -> None:
