@@ -258,6 +258,28 @@ def test_more_than_42_layers(client: Client) -> None:
         assert len(os.listdir(path)) == expected
 
 
+def test_a_chain_is_as_long_as_the_kernel_takes_and_no_longer(
+    served: Daemon, client: Client
+) -> None:
+    """Told when a layer is made; Docker's driver found out at the mount."""
+    limit = int(dict(client.status().status)["Maximum Branches"])
+    client.create("0")
+    client.apply_diff("0", tar({"bottom": b"content"}))
+    for number in range(1, limit):
+        client.create(f"{number}", parent=f"{number - 1}")
+    top = f"{limit - 1}"
+    with pytest.raises(errors.TooManyLayers, match=f"takes {limit} here") as caught:
+        client.create("one-more", parent=top)
+    assert caught.value.data["limit"] == limit
+    assert not client.exists("one-more").exists
+    for sub in ("mnt", "diff", "layers"):
+        assert len(os.listdir(served.root / sub)) == limit
+    with client.mounted(top) as path:
+        assert Path(path, "bottom").read_text() == "content"
+        Path(path, "new").touch()
+    assert (served.root / "diff" / top / "new").exists()
+
+
 def test_a_label_is_checked_before_it_reaches_the_options(client: Client) -> None:
     client.create("1")
     client.create("2", parent="1")
