@@ -3,14 +3,15 @@
     python -m aufsd.archive.forkserver FD SCRATCH
 
 FD is a Unix socket; each message on it carries one descriptor, the socket of a new job, and is
-answered by nothing: the child speaks on the job's socket. A child is forked before its job comes,
-and takes that from the socket itself, which saves a job a millisecond. At the socket's end the
-server ends, and with it every child. It is never reached by what an archive holds.
+answered by nothing: the child speaks on the job's socket. Children are forked before their jobs
+come, and take those from the socket themselves, which saves a job milliseconds. At the socket's end
+the server ends, and with it every child. It is never reached by what an archive holds.
 """
 
 import contextlib
 import gc
 import os
+import select
 import signal
 import socket
 import sys
@@ -21,6 +22,10 @@ from aufsd.kernel import syscalls
 
 _JOB: Final = b"j"
 _END: Final = b"e"
+# children that wait. While one still does, the next is not forked before a short job is over: it
+# would take the processor, and the server's pages, from the child that has the job
+_WAITING: Final = 2
+_PAUSE: Final = 20  # milliseconds
 # so many in a row that did not live until a job came: the server gives up, and the jobs that wait
 # for it fail, rather than fork for ever; the daemon starts another server for the next one
 _LOST_MAX: Final = 3
@@ -45,21 +50,44 @@ def main() -> None:
     syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
     # children are reaped by the kernel
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    _serve(server)
+
+
+def _serve(server: socket.socket) -> None:
+    """Have children wait for jobs until the socket ends."""
     me = os.getpid()
+    waiting: list[int] = []
     lost = 0
     while lost < _LOST_MAX:
+        gone = _gone(waiting)
+        for done in gone:
+            waiting.remove(done)
+            said = os.read(done, 1)
+            os.close(done)
+            if said == _END:
+                return
+            # nothing comes from one that was killed while it waited: then there is another
+            lost = 0 if said else lost + 1
+        if gone and waiting:
+            continue
         done, taken = os.pipe()
         if os.fork() == 0:
-            os.close(done)
+            for fd in (done, *waiting):
+                os.close(fd)
             die_with_parent(me)
             _spare(server, taken)
         os.close(taken)
-        said = os.read(done, 1)
-        os.close(done)
-        if said == _END:
-            return
-        # nothing comes from one that was killed while it waited: then there is another
-        lost = 0 if said else lost + 1
+        waiting.append(done)
+
+
+def _gone(waiting: list[int]) -> list[int]:
+    """Those of the children that wait no more; none of them once there should be another."""
+    if not waiting:
+        return []
+    poll = select.poll()
+    for fd in waiting:
+        poll.register(fd, select.POLLIN)
+    return [fd for fd, _ in poll.poll(_PAUSE if len(waiting) < _WAITING else None)]
 
 
 def _warm_up(*rounds: int) -> None:

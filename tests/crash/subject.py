@@ -71,12 +71,12 @@ class Subject:
         return (self.directory / "log").read_text()
 
     def archive_processes(self) -> list[int]:
-        """The fork server of the archive jobs, the first of its namespace, and the next child."""
+        """The fork server, the first of its namespace, and the two children that wait for jobs."""
         found: list[int] = []
 
         def all_there() -> bool:
             found[:] = _descendants(self.pid)
-            return len(found) == 3
+            return len(found) == 4
 
         eventually(all_there)
         return found
