@@ -100,7 +100,7 @@ class MountThread:
             self.calls += 1
             self.wait_seconds += began - asked
             self.busy_seconds += time.monotonic() - began
-            os.eventfd_write(bell, 1)
+            _ring(bell)
 
         self._jobs.put(job)
         try:
@@ -125,6 +125,18 @@ class MountThread:
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+
+
+def _ring(bell: int) -> None:
+    """Wake the task that waits for this eventfd, whatever happens."""
+    while True:
+        try:
+            os.eventfd_write(bell, 1)
+        except OSError:
+            # eventfd(2) has none for this; a task that waits for good would be worse than a pause
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _taken(turn: list[bool]) -> bool:
