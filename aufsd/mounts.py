@@ -127,7 +127,7 @@ class Mounts:
         table.enter(id, mounting)
         try:
             opaque = await self.prepare(chain)
-            for parent in chain[1:]:
+            for parent in filter(table.entries.__contains__, chain[1:]):
                 # one that is mounted writable: what it changed shows here under all its names
                 await self.flush(parent)
             union = table.union(id, mounting, opaque=opaque)
