@@ -13,7 +13,8 @@ import zstandard
 MAGIC: Final = b"\x28\xb5\x2f\xfd"
 # frames to be skipped have one of sixteen magic numbers
 _SKIPPABLE: Final = b"\x2a\x4d\x18"
-# what `zstd --long=27` needs, the most that zstd(1) takes without being asked to
+# a decoder holds a window of what it made last, as large as the frame's header says: 8 MiB for most
+# levels, 128 for `zstd --ultra -22`, the most that zstd(1) takes without being asked to
 _WINDOW_MAX: Final = 1 << 27
 _CHECKSUM: Final = 4
 
@@ -73,6 +74,12 @@ class Frames:
             dictionary = (0, 1, 2, 4)[flags & 3]
             content = (single, 2, 4, 8)[flags >> 6]
             rest = self._exactly((not single) + dictionary + content)
+            window = _size(rest[dictionary:]) if single else _window(rest[0])
+            if window > _WINDOW_MAX:
+                raise ZstdError(
+                    f"the zstd stream needs a window of {window >> 20} MiB, and no more than "
+                    f"{_WINDOW_MAX >> 20} are given: compress it with less than --long=28"
+                )
             self._checksum = bool(flags >> 2 & 1)
             made: _Decompressor = zstandard.ZstdDecompressor(
                 max_window_size=_WINDOW_MAX
@@ -93,3 +100,14 @@ class Frames:
         if len(data) < count:
             raise ZstdError("the zstd stream is cut short")
         return data
+
+
+def _window(descriptor: int) -> int:
+    """Bytes (RFC 8878, section 3.1.1.1.2): an exponent and eighths."""
+    base = 1 << (10 + (descriptor >> 3))
+    return base + (base >> 3) * (descriptor & 7)
+
+
+def _size(field: bytes) -> int:
+    """The content of a frame that is one segment, whose window is all of it (section 3.1.1.1.4)."""
+    return int.from_bytes(field, "little") + (256 if len(field) == 2 else 0)

@@ -154,6 +154,29 @@ def test_frames_to_be_skipped_are_skipped() -> None:
     assert len(read(skip + zst(ARCHIVE) + skip)[0]) == 7
 
 
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_the_window_of_a_zstd_stream_is_bounded(log: int) -> None:
+    """That of `zstd --ultra -22` is taken, one of `--long=28` is refused before it is made."""
+    parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=log)
+    stream = io.BytesIO()
+    with zstandard.ZstdCompressor(compression_params=parameters).stream_writer(
+        stream, closefd=False
+    ) as writer:
+        writer.write(ARCHIVE)
+    if log == 27:
+        assert len(read(stream.getvalue())[0]) == 7
+    else:
+        with pytest.raises(BadArchive, match=rf"window of {1 << log - 20} MiB.*128.*--long"):
+            read(stream.getvalue())
+
+
+@pytest.mark.parametrize("size", [(1 << 27) + 1, 1 << 40])
+def test_a_zstd_frame_of_one_segment_has_a_window_of_its_size(size: int) -> None:
+    frame = b"\x28\xb5\x2f\xfd" + b"\xe0" + size.to_bytes(8, "little")
+    with pytest.raises(BadArchive, match=rf"window of {size >> 20} MiB"):
+        read(frame + b"\1\0\0")
+
+
 @pytest.mark.parametrize("coding", [gz, zst])
 def test_a_changed_byte_in_a_compressed_stream_is_noticed(
     coding: Callable[[bytes], bytes],
