@@ -16,6 +16,7 @@ from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import structlog
 import trio
 
 from aufsd import answers
@@ -27,6 +28,8 @@ from aufsd.kernel import syscalls as sc
 from aufsd.store.layout import Layout
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, Overloaded, from_wire
+
+log = structlog.get_logger(__name__)
 
 _LINE = 1 << 16
 # a page of changes whose paths are all as long as they can be is smaller
@@ -207,7 +210,13 @@ class Jobs:
             key = object.__hash__(job)
             self.jobs[key] = job
             try:
-                return await self._child(job, requests.Request(work, self.settings), mounts, passed)
+                request = requests.Request(work, self.settings)
+                try:
+                    return await self._child(job, request, mounts, passed)
+                except _NeverBegan:
+                    # the child, or the whole fork server, was killed while it waited for a job
+                    log.warning("archive process lost before it began", id=id, kind=kind)
+                    return await self._child(job, request, mounts, passed)
             finally:
                 del self.jobs[key]
                 self.done[kind] += 1
@@ -259,7 +268,7 @@ class _Child:
             while sent < len(line):
                 sent += await self.stream.send(line[sent:])
         except (BrokenPipeError, ConnectionResetError):
-            raise _died(self.job) from None
+            raise _never_began(self.job) from None
 
     async def kill(self) -> None:
         """Kill the child, and wait until it is gone."""
@@ -280,7 +289,7 @@ class _Child:
         while True:
             while b"\n" not in self.held:
                 if not await self._receive():
-                    raise _died(self.job)
+                    raise _died(self.job) if self.pidfd >= 0 else _never_began(self.job)
             line, _, self.held = self.held.partition(b"\n")
             reply: requests.Reply = requests.decode_reply(line)
             if isinstance(reply, requests.Progress):
@@ -365,6 +374,14 @@ def _pid_of(pidfd: int) -> int:
     """The pid, as /proc shows it to us (proc_pid_fdinfo(5)). Reading this does not block."""
     with open(f"/proc/self/fdinfo/{pidfd}") as file:
         return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), 0)
+
+
+class _NeverBegan(InternalError):
+    """The child was gone before it had the whole request: nothing was done."""
+
+
+def _never_began(job: _Running) -> _NeverBegan:
+    return _NeverBegan(f"the process of this {job.kind} was killed before it began", id=job.id)
 
 
 def _died(job: _Running) -> InternalError:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 import zstandard
 
 from aufsd.answers import Streamed
@@ -159,6 +160,30 @@ async def test_a_server_whose_children_never_live_gives_up_and_another_is_starte
                         os.kill(spare, signal.SIGKILL)
                 await trio.sleep(0.001)
         assert [member.name for member in listing(await shelf.diff("a"))] == [".", "x"]
+
+
+async def test_a_job_that_no_child_began_is_given_to_another(tmp_path: Path) -> None:
+    async with open_shelf(tmp_path) as shelf:
+        shelf.add("a")
+        await shelf.apply(tar(entry("x")), "a")
+        process = shelf.jobs.server.process
+        assert process is not None
+        (first,) = children_of(process.pid)
+        os.kill(first, signal.SIGSTOP)
+        for spare in children_of(first):
+            os.kill(spare, signal.SIGSTOP)
+        async with trio.open_nursery() as nursery:
+
+            async def diff() -> None:
+                stream = await shelf.diff("a")
+                assert [member.name for member in listing(stream)] == [".", "x"]
+
+            nursery.start_soon(diff)
+            while not shelf.jobs.jobs:
+                await trio.sleep(0)
+            # the job waits in line with its request sent
+            await trio.testing.wait_all_tasks_blocked()
+            process.kill()
 
 
 async def test_children_end_with_their_server(tmp_path: Path) -> None:
