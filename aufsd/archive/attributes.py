@@ -2,18 +2,21 @@
 
 import errno
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Final
 
+from aufsd.archive import headers
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.idmap import to_container, to_host
 from aufsd_client.errors import BadArchive, InternalError
 
 CAPABILITY: Final = b"security.capability"
-_ACLS: Final = (b"system.posix_acl_access", b"system.posix_acl_default")
+_ACLS: Final = frozenset(headers.ACL_RECORDS.values())
 # what union file systems keep for themselves; `user.overlay.` is theirs in a user namespace only
 _OURS: Final = (b"user.aufsd.", b"user.fuseoverlayfs.")
 # struct vfs_ns_cap_data in <linux/capability.h>: version and flags, two pairs of sets, root's id
@@ -25,6 +28,18 @@ _CAP_SIZES: Final = {_CAP_V2: 20, _CAP_V3: 24}
 _ACL_ENTRY: Final = struct.Struct("<HHI")
 _ACL_USER: Final = 0x02
 _ACL_GROUP: Final = 0x08
+_ACL_VERSION: Final = struct.pack("<I", 2)
+_ACL_NOBODY: Final = 0xFFFFFFFF
+# the tag of an entry in text, without and with an id
+_ACL_TAGS: Final = {
+    b"u": (0x01, _ACL_USER),
+    b"g": (0x04, _ACL_GROUP),
+    b"m": (0x10, 0x10),
+    b"o": (0x20, 0x20),
+}
+_ACL_TEXT: Final = re.compile(
+    rb"(u|user|g|group|m|mask|o|other):(?:([^:]*):)?([r-][w-][x-])(?::([0-9]{1,10}))?"
+)
 
 
 class Owners:
@@ -118,6 +133,14 @@ def imported(
             found.append((text, _capability(value, lambda id: owners.uid(id, path))))
         elif name in _ACLS and settings.acls:
             found.append((text, _acl(value, owners, path)))
+        elif name in headers.ACL_RECORDS and settings.acls:
+            try:
+                binary = acl_from_text(value)
+            except ValueError as error:
+                meter.warn(f"dropped the ACL of {shown(path) or '/'}: {error}")
+            else:
+                meant = headers.ACL_RECORDS[name].decode()
+                found.append((meant, _acl(binary, owners, path)))
         elif may_travel(name, settings) and b"\0" not in name:
             found.append((text, value))
         else:
@@ -183,6 +206,33 @@ def _capability(value: bytes, to_other: Callable[[int], int]) -> bytes:
     if other == 0:
         return struct.pack("<I", _CAP_V2 | flags) + value[4:20]
     return struct.pack("<I", _CAP_V3 | flags) + value[4:20] + struct.pack("<I", other)
+
+
+def acl_from_text(text: bytes) -> bytes:
+    """A POSIX ACL in a PAX record (acl(5), LONG TEXT FORM) as the value of its xattr.
+
+    Names of users say nothing here, so entries need numbers: bsdtar has them behind the
+    permissions, GNU tar in the place of names that its host does not know. Raises ValueError.
+    """
+    entries = []
+    for part in re.split(rb"[,\n]", text.strip()):
+        found = _ACL_TEXT.fullmatch(part.strip())
+        if found is None:
+            raise ValueError(f"{shown(part)} is no entry of one")
+        # `other:r--` has no field for a name
+        kind, who, bits, number = found.groups()
+        if who and number is None:
+            number = who
+        tag = _ACL_TAGS[kind[:1]][bool(who)]
+        if number is not None and not (number.isdigit() and int(number) < _ACL_NOBODY):
+            raise ValueError(f"{shown(who)} is a name, and not a number")
+        permissions = sum(
+            bit for bit, letter in zip((4, 2, 1), bits, strict=False) if letter != ord("-")
+        )
+        entries.append((tag, permissions, int(number) if who else _ACL_NOBODY))
+    # the order that posix_acl_valid() wants
+    entries.sort(key=itemgetter(0, 2))
+    return _ACL_VERSION + b"".join(_ACL_ENTRY.pack(*entry) for entry in entries)
 
 
 def _acl(value: bytes, owners: Owners, path: bytes) -> bytes:

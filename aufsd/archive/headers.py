@@ -26,6 +26,11 @@ GNU_LONG_LINK: Final = b"K"
 GNU_SPARSE: Final = b"S"
 
 XATTR_RECORD: Final = b"SCHILY.xattr."
+# POSIX ACLs as text, which `tar --acls` and bsdtar write in place of their xattrs
+ACL_RECORDS: Final = {
+    b"SCHILY.acl.access": b"system.posix_acl_access",
+    b"SCHILY.acl.default": b"system.posix_acl_default",
+}
 
 # what fits into the fields of ustar
 _NAME_MAX: Final = 100

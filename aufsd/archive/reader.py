@@ -213,6 +213,8 @@ class Reader:
                 name = key[len(headers.XATTR_RECORD) :]
                 name = name.replace(b"%3D", b"=").replace(b"%25", b"%")
                 member.xattrs = [*(member.xattrs or ()), (name, value)]
+            elif key in headers.ACL_RECORDS:
+                member.xattrs = [*(member.xattrs or ()), (key, value)]
             elif key.startswith(b"GNU.sparse."):
                 sparse.append((key, value))
         if sparse:

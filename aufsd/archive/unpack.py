@@ -46,6 +46,10 @@ _UNTAKEN: Final = {
     errno.EINVAL: "a value that the file system does not take",
     errno.EOVERFLOW: "a value that the file system does not take",
 }
+# what a file system says of an xattr that it does not take, or not on this type of file
+_XATTR_REFUSED: Final = frozenset(
+    {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.E2BIG}
+)
 
 # Makes the current directory's attributes those of the directory of this path in the layers below.
 Inherit = Callable[[bytes], bool]
@@ -357,7 +361,7 @@ class Unpacker:
                 else:
                     os.setxattr(where, name, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno not in (errno.ENOTSUP, errno.EPERM, errno.EINVAL, errno.E2BIG):
+                if error.errno not in _XATTR_REFUSED:
                     raise
                 self._meter.warn(
                     f"dropped the attribute {name} of {shown(member.name)}: {error.strerror}"
