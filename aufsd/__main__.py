@@ -170,6 +170,7 @@ def _check(flags: dict[str, object]) -> int:
         store.close()
     if flags["deep"]:
         with offline.open_offline(root, Settings(namespace=namespace)) as branches:
+            problems += branches.compare(sorted(store.parent))
             problems += branches.read_by_aufs(sorted(store.parent))
     for problem in problems:
         where = problem.id or "store"

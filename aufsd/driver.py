@@ -15,7 +15,7 @@ from typing import Literal
 import structlog
 import trio
 
-from aufsd import __version__, answers, checks
+from aufsd import __version__, answers, checks, fingerprints
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.kernel import holders as kernel_holders
@@ -238,6 +238,7 @@ class Driver:
             )
         if self.store.snapshots:
             await self.snapshots.settle(id)
+        await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
             entry = await self.unions.get(id, reference, label=mount_label)
@@ -321,14 +322,14 @@ class Driver:
                 staged = await self.disk.run(self.store.stage, id, xattrs)
                 if not empty:
                     await self.jobs.clone(id, staged)
-                result = await self.jobs.apply(chain, staged, source, digest=digest)
-                await self.disk.run(self.store.swap_in, id, staged)
+                made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
+                await self.disk.run(self.store.swap_in, id, staged, made.fingerprint)
             finally:
                 if staged:
                     with trio.CancelScope(shield=True):
                         await self.disk.run(self.store.discard_staged, staged)
                 self.erase.set()
-        return result
+        return made.streamed
 
     async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
@@ -365,11 +366,12 @@ class Driver:
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
-        found = await checks.consistency(
-            self.store, self.unions.table, self.disk, id=id, deep=deep, repair=repair
-        )
+        store, table = self.store, self.unions.table
+        found = await checks.consistency(store, table, self.disk, id=id, deep=deep, repair=repair)
         if deep and self.backend.unions:
-            found += await self._read_by_aufs(sorted(self.store.parent) if id is None else [id])
+            ids = sorted(store.parent) if id is None else [id]
+            found += await fingerprints.compare(store, table, self.disk, self.jobs, ids)
+            found += await self._read_by_aufs(ids)
         return answers.Check(found)
 
     async def _read_by_aufs(self, ids: Sequence[LayerId]) -> list[answers.Problem]:

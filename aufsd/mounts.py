@@ -158,6 +158,8 @@ class Mounts:
                 id=union.id,
                 errno="EBUSY",
             )
+        if not union.read_only:
+            self.store.unrecord(LayerId(union.id))
         self.backend.mount(union)
 
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:

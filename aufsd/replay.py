@@ -5,6 +5,7 @@ not agree the kernel is right.
 """
 
 import time
+from contextlib import suppress
 
 from aufsd import refs
 from aufsd.kernel import mountinfo
@@ -54,6 +55,10 @@ def replay(
             backend.unmount(row.mount_point)
             notes.append((id, "mounted in part when the daemon was killed: unmounted"))
             continue
+        if not entry.read_only:
+            # whoever mounted it may have written to it
+            with suppress(OSError):
+                store.unrecord(id)
         table.enter(id, entry)
         notes.append((id, "mounted without an entry: counts 1"))
     table.journal.rewrite(table.entries)

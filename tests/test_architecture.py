@@ -18,6 +18,7 @@ LEVELS = {
     "aufsd.driver": 5,
     "aufsd.status": 4,
     "aufsd.checks": 4,
+    "aufsd.fingerprints": 4,
     "aufsd.snapshots": 4,
     "aufsd.upkeep": 4,
     "aufsd.mounts": 3,

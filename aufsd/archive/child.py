@@ -20,6 +20,7 @@ from aufsd.archive import (
     clone,
     compare,
     confine,
+    fingerprint,
     patience,
     readings,
     relabel,
@@ -144,6 +145,9 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             _drop(settings, confine.READING, trusted=any(place.layer.overlay for place in aufs))
             found = readings.differences(strict, aufs)
             return requests.Reading(readings.problem(chain[0].id, found))
+        case requests.Fingerprint(branch):
+            layer = _own(settings, fds[0], branch)
+            return requests.Fingerprinted(fingerprint.fingerprint(layer, settings, meter))
         case requests.Clone(source, staging):
             confine.enter(fds[0], read_only=False)
             _drop(settings, confine.WRITING, trusted=True)
@@ -198,15 +202,18 @@ def _apply(
 
     source = Source(stream, meter, digest=work.digest)
     reader = Reader(source, meter)
-    size = Unpacker(reader, own.dialect, settings, meter, inherit_from_below).run()
+    unpacker = Unpacker(reader, own.dialect, settings, meter, inherit_from_below)
+    size = unpacker.run()
+    found = unpacker.fingerprint(view.Layer(own, _here(), settings.namespace))
     if settings.sync == "filesystem":
         syscalls.syncfs(_here())
-    return _packed(meter, size, source.digest())
+    return _packed(meter, size, source.digest(), found)
 
 
-def _packed(meter: Meter, size: int, digest: str | None) -> requests.Packed:
+def _packed(meter: Meter, size: int, digest: str | None, fingerprint: str = "") -> requests.Packed:
     return requests.Packed(
-        Streamed(size, meter.entries, meter.warnings(), UNSET if digest is None else digest)
+        Streamed(size, meter.entries, meter.warnings(), UNSET if digest is None else digest),
+        fingerprint,
     )
 
 

@@ -99,10 +99,22 @@ class Jobs:
         sent. Raises BadArchive, ArchiveEscape, StreamBroken, LimitExceeded, NoSpace; then, and when
         cancelled, staging is to be thrown away.
         """
+        return (await self.apply_recorded(chain, staging, source, digest=digest)).streamed
+
+    async def apply_recorded(
+        self, chain: tuple[Branch, ...], staging: str, source: int, *, digest: bool
+    ) -> requests.Packed:
+        """As `apply`; with what is to be recorded of the layer, "" for nothing."""
         work = requests.Apply(chain, digest)
         mounts = [staging, self.layout.diff]
         result = await self._run(chain[0].id, "apply_diff", work, mounts, [source])
-        return _expect(result, requests.Packed).streamed
+        return _expect(result, requests.Packed)
+
+    async def fingerprint(self, branch: Branch) -> str:
+        """What an apply would record of the layer as it is now. Raises InternalError (EIO)."""
+        work = requests.Fingerprint(branch)
+        result = await self._run(branch.id, "check", work, [self._content(branch)], [])
+        return _expect(result, requests.Fingerprinted).fingerprint
 
     async def changes(
         self,

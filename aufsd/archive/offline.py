@@ -14,12 +14,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from aufsd.answers import Problem
-from aufsd.archive import compare, readings, view
+from aufsd.archive import compare, fingerprint, readings, view
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
 from aufsd.archive.requests import Branch, Settings
 from aufsd.archive.sink import Sink
 from aufsd.kernel import probe, syscalls
+from aufsd.store import records
 from aufsd.store.ids import LayerId, parse_id
 from aufsd.store.index import read_parents
 from aufsd.store.layout import Layout
@@ -85,16 +86,22 @@ class Offline:
         if chain[0].dialect is Dialect.NONE:
             return self._compare(chain, chain[1:], out)
         meter = Meter(_unheard)
-        place = view.root(self.diff, chain[0], self.settings.namespace)
+        with self._standing_in(chain[0]) as layer:
+            pack(Packer(Sink(out, meter, digest=False), self.settings, meter), layer)
+        return meter.warnings()
+
+    @contextmanager
+    def _standing_in(self, branch: Branch) -> Iterator[view.Layer]:
+        """A layer, with its root the current directory; where we were before at the end."""
+        place = view.root(self.diff, branch, self.settings.namespace)
         before = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fchdir(place.fd)
-            pack(Packer(Sink(out, meter, digest=False), self.settings, meter), place.layer)
+            yield place.layer
         finally:
             os.fchdir(before)
             os.close(before)
             place.close()
-        return meter.warnings()
 
     def read_by_aufs(self, ids: Sequence[str]) -> list[Problem]:
         """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
@@ -104,6 +111,28 @@ class Offline:
                 strict, aufs = readings.roots(self.diff, self.chain(id), self.settings.namespace)
                 found.append(readings.problem(id, readings.differences(strict, aufs)))
         return [problem for problem in found if problem is not None]
+
+    def compare(self, ids: Sequence[str]) -> list[Problem]:
+        """Which of the layers are not what their archives made of them, or cannot be read."""
+        found = []
+        for id in ids:
+            content = self.layout.content(LayerId(id))
+            recorded = records.read(content, self.settings.namespace)
+            if recorded:
+                try:
+                    problem = fingerprint.problem(id, recorded, self._fingerprint(id))
+                except OSError as error:
+                    where = f" ({os.fsdecode(error.filename)})" if error.filename else ""
+                    problem = Problem(
+                        id, "unreadable", f"{content}: {error.strerror}{where}", False
+                    )
+                found += [problem] if problem else []
+        return found
+
+    def _fingerprint(self, id: str) -> str:
+        dialect = dialects.read_dialect(self.layout.content(LayerId(id)), self.settings.namespace)
+        with self._standing_in(Branch(id, dialect)) as layer:
+            return fingerprint.fingerprint(layer, self.settings, Meter(_unheard))
 
 
 @contextmanager

@@ -170,19 +170,19 @@ def pack(packer: Packer, layer: Layer) -> None:
     `./` comes first, names without `./` after it; within a directory they are sorted by the bytes
     they have in the tar, so that both dialects give the same stream.
     """
-    levels: list[tuple[int, bytes, _Listed]] = []
+    levels: list[tuple[int, bytes, Listed]] = []
 
     def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
         xattrs = packer.directory(name, fd, layer)
         if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
             opaque = layer.is_opaque(fd)
         os.fchdir(fd)
-        levels.append((fd, prefix, _list(packer, layer, prefix, opaque=opaque)))
+        levels.append((fd, prefix, listed(packer.meter, layer, prefix, opaque=opaque)))
 
     enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)
     while levels:
-        fd, prefix, listed = levels[-1]
-        for name, entry in listed.rows:
+        fd, prefix, here = levels[-1]
+        for name, entry in here.rows:
             if entry is None:
                 packer.whiteout(prefix + name)
             elif entry.is_file(follow_symlinks=False):
@@ -196,7 +196,7 @@ def pack(packer: Packer, layer: Layer) -> None:
                 except OSError as error:
                     packer.vanished(path, error)
                     continue
-                enter(below, path, path + b"/", opaque=name in listed.opaque)
+                enter(below, path, path + b"/", opaque=name in here.opaque)
                 break
         else:
             os.close(fd)
@@ -206,8 +206,8 @@ def pack(packer: Packer, layer: Layer) -> None:
     packer.finish()
 
 
-class _Listed(NamedTuple):
-    """What a directory holds, sorted.
+class Listed(NamedTuple):
+    """What a directory holds, sorted; the same in both dialects.
 
     `opaque` are directories that stand beside a whiteout of their own name, which means that.
     """
@@ -216,8 +216,8 @@ class _Listed(NamedTuple):
     opaque: Collection[bytes]
 
 
-def _list(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> _Listed:
-    """List the current directory."""
+def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool) -> Listed:
+    """List the current directory, which is `opaque` also if a whiteout of its name says so."""
     rows: list[_Row] = [(marks.OPAQUE, None)] if opaque else []
     deleted = set()
     with os.scandir(b".") as entries:
@@ -230,7 +230,7 @@ def _list(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> _List
                 elif layer.aufs and (hidden := marks.deleted_name(name)) is not None:
                     deleted.add(hidden)
                 elif not (layer.aufs and not prefix and name in marks.HOUSEKEEPING):
-                    packer.meter.warn(
+                    meter.warn(
                         f"left out {shown(prefix + name)}: an archive cannot hold such a name"
                     )
             elif layer.overlay and _is_node(entry):
@@ -241,7 +241,7 @@ def _list(packer: Packer, layer: Layer, prefix: bytes, *, opaque: bool) -> _List
     # what stands beside a whiteout of its own is there, and what lies below it is not
     rows += [(marks.WHITEOUT + name, None) for name in deleted.difference(beside)]
     rows.sort(key=itemgetter(0))
-    return _Listed(iter(rows), beside)
+    return Listed(iter(rows), beside)
 
 
 def _is_node(entry: os.DirEntry[bytes]) -> bool:

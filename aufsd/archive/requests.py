@@ -83,6 +83,12 @@ class Read(Struct, frozen=True, tag=True):
     chain: tuple[Branch, ...]
 
 
+class Fingerprint(Struct, frozen=True, tag=True):
+    """Compute what an apply would record. Descriptors: the layer's content."""
+
+    branch: Branch
+
+
 class Clone(Struct, frozen=True, tag=True):
     """Copy content into staging. Descriptors: the store's root, under which both paths lie."""
 
@@ -102,7 +108,7 @@ class Relabel(Struct, frozen=True, tag=True):
     label: str
 
 
-Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Clone | Convert | Relabel
+Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Fingerprint | Clone | Convert | Relabel
 
 
 class Request(Struct, frozen=True):
@@ -133,9 +139,10 @@ class Failed(Struct, frozen=True, tag=True):
 
 
 class Packed(Struct, frozen=True, tag=True):
-    """Result of Diff and Apply."""
+    """Result of Diff and Apply; with what is recorded of a layer that was empty before."""
 
     streamed: Streamed
+    fingerprint: str = ""
 
 
 class Compared(Struct, frozen=True, tag=True):
@@ -156,6 +163,12 @@ class Reading(Struct, frozen=True, tag=True):
     problem: Problem | None
 
 
+class Fingerprinted(Struct, frozen=True, tag=True):
+    """Result of Fingerprint."""
+
+    fingerprint: str
+
+
 class Cloned(Struct, frozen=True, tag=True):
     """Result of Clone."""
 
@@ -172,7 +185,9 @@ class Relabelled(Struct, frozen=True, tag=True):
     inodes: int
 
 
-Result: TypeAlias = Packed | Compared | Measured | Reading | Cloned | Converted | Relabelled
+Result: TypeAlias = (
+    Packed | Compared | Measured | Reading | Fingerprinted | Cloned | Converted | Relabelled
+)
 Reply: TypeAlias = Started | Progress | Failed | Result
 
 encode = msgspec.json.Encoder().encode

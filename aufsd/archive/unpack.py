@@ -14,6 +14,7 @@ from typing import Final
 
 from aufsd.archive import headers, holes, names
 from aufsd.archive.attributes import Owners, imported, may_travel
+from aufsd.archive.fingerprint import Memory, fingerprint, is_kept, of_bytes
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
@@ -21,6 +22,7 @@ from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
+from aufsd.archive.view import Layer
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
@@ -75,6 +77,8 @@ class Unpacker:
         # of the current entry, for directories that it implies
         self._mtime = 0
         self._told: set[bytes] = set()
+        self._memory = Memory()
+        self._plain = True
 
     def run(self) -> int:
         """Unpack everything; the bytes of the layer's regular files afterwards.
@@ -98,6 +102,24 @@ class Unpacker:
             tree.clear(marks.PLINKS)
         tree.finish()
         return self._tally.total()
+
+    def fingerprint(self, layer: Layer) -> str:
+        """After `run`: what is recorded of the layer; "" where it was not empty before.
+
+        Then what it held may be damaged already, and would be recorded so. "" too where the layer
+        is deeper than this process may have files open.
+        """
+        if not self._tree.fresh or layer.whole:
+            return ""
+        os.chdir(b"/")
+        memory = None if self._tree.removed else self._memory
+        unheard = Meter(lambda size, entries: None)
+        try:
+            return fingerprint(layer, self._settings, unheard, memory, plain=self._plain)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            return ""
 
     # --- one entry ----------------------------------------------------------------------------
 
@@ -151,6 +173,7 @@ class Unpacker:
     def _file(self, name: bytes, member: Member) -> None:
         size = member.size
         mode = member.mode
+        body: memoryview | None = None
         try:
             fd = os.open(name, _CREATE, mode & 0o777)
         except FileExistsError:
@@ -164,6 +187,7 @@ class Unpacker:
                 body = self._reader.small_body(size)
                 # a file that the window holds whole takes one write
                 if body is None or os.write(fd, body) < size:
+                    body = None
                     self._large(fd, size)
                 elif size > holes.PIECE:
                     holes.punch(fd, 0, size)
@@ -175,6 +199,8 @@ class Unpacker:
             if mode & _SPECIAL_BITS:
                 os.fchmod(fd, mode)
             os.utime(fd, ns=(member.mtime, member.mtime))
+            if body is not None and size <= holes.PIECE and not member.xattrs and self._tree.fresh:
+                self._memory.note(self._tree.here.inode, name, os.fstat(fd), body)
         finally:
             os.close(fd)
         if self._tree.hides:
@@ -187,6 +213,7 @@ class Unpacker:
         """
         tree, tally, owners = self._tree, self._tally, self._owners
         setgid = tree.here.setgid
+        written = self._memory.of(tree.here.inode)
         for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
             size = len(body)
             if (
@@ -215,6 +242,8 @@ class Unpacker:
             finally:
                 os.close(fd)
             tally.add(1, size)
+            if is_kept(mtime):
+                written[name] = (stat.S_IFREG | mode, *owner, mtime, size, of_bytes(body))
 
     def _large(self, fd: int, size: int) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -271,6 +300,7 @@ class Unpacker:
             ) from None
         except PermissionError:
             raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
+        self._memory.linked.add(os.lstat(name).st_ino)
         self._tally.add(1)
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
@@ -349,6 +379,7 @@ class Unpacker:
         self, where: bytes | int, member: Member, directory: Directory | None = None
     ) -> None:
         assert member.xattrs is not None
+        self._plain = self._plain and isinstance(directory, Directory)
         for name, value in imported(
             member.xattrs, self._settings, self._owners, member.name, self._meter
         ):

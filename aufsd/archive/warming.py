@@ -10,6 +10,7 @@ import os
 from typing import Final
 
 from aufsd.archive import headers, requests
+from aufsd.archive.fingerprint import fingerprint
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
 from aufsd.archive.reader import Reader
@@ -52,6 +53,8 @@ def _there_and_back(name: bytes) -> None:
     os.chdir("/")
     here = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
     own = Layer(Branch("warm", Dialect.AUFS), here, settings.namespace)
+    fingerprint(own, settings, meter)
+    os.chdir("/")
     pack(Packer(Sink(stream, meter, digest=False), settings, meter), own)
     os.close(here)
     os.close(stream)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from aufsd.kernel import syscalls
 from aufsd.store import content as contents
+from aufsd.store import records
 from aufsd.store.content import copy_attributes, erase, fsync
 from aufsd.store.format import Format, Sync, write_durably, write_format
 from aufsd.store.ids import LayerId
@@ -52,6 +53,8 @@ class Store:
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
+    # those of which nothing is recorded, as far as it is known
+    unrecorded: set[LayerId] = field(default_factory=set)
     # below the store's private directory, and could not be moved away when their time was over
     _left: list[str] = field(default_factory=list)
     _serial: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -103,6 +106,7 @@ class Store:
     def forget(self, id: LayerId) -> None:
         """Take a layer out of the index."""
         above = self.parent.pop(id, None)
+        self.unrecorded.discard(id)
         if self.damaged.pop(id, None) is not None:
             above = next((other for other, made in self.children.items() if id in made), None)
         if above is not None:
@@ -329,9 +333,10 @@ class Store:
             self.discard_staged(path)
             raise
 
-    def swap_in(self, id: LayerId, staged: str) -> None:
+    def swap_in(self, id: LayerId, staged: str, fingerprint: str = "") -> None:
         """Put staged content in the layer's place with one rename; the old content is discarded.
 
+        `fingerprint` is recorded of it, "" for nothing.
         The content was synced by who wrote it; here the names are (renameat2(2),
         RENAME_EXCHANGE: both names exist at every moment). Raises OSError, with nothing done.
         """
@@ -339,14 +344,31 @@ class Store:
         at = syscalls.AT_FDCWD
         if self.snapshots:
             contents.freeze(content, False)
+        records.write(staged, fingerprint, self.xattr_namespace)
         syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
         if self.sync != "none":
             try:
                 fsync(self.layout.diff)
+                if fingerprint:
+                    fsync(content)
             except OSError:
                 syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
                 raise
         self.discard_staged(staged)
+        self.unrecorded.discard(id)
+
+    def recorded(self, id: LayerId) -> str:
+        """What an apply recorded of the layer's content; "" for nothing."""
+        return records.read(self.layout.content(id), self.xattr_namespace)
+
+    def unrecord(self, id: LayerId) -> None:
+        """Before somebody may write into a layer: what is recorded of it is dropped, durably.
+
+        Raises OSError, and then the layer must not be given out.
+        """
+        if id not in self.unrecorded:
+            records.drop(self.layout.content(id), self.xattr_namespace, self.sync)
+            self.unrecorded.add(id)
 
     # --- the store as a whole -----------------------------------------------------------------
 

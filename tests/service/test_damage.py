@@ -18,7 +18,7 @@ pytestmark = pytest.mark.service
 
 @pytest.fixture
 def stacked(served: Daemon, client: Client) -> Daemon:
-    """`base`, `middle` on it, `top` on that, and `other` alone; with a file each."""
+    """`base`, `middle` on it, `top` on that, with a file each; and `other` alone, empty."""
     parent = ""
     for id in ("base", "middle", "top"):
         client.create(id, parent=parent)
@@ -192,6 +192,126 @@ def test_deep_names_what_aufs_cannot_open(stacked: Daemon, client: Client) -> No
     assert names == [f"/{'n' * 243}", "/d/" + r"\udcff" * 255]
 
 
+# --- content against what was recorded when it was applied ----------------------------------------
+
+FINGERPRINT = "trusted.aufsd.fingerprint"
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file, and nothing else that shows."""
+    found = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip,
+        lambda path: path.chmod(0o600),
+        lambda path: os.chown(path, 7, -1),
+        lambda path: os.setxattr(path, "user.x", b"1"),
+        Path.unlink,
+    ],
+    ids=["bit", "mode", "owner", "xattr", "gone"],
+)
+@pytest.mark.parametrize("id", ["base", "top"])
+def test_deep_finds_what_differs_from_what_was_applied(
+    stacked: Daemon, client: Client, id: str, change: Callable[[Path], object]
+) -> None:
+    assert problems(client, deep=True) == set()
+    change(stacked.root / "diff" / id / id)
+    assert problems(client) == set()
+    assert problems(client, deep=True, repair=True) == {(id, "content-differs")}
+    (found,) = client.check(id, deep=True).problems
+    assert not found.repaired
+    assert ("contents" in found.detail) == (change in (flip, Path.unlink))
+    # it is told, and left as it is
+    assert client.get("top").mounted
+
+
+def write_through_a_mount(stacked: Daemon, client: Client) -> None:
+    path = Path(client.get("top").path)
+    (path / "top").write_bytes(b"changed")
+    (path / "base").unlink()
+    client.put("top")
+
+
+def write_into_a_base_layer(stacked: Daemon, client: Client) -> None:
+    path = Path(client.get("base").path)
+    (path / "base").write_bytes(b"changed")
+    client.put("base")
+
+
+def convert_there_and_back(stacked: Daemon, client: Client) -> None:
+    client.apply_diff("other", tar({"d": None, "d/.wh.x": b"", "d/.wh..wh..opq": b"", "f": b"x"}))
+    assert os.getxattr(stacked.root / "diff/other", FINGERPRINT)
+    assert client.convert("other", "aufs").converted
+    assert problems(client, deep=True) == set()
+    assert client.convert("other", "overlay").converted
+    assert os.getxattr(stacked.root / "diff/other", FINGERPRINT)
+
+
+def make_anew(stacked: Daemon, client: Client) -> None:
+    client.remove("top")
+    client.create("top", parent="middle")
+    client.apply_diff("top", tar({"another": b"y"}))
+
+
+def apply_once_more(stacked: Daemon, client: Client) -> None:
+    client.apply_diff("top", tar({"more": b"y"}))
+
+
+def write_while_nobody_serves_through_a_mount_that_aufsd_did_not_make(
+    stacked: Daemon, client: Client
+) -> None:
+    stacked.kill()
+    root, work = stacked.root, stacked.directory / "work"
+    work.mkdir()
+    syscalls.mount(
+        "none",
+        str(root / "mnt/top"),
+        "overlay",
+        0,
+        f"lowerdir={root}/diff/middle,upperdir={root}/diff/top,workdir={work}",
+    )
+    (root / "mnt/top/top").write_bytes(b"changed")
+    stacked.start()
+    client.put("top")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        write_through_a_mount,
+        write_into_a_base_layer,
+        convert_there_and_back,
+        make_anew,
+        apply_once_more,
+        write_while_nobody_serves_through_a_mount_that_aufsd_did_not_make,
+    ],
+)
+def test_a_change_that_is_meant_is_no_damage(
+    stacked: Daemon, client: Client, change: Callable[[Daemon, Client], None]
+) -> None:
+    change(stacked, client)
+    assert problems(client, deep=True) == set()
+    stacked.kill()
+    stacked.start()
+    assert problems(client, deep=True) == set()
+
+
+def test_a_layer_that_is_mounted_read_only_keeps_its_record(
+    stacked: Daemon, client: Client
+) -> None:
+    assert client.get("middle").read_only
+    client.put("middle")
+    flip(stacked.root / "diff/middle/middle")
+    assert problems(client, deep=True) == {("middle", "content-differs")}
+
+
 def test_a_store_that_nobody_serves_is_checked_offline(stacked: Daemon) -> None:
     command = [sys.executable, "-m", "aufsd", "check", "--root", str(stacked.root)]
     refused = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -203,3 +323,7 @@ def test_a_store_that_nobody_serves_is_checked_offline(stacked: Daemon) -> None:
     repaired = subprocess.run([*command, "--repair"], capture_output=True, text=True, check=False)
     assert (repaired.returncode, "(repaired)" in repaired.stdout) == (0, True)
     assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    flip(stacked.root / "diff/base/base")
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    deep = subprocess.run([*command, "--deep"], capture_output=True, text=True, check=False)
+    assert (deep.returncode, "base: content-differs: contents" in deep.stdout) == (1, True)

@@ -1,0 +1,289 @@
+"""What a layer holds, in two short numbers: recorded when its archive was applied, compared later.
+
+One is of the names and all that a tar says of them, one of what stands in the files, so that a
+mismatch says which it is. Both are the same in both dialects. They tell damage and not forgery: who
+can write to a layer can write its record too. So what stands in a file counts by its CRC-32, as a
+file system's own checksums do; it is there when the file is written, for a twentieth of the time
+that a SHA-256 takes.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+import struct
+from typing import Final, TypeAlias
+
+from isal.isal_zlib import crc32
+
+from aufsd.answers import Problem
+from aufsd.archive.attributes import CAPABILITY, may_travel
+from aufsd.archive.meter import Meter
+from aufsd.archive.pack import Listed, listed, read_link
+from aufsd.archive.requests import Settings
+from aufsd.archive.view import Layer
+
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+# what the numbers are made of; a record of another version says nothing
+_VERSION: Final = "1"
+# bytes; of a larger file those blocks count that hold more than zeros: holes cost nothing
+_BLOCK: Final = 64 << 10
+_ZEROS: Final = bytes(_BLOCK)
+_WINDOW: Final = 16 * _BLOCK
+_SIZE: Final = 16  # bytes of a number
+_SECOND: Final = 1_000_000_000
+# name, mode, user, group, time, size or device, length of the xattrs that follow
+_ROW: Final = b"%b\0%o %d %d %d %d %d\0%b"
+_PLAIN: Final = b"%b\0%o %d %d %d %d 0\0"
+_ATTRIBUTES: Final = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
+
+
+# mode, user, group, modification time in nanoseconds, size, and the number of what it holds
+Written: TypeAlias = tuple[int, int, int, int, int, int]
+
+
+class Memory:
+    """Files as they were made, so that none of them has to be looked at again.
+
+    Those are left out that have several names, an xattr that counts, or a time that a file system
+    might not keep. Nothing of it holds once something was removed.
+    """
+
+    __slots__ = ("_by_directory", "linked")
+
+    def __init__(self) -> None:
+        self._by_directory: dict[int, dict[bytes, Written]] = {}
+        # inodes that got another name
+        self.linked: set[int] = set()
+
+    def of(self, directory: int) -> dict[bytes, Written]:
+        """What is known of a directory, by its inode; to be added to."""
+        return self._by_directory.setdefault(directory, {})
+
+    def note(self, directory: int, name: bytes, found: os.stat_result, body: memoryview) -> None:
+        """Add a file with one name and no xattrs, and a body of at most a block."""
+        self.of(directory)[name] = (
+            *(found.st_mode, found.st_uid, found.st_gid),
+            *(found.st_mtime_ns, found.st_size, of_bytes(body)),
+        )
+
+
+def is_kept(mtime: int) -> bool:
+    """Whether every file system keeps this time, in nanoseconds, as it is given."""
+    return 0 <= mtime < (1 << 31) * _SECOND
+
+
+def of_bytes(body: bytes | memoryview) -> int:
+    """The number of a file that holds this, up to a block of it."""
+    return crc32(body)
+
+
+def of_file(fd: int, size: int) -> int:
+    """The number of a file, by its descriptor, whose position moves. Raises OSError."""
+    if size <= _BLOCK:
+        return crc32(os.pread(fd, _BLOCK, 0))
+    sparse = os.fstat(fd).st_blocks * 512 < size
+    window = memoryview(bytearray(_BLOCK if sparse else _WINDOW))
+    number = at = 0
+    while at < size:
+        if sparse:
+            at = _data(fd, at, size)
+        got = os.preadv(fd, (window,), at)
+        if not got:
+            break
+        number = _blocks(window[:got], at // _BLOCK, number)
+        at += len(window)
+    return number
+
+
+def _blocks(data: memoryview, index: int, number: int) -> int:
+    """Take more blocks of a file into its number; the first of them is its `index`-th."""
+    for start in range(0, len(data), _BLOCK):
+        block = data[start : start + _BLOCK]
+        if block != _ZEROS[: len(block)]:
+            number = crc32(index.to_bytes(8, "little"), number)
+            number = crc32(block, number)
+        index += 1
+    return number
+
+
+def _data(fd: int, at: int, size: int) -> int:
+    """The start of the first block that may hold data, from `at`; `size` if only a hole is left."""
+    try:
+        found = os.lseek(fd, at, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        return size
+    return max(at, found - found % _BLOCK)
+
+
+def fingerprint(
+    layer: Layer,
+    settings: Settings,
+    meter: Meter,
+    memory: Memory | None = None,
+    *,
+    plain: bool = False,
+) -> str:
+    """The numbers of the layer that the current directory is the root of, as text.
+
+    The current directory is another one afterwards. What `memory` does not have is read. `plain`:
+    nothing but directories has an xattr that counts. Raises OSError.
+    """
+    return _Reading(layer, settings, meter, memory or Memory(), plain=plain).run()
+
+
+def differences(recorded: str, found: str) -> str:
+    """In what a layer is not as recorded, as a phrase; "" if it is, or if nobody can tell."""
+    version, *then = recorded.split()
+    _, *now = found.split()
+    if version != _VERSION or len(then) != len(now):
+        return ""
+    told = ("names, owners, modes, times or attributes", "contents of files")
+    return " and ".join(what for what, a, b in zip(told, then, now, strict=True) if a != b)
+
+
+def problem(id: str, recorded: str, found: str) -> Problem | None:
+    """What `check` says of a layer that is not as recorded; None if it is."""
+    told = differences(recorded, found)
+    if not told:
+        return None
+    detail = f"{told} are not as its archive made them; compare with `diff`, or make it anew"
+    return Problem(id, "content-differs", detail, False)
+
+
+class _Reading:
+    """One walk: names sorted as in the layer's tar, and of each what the tar would say."""
+
+    def __init__(
+        self,
+        layer: Layer,
+        settings: Settings,
+        meter: Meter,
+        memory: Memory,
+        *,
+        plain: bool,
+    ) -> None:
+        self._layer = layer
+        self._settings = settings
+        self._meter = meter
+        self._memory = memory
+        self._plain = plain
+        self._names = hashlib.blake2b(digest_size=_SIZE)
+        self._contents = hashlib.blake2b(digest_size=_SIZE)
+        # the first name of each inode that has several
+        self._links: dict[int, bytes] = {}
+
+    def run(self) -> str:
+        """See `fingerprint`."""
+        levels = [self._enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)]
+        linked = self._memory.linked
+        while levels:
+            fd, prefix, here, known = levels[-1]
+            rows: list[bytes] = []
+            numbers: list[int] = []
+            for name, entry in here.rows:
+                # most of a new layer: nothing has to be asked
+                if name in known and not (linked and entry and entry.inode() in linked):
+                    mode, uid, gid, mtime, size, number = known[name]
+                    rows.append(_PLAIN % (name, mode, uid, gid, mtime // _SECOND, size))
+                    numbers.append(number)
+                    continue
+                if entry is None:
+                    # a mark: fields that are empty are nothing else's
+                    rows.append(b"%b\0\0" % name)
+                elif not entry.is_dir(follow_symlinks=False):
+                    rows.append(
+                        self._entry(name, prefix, entry.stat(follow_symlinks=False), numbers)
+                    )
+                else:
+                    break
+            else:
+                entry = None
+                rows.append(b"/\0")
+            self._names.update(b"".join(rows))
+            self._contents.update(struct.pack(f"<{len(numbers)}I", *numbers))
+            if entry is not None:
+                below = os.open(name, _DIRECTORY)
+                levels.append(
+                    self._enter(below, name, prefix + name + b"/", opaque=name in here.opaque)
+                )
+                continue
+            os.close(fd)
+            levels.pop()
+            if levels:
+                os.fchdir(levels[-1][0])
+        return f"{_VERSION} {self._names.hexdigest()} {self._contents.hexdigest()}"
+
+    def _enter(
+        self, fd: int, name: bytes, prefix: bytes, *, opaque: bool
+    ) -> tuple[int, bytes, Listed, dict[bytes, Written]]:
+        """Go into a directory, and list it."""
+        layer = self._layer
+        found = os.fstat(fd)
+        opaque = opaque or (layer.overlay and layer.is_opaque(fd))
+        os.fchdir(fd)
+        row = _row(name, found, layer.mtime(fd, found), 0, self._xattrs(b"."))
+        self._names.update(row)
+        self._meter.entries += 1
+        rows = listed(self._meter, layer, prefix, opaque=opaque)
+        return fd, prefix, rows, self._memory.of(found.st_ino)
+
+    def _entry(
+        self, name: bytes, prefix: bytes, found: os.stat_result, numbers: list[int]
+    ) -> bytes:
+        """What a directory says of an entry that is none; of a file its number too."""
+        self._meter.entries += 1
+        mode = found.st_mode
+        if found.st_nlink > 1:
+            path = prefix + name
+            first = self._links.setdefault(found.st_ino, path)
+            if first is not path:
+                return b"%b\0=%b\0" % (name, first)
+        size, target = 0, b""
+        if stat.S_ISREG(mode):
+            size = found.st_size
+            numbers.append(self._read(name, size))
+        elif stat.S_ISLNK(mode):
+            target = read_link(name)
+            size = len(target)
+        else:
+            size = found.st_rdev
+        xattrs = b"" if self._plain else self._xattrs(name)
+        return _row(name, found, found.st_mtime_ns, size, xattrs) + target
+
+    def _read(self, name: bytes, size: int) -> int:
+        fd = os.open(name, _FILE)
+        try:
+            number = of_file(fd, size)
+        finally:
+            os.close(fd)
+        self._meter.bytes += size
+        self._meter.tick()
+        return number
+
+    def _xattrs(self, name: bytes) -> bytes:
+        """Those that archives may carry, with the lengths of their values."""
+        parts = []
+        for text in sorted(os.listxattr(name, follow_symlinks=False)):
+            raw = text.encode("utf-8", "surrogateescape")
+            if raw in _ATTRIBUTES or may_travel(raw, self._settings):
+                value = os.getxattr(name, text, follow_symlinks=False)
+                parts.append(b"%b\0%d\0%b" % (raw, len(value), value))
+        return b"".join(parts)
+
+
+def _row(name: bytes, found: os.stat_result, mtime: int, size: int, xattrs: bytes) -> bytes:
+    return _ROW % (
+        name,
+        found.st_mode,
+        found.st_uid,
+        found.st_gid,
+        # as an archive has it, and some ways to copy a store
+        mtime // _SECOND,
+        size,
+        len(xattrs),
+        xattrs,
+    )
