@@ -24,7 +24,7 @@ from tests.conftest import ROOT_IN_HOST
 NAMESPACE: Literal["trusted", "user"] = "trusted" if ROOT_IN_HOST else "user"
 
 # as an ordinary user the tests run in a user namespace that has no other owners, and no devices
-needs_root = pytest.mark.skipif(not ROOT_IN_HOST, reason="only one user is mapped here")
+needs_root = pytest.mark.root
 
 
 @dataclass(slots=True)

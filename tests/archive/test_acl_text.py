@@ -23,6 +23,7 @@ def as_the_kernel_has_it(path: Path, text: str) -> bytes:
     return os.getxattr(path, ACCESS)
 
 
+@needs_root
 @pytest.mark.skipif(shutil.which("setfacl") is None, reason="no setfacl")
 @pytest.mark.parametrize(
     "text",
