@@ -180,7 +180,7 @@ async def test_a_job_that_no_child_began_is_given_to_another(tmp_path: Path) -> 
 
             nursery.start_soon(diff)
             while not shelf.jobs.jobs:
-                await trio.sleep(0)
+                await trio.lowlevel.checkpoint()
             # the job waits in line with its request sent
             await trio.testing.wait_all_tasks_blocked()
             process.kill()
