@@ -1,19 +1,24 @@
-"""Unmounting what may be in use: tried again for a moment, then refused with who uses it."""
+"""What may be in use: an unmount is tried again for a moment, a refusal names who uses it."""
 
 import errno
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 
 import trio
 
+from aufsd.answers import Holder
 from aufsd.kernel import holders as kernel_holders
 from aufsd.store.ids import LayerId
-from aufsd.threads import MountThread
+from aufsd.store.layout import Layout
+from aufsd.threads import Disk, MountThread
 from aufsd.union.backend import Backend
-from aufsd_client.errors import UnmountBusy
+from aufsd_client.errors import LayerInUse, UnmountBusy
 
 # umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
 TRIES = 5
 PAUSE = 0.1  # seconds
+# mounts whose users are looked for when a layer is refused: each time all of /proc is read
+_LOOKED_AT = 4
 
 
 async def unmount(
@@ -47,5 +52,32 @@ async def unmount(
         f"end what uses it, then put or cleanup",
         id=id,
         errno="EBUSY",
-        holders=[{"pid": holder.pid, "comm": holder.comm, "uses": holder.uses} for holder in found],
+        holders=_named(found),
     )
+
+
+@asynccontextmanager
+async def naming(layout: Layout, disk: Disk) -> AsyncIterator[None]:
+    """Have a LayerInUse that leaves the block name who has the mounts open, not only who counted.
+
+    Those who do both come once, with their `uses`. Cancelled meanwhile: the error is not raised.
+    """
+    try:
+        yield
+    except LayerInUse as error:
+        ids, holders = error.data.get("layers"), error.data.get("holders")
+        if isinstance(ids, list) and isinstance(holders, list):
+            targets = [layout.mount_point(id) for id in ids[:_LOOKED_AT]]
+            found = {each["pid"]: each for each in await disk.run(_users, targets)}
+            for holder in holders:
+                holder.update(found.pop(holder["pid"], {}))
+            holders += found.values()
+        raise
+
+
+def _users(targets: Sequence[str]) -> list[dict[str, object]]:
+    return [each for target in targets for each in _named(kernel_holders.holders(target))]
+
+
+def _named(found: Sequence[Holder]) -> list[dict[str, object]]:
+    return [{"pid": each.pid, "comm": each.comm, "uses": each.uses} for each in found]

@@ -1,11 +1,18 @@
 """The consistency of a served store: what looks wrong is looked at again with nobody at it."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 from aufsd.answers import Problem
+from aufsd.archive.jobs import Jobs
+from aufsd.archive.requests import Branch
 from aufsd.store import check as store_check
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import Disk
+from aufsd.union.dialect import read_dialect
+from aufsd_client.errors import LayerDamaged, LayerNotFound
 
 
 async def consistency(
@@ -33,4 +40,23 @@ async def consistency(
             )
         finally:
             table.end(LayerId(name))
+    return found
+
+
+async def read_by_aufs(
+    store: Store, table: Table, disk: Disk, jobs: Jobs, ids: Sequence[LayerId]
+) -> list[Problem]:
+    """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
+    found = []
+
+    def branches(chain: Sequence[LayerId]) -> tuple[Branch, ...]:
+        content, namespace = store.layout.content, store.xattr_namespace
+        return tuple(Branch(id, read_dialect(content(id), namespace)) for id in chain)
+
+    for id in ids:
+        with suppress(LayerNotFound, LayerDamaged, FileNotFoundError, NotADirectoryError):
+            chain = store.chain(id)
+            async with table.reading(chain):
+                problem = await jobs.read_by_aufs(await disk.run(branches, chain))
+            found += [] if problem is None else [problem]
     return found

@@ -7,8 +7,8 @@ one of aufsd_client.errors and has done nothing; what cancellation leaves is sai
 import errno
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,7 @@ import trio
 from aufsd import __version__, answers, checks, fingerprints
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
+from aufsd.busy import naming
 from aufsd.kernel import holders as kernel_holders
 from aufsd.mounts import Mounts
 from aufsd.peer import Peer
@@ -37,7 +38,6 @@ from aufsd_client.errors import (
     InvalidParams,
     LayerDamaged,
     LayerInUse,
-    LayerNotFound,
     MountFailed,
     ParentNotFound,
     TooManyLayers,
@@ -241,7 +241,8 @@ class Driver:
         await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            entry = await self.unions.get(id, reference, label=mount_label)
+            async with naming(self.store.layout, self.disk):
+                entry = await self.unions.get(id, reference, label=mount_label)
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -256,7 +257,8 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        entry = await self.unions.put(id, pid=peer.pid)
+        async with naming(self.store.layout, self.disk):
+            entry = await self.unions.put(id, pid=peer.pid)
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)
@@ -304,7 +306,7 @@ class Driver:
     ) -> answers.Streamed:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
-        async with self.unions.table.changing(id):
+        async with naming(self.store.layout, self.disk), self.unions.table.changing(id):
             self.roots.pop(id, None)
             if self.store.snapshots:
                 try:
@@ -333,7 +335,7 @@ class Driver:
 
     async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
-        async with self.unions.table.changing(id):
+        async with naming(self.store.layout, self.disk), self.unions.table.changing(id):
             self.roots.pop(id, None)
             return answers.Converted(await self.upkeep.convert(id, to))
 
@@ -371,20 +373,8 @@ class Driver:
         if deep and self.backend.unions:
             ids = sorted(store.parent) if id is None else [id]
             found += await fingerprints.compare(store, table, self.disk, self.jobs, ids)
-            found += await self._read_by_aufs(ids)
+            found += await checks.read_by_aufs(store, table, self.disk, self.jobs, ids)
         return answers.Check(found)
-
-    async def _read_by_aufs(self, ids: Sequence[LayerId]) -> list[answers.Problem]:
-        """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
-        found = []
-        for id in ids:
-            with suppress(LayerNotFound, LayerDamaged, FileNotFoundError):
-                chain = self.store.chain(id)
-                async with self.unions.table.reading(chain):
-                    branches = await self.disk.run(self._branches, chain)
-                    problem = await self.jobs.read_by_aufs(branches)
-                found += [] if problem is None else [problem]
-        return found
 
     # --- what these share ---------------------------------------------------------------------
 

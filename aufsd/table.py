@@ -21,6 +21,9 @@ from aufsd.store.layers import Store
 from aufsd.union.backend import Union
 from aufsd_client.errors import LayerInUse, ParentNotFound
 
+# how many layers and holders an error names
+_NAMED = 20
+
 
 class _Lock:
     """THE lock: taking it never waits, and raises where it is held across an await after all.
@@ -223,8 +226,12 @@ class Table:
         return self._readers[id] > 0
 
     def in_use(self, id: LayerId) -> LayerInUse:
-        """The error that says what a layer is used for."""
+        """The error that says what a layer is used for.
+
+        `layers` are those in use, this one or what stands on it; `holders` who counted them.
+        """
         entry = self.entries.get(id)
+        users = [id] if entry or self._readers[id] else self._above(id)
         references = entry.references if entry else ()
         if references:
             why = f"{len(references)} references to it are left"
@@ -233,23 +240,29 @@ class Table:
         elif entry:
             why = "it is mounted"
         else:
-            why = f"{self._above(id)} layers in use stand on it"
+            why = f"{len(users)} layers in use stand on it"
         return LayerInUse(
             f"layer {id} is in use: {why}",
             id=id,
             references=len(references),
-            holders=[{"pid": ref.pid, "uid": ref.uid, "comm": ref.comm} for ref in references[:20]],
+            layers=users[:_NAMED],
+            holders=[
+                {"pid": ref.pid, "uid": ref.uid, "comm": ref.comm}
+                for user in users[:_NAMED]
+                for ref in (self.entries[user].references if user in self.entries else ())
+            ][:_NAMED],
         )
 
-    def _above(self, id: LayerId) -> int:
-        """How many entries stand on the layer.
+    def _above(self, id: LayerId) -> list[LayerId]:
+        """The entries that stand on the layer.
 
         Looked for when it is asked, and nothing stands on most: to keep a count for each layer of
         a chain costs every mount of a long one a tenth of its time.
         """
-        found, below = 0, [id]
+        found: list[LayerId] = []
+        below = [id]
         while below:
             children = self.store.children.get(below.pop(), ())
-            found += sum(child in self.entries for child in children)
+            found += [child for child in children if child in self.entries]
             below.extend(children)
         return found

@@ -1,0 +1,163 @@
+"""Who uses a layer is named wherever a call is refused; a process's references end with it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from aufsd import mounts
+from aufsd.peer import process
+from aufsd.processes import ended
+from aufsd_client import Client, errors
+from tests.archives import tar
+from tests.daemon import Daemon, eventually
+from tests.service.test_cancel import ME, TOP, opened
+
+pytestmark = pytest.mark.service
+
+
+@pytest.fixture
+def mounted(served: Daemon, client: Client) -> str:
+    """`top` on `middle` on `base`, mounted by us; its path."""
+    for id, parent in (("base", ""), ("middle", "base"), ("top", "middle")):
+        client.create(id, parent=parent)
+    return client.get("top").path
+
+
+@contextmanager
+def holding(served: Daemon, id: str) -> Iterator[int]:
+    """A process with a `process` reference to a layer; its pid. It ends with the block."""
+    script = (
+        "import sys; from aufsd_client import Client\n"
+        f"client = Client({served.socket!r})\n"
+        f"client.get({id!r}, hold='process'); print('held', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        try:
+            yield holder.pid
+        finally:
+            holder.kill()
+
+
+def named(error: errors.AufsdError) -> dict[int, list[str]]:
+    """The pids that an error names, and by what they use the mount."""
+    holders = error.data["holders"]
+    assert isinstance(holders, list)
+    return {each["pid"]: each.get("uses", []) for each in holders}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda client: client.apply_diff("top", tar({})),
+        lambda client: client.convert("top", "aufs"),
+        lambda client: client.apply_diff("base", tar({})),
+    ],
+    ids=["apply_diff", "convert", "of what it stands on"],
+)
+def test_who_counted_a_mount_and_who_has_it_open_are_named(
+    served: Daemon, client: Client, mounted: str, call: Callable[[Client], object]
+) -> None:
+    with (
+        holding(served, "top") as counted,
+        subprocess.Popen(["sleep", "1000"], cwd=mounted) as inside,
+        subprocess.Popen(["unshare", "--mount", "sleep", "1000"]) as copy,
+    ):
+        try:
+            eventually(lambda: Path(f"/proc/{copy.pid}/comm").read_text() == "sleep\n")
+            with pytest.raises(errors.LayerInUse) as caught:
+                call(client)
+            assert caught.value.data["layers"] == ["top"]
+            found = named(caught.value)
+            assert found[counted] == []
+            assert found[inside.pid] == ["cwd"]
+            assert found[copy.pid] == ["mount-namespace"]
+        finally:
+            inside.kill()
+            copy.kill()
+
+
+def test_a_put_that_would_take_anothers_reference_names_whose(
+    served: Daemon, client: Client, mounted: str
+) -> None:
+    with holding(served, "top") as pid:
+        client.put("top")
+        with pytest.raises(errors.LayerInUse) as caught:
+            client.put("top")
+        assert set(named(caught.value)) == {pid}
+        assert client.holders("top").holders == []
+    eventually(lambda: client.mounts().mounts == [])
+
+
+def test_an_unmount_that_stays_busy_names_who_maps_a_file(
+    served: Daemon, client: Client, mounted: str
+) -> None:
+    Path(mounted, "file").write_bytes(b"x" * 4096)
+    script = (
+        "import mmap, os, sys\n"
+        "with open(sys.argv[1], 'rb') as file:\n"
+        "    kept = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)\n"
+        "    os.close(file.fileno() + 1)\n"
+        "print('mapped', flush=True); sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, f"{mounted}/file"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"mapped\n"
+        with pytest.raises(errors.UnmountBusy) as caught:
+            client.put("top")
+        assert named(caught.value) == {holder.pid: ["map"]}
+        (check,) = [each for each in client.health().checks if each.name == "mounts"]
+        assert (check.status, "top" in check.detail) == ("degraded", True)
+        holder.kill()
+    assert client.put("top").mounted is False
+    assert client.health().status == "ok"
+
+
+async def test_a_busy_mount_goes_in_the_background_once_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mounts, "BUSY_RETRY", 0.01)
+    async with opened(tmp_path) as driver:
+        got = await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+        with open(f"{got.path}/file", "rb"):
+            with pytest.raises(errors.UnmountBusy):
+                await driver.put(TOP, peer=ME)
+            tries = driver.unions.counters.busy_retries
+            with trio.fail_after(30):
+                while driver.unions.counters.busy_retries == tries:
+                    await trio.sleep(0.01)
+            assert driver.unions.table.entries[TOP].references == ()
+            assert os.path.ismount(got.path), "it is never detached"
+        with trio.fail_after(30):
+            while TOP in driver.unions.table.entries:
+                await trio.sleep(0.01)
+        assert not os.path.ismount(got.path)
+        assert driver.health().status == "ok"
+
+
+async def test_a_pid_that_went_to_another_process_is_not_waited_for() -> None:
+    """As after a restart: the journal has the pid and when its process began."""
+    with subprocess.Popen(["sleep", "1000"]) as child:
+        _, start = process(child.pid)
+        with trio.fail_after(30):
+            await ended(child.pid, start + 1)
+        assert child.poll() is None
+        with trio.move_on_after(0.05) as scope:
+            await ended(child.pid, start)
+        assert scope.cancelled_caught
+        child.kill()
+        with trio.fail_after(30):
+            await ended(child.pid, start)
