@@ -33,6 +33,7 @@ _FILES: Final = (headers.REGULAR, b"7")
 _SPECIAL_BITS: Final = 0o7000
 _ROOT_OWNED: Final = (0, 0)
 _NO_FILES: Final = frozenset((b".", b".."))
+_DOT: Final = ord(".")
 _STEP: Final = 16 << 20
 _NODES: Final = {
     headers.CHARACTER: stat.S_IFCHR,
@@ -212,16 +213,16 @@ class Unpacker:
         Ends before one that is not as simple as that, for whatever reason.
         """
         tree, tally, owners = self._tree, self._tally, self._owners
+        if tree.hides:
+            return
         setgid = tree.here.setgid
         written = self._memory.of(tree.here.inode)
         for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
             size = len(body)
             if (
-                tree.hides
-                or mode & _SPECIAL_BITS
+                mode & _SPECIAL_BITS
                 or size > holes.PIECE
-                or name in _NO_FILES
-                or name.startswith(marks.WHITEOUT)
+                or (name[0] == _DOT and (name in _NO_FILES or name.startswith(marks.WHITEOUT)))
                 or not tally.has_room(size)
                 or (owner := owners.known.get((uid, gid))) is None
             ):
