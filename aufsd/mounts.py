@@ -7,6 +7,7 @@ for, in the same task, with no await between.
 
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,8 @@ class Counters:
     failed_mounts: int = 0
     vanished_mounts: int = 0
     processes_ended: int = 0
+    # at the start: where the journal and the kernel did not agree, by kind
+    differences: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(slots=True)
@@ -421,8 +424,11 @@ async def open_mounts(
     async with trio.open_nursery() as nursery:
         helpers = HelperWatch(backend, table, nursery)
         mounts = Mounts(table.store, backend, table, prepare, nursery, helpers)
-        for id, note in await mounts.thread.run(replay, table, recorded, backend):
-            log.warning("table and kernel did not agree", id=id, note=note)
+        for note in await mounts.thread.run(replay, table, recorded, backend):
+            log.warning(
+                "table and kernel did not agree", id=note.id, kind=note.kind, note=note.text
+            )
+            mounts.counters.differences[note.kind] += 1
         for id, entry in list(table.entries.items()):
             helpers.mounted(id)
             for reference in entry.references:

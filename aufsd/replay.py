@@ -6,14 +6,28 @@ not agree the kernel is right.
 
 import time
 from contextlib import suppress
+from typing import Literal, NamedTuple, get_args
 
 from aufsd import refs
 from aufsd.kernel import mountinfo
+from aufsd.peer import process
 from aufsd.refs import Entry, Reference, State
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.union.backend import Backend
+
+# what can be otherwise than when the last daemon ended
+Difference = Literal["vanished", "appeared", "partial", "holder"]
+DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
+
+
+class Note(NamedTuple):
+    """One thing that did not agree, and in words what was made of it."""
+
+    id: LayerId
+    kind: Difference
+    text: str
 
 
 def rows_in_kernel(store: Store) -> dict[LayerId, mountinfo.Mount]:
@@ -27,42 +41,53 @@ def rows_in_kernel(store: Store) -> dict[LayerId, mountinfo.Mount]:
     return found
 
 
-def replay(
-    table: Table, recorded: dict[LayerId, Entry], backend: Backend
-) -> list[tuple[LayerId, str]]:
-    """Set the table from the journal and the kernel, at start; what did not agree, in words.
+def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> list[Note]:
+    """Set the table from the journal and the kernel, at start; what did not agree.
 
     Mounted without an entry counts 1; an entry without a mount counts 0 and goes, but for a layer
     without parents, which is never mounted. A union that lacks branches, because the last daemon
-    was killed between two mount calls, was never given to anybody: it is unmounted. Blocking;
+    was killed between two mount calls, was never given to anybody: it is unmounted. References of
+    processes that have ended are noted, and stand until who watches processes puts them. Blocking;
     called before the first call.
     """
     store = table.store
-    notes: list[tuple[LayerId, str]] = []
+    notes: list[Note] = []
     live = {id: row for id, row in rows_in_kernel(store).items() if id in store.parent}
     for id, entry in recorded.items():
         if id not in store.parent:
             continue
         if entry.union and id not in live:
-            notes.append((id, f"no longer mounted, {len(entry.references)} references dropped"))
+            dropped = len(entry.references)
+            notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
         elif entry.references or entry.union:
             table.enter(id, refs.busy(entry))
+            notes += _ended(id, entry)
     for id, row in live.items():
         if id in table.entries:
             continue
         entry = _found(row)
         if entry.backend == backend.name and not backend.is_whole(table.union(id, entry)):
             backend.unmount(row.mount_point)
-            notes.append((id, "mounted in part when the daemon was killed: unmounted"))
+            text = "mounted in part when the daemon was killed: unmounted"
+            notes.append(Note(id, "partial", text))
             continue
         if not entry.read_only:
             # whoever mounted it may have written to it
             with suppress(OSError):
                 store.unrecord(id)
         table.enter(id, entry)
-        notes.append((id, "mounted without an entry: counts 1"))
+        notes.append(Note(id, "appeared", "mounted without an entry: counts 1"))
     table.journal.rewrite(table.entries)
     return notes
+
+
+def _ended(id: LayerId, entry: Entry) -> list[Note]:
+    held = {(ref.pid, ref.start) for ref in entry.references if ref.hold == "process"}
+    return [
+        Note(id, "holder", f"process {pid} has ended, its references are put")
+        for pid, start in sorted(held)
+        if process(pid)[1] != start
+    ]
 
 
 def _found(row: mountinfo.Mount) -> Entry:

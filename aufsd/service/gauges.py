@@ -13,6 +13,7 @@ from aufsd.archive.jobs import Jobs
 from aufsd.mounts import Mounts
 from aufsd.peer import process as identity
 from aufsd.refs import State
+from aufsd.replay import DIFFERENCES
 from aufsd.service.metrics import Family, by, counter, gauge, labels
 from aufsd.status import Overview
 from aufsd.store.layers import Store
@@ -106,6 +107,11 @@ def mounts(unions: Mounts) -> Source:
             ("processes_ended", "Processes that ended holding", unions.counters.processes_ended),
         ):
             yield counter(f"aufsd_{name}_total", text, value)
+        yield counter(
+            "aufsd_start_differences_total",
+            "Where the table's journal and the kernel did not agree at the start",
+            by("kind", {kind: unions.counters.differences[kind] for kind in DIFFERENCES}),
+        )
         thread = unions.thread
         yield gauge("aufsd_mount_thread_queue", "Calls that wait for the thread", thread.queued)
         yield gauge(

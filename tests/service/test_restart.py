@@ -1,6 +1,7 @@
 """Killed and started again: mounts stay, counts come back, what was cut off is put right."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,8 @@ def test_a_mount_that_vanished_while_nobody_served_counts_nothing(mounted: Daemo
     syscalls.umount2(str(mounted.root / "mnt/top"))
     mounted.start()
     with mounted.client() as client:
+        assert differences(client) == {"vanished": 1}
+        assert "no longer mounted, 2 references dropped" in mounted.log
         assert [row.id for row in client.mounts().mounts] == ["base"]
         assert client.get("top").references == 1
 
@@ -55,6 +58,7 @@ def test_a_lost_journal_leaves_a_count_of_one(mounted: Daemon) -> None:
     (mounted.directory / "run/mounts.journal").unlink()
     mounted.start()
     with mounted.client() as client:
+        assert differences(client) == {"appeared": 1}
         assert {row.id: row.references for row in client.mounts().mounts} == {"top": 1}
         assert client.put("top").mounted is False
 
@@ -76,9 +80,41 @@ def test_references_of_a_process_go_with_it_also_across_a_restart(mounted: Daemo
             (row,) = [row for row in client.mounts().mounts if row.id == "top"]
             assert row.references == 3
             assert {held.pid for held in row.holders if held.hold == "process"} == {holder.pid}
+            assert differences(client) == {}
             holder.kill()
             holder.wait()
             eventually(lambda: references(client, "top") == 2)
+
+
+def test_a_process_that_ended_while_nobody_served_holds_nothing_and_is_told(
+    mounted: Daemon,
+) -> None:
+    script = (
+        f"from aufsd_client import Client; Client({mounted.socket!r}).get('top', hold='process')"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{script}; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"\n"
+        mounted.kill()
+        holder.kill()
+    mounted.start()
+    with mounted.client() as client:
+        eventually(lambda: references(client, "top") == 2)
+        assert differences(client) == {"holder": 1}
+        assert f"process {holder.pid} has ended" in mounted.log
+
+
+def differences(client: Client) -> dict[str, int]:
+    """What the start found otherwise than the last daemon left it, as metrics say it."""
+    found = re.findall(
+        r'^aufsd_start_differences_total\{kind="(\w+)"\} (\d+)', client.metrics().text, re.MULTILINE
+    )
+    assert {kind for kind, _ in found} == {"vanished", "appeared", "partial", "holder"}
+    return {kind: int(count) for kind, count in found if int(count)}
 
 
 def references(client: Client, id: str) -> int:
