@@ -233,7 +233,7 @@ def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool) -> Listed
                     meter.warn(
                         f"left out {shown(prefix + name)}: an archive cannot hold such a name"
                     )
-            elif layer.overlay and _is_node(entry):
+            elif layer.overlay and _is_whiteout(layer, entry):
                 deleted.add(name)
             else:
                 rows.append((name, entry))
@@ -244,15 +244,15 @@ def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool) -> Listed
     return Listed(iter(rows), beside)
 
 
-def _is_node(entry: os.DirEntry[bytes]) -> bool:
-    """Whether this is overlayfs's whiteout; asks the kernel for devices, fifos and sockets only."""
-    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
-        return False
-    if entry.is_symlink():
+def _is_whiteout(layer: Layer, entry: os.DirEntry[bytes]) -> bool:
+    """Whether this entry of the current directory is overlayfs's; seldom asks the kernel."""
+    if not layer.may_be_whiteout(entry):
         return False
     try:
-        return marks.is_whiteout_node(os.lstat(entry.name))
-    except FileNotFoundError:
+        return layer.is_whiteout(entry.name, os.lstat(entry.name), None)
+    except OSError as error:
+        if error.errno not in GONE:
+            raise
         return False
 
 

@@ -100,7 +100,7 @@ def _by_aufs(merged: Sequence[Place], name: bytes) -> list[Place] | None:
             status = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
         except FileNotFoundError:
             continue
-        if place.layer.is_whiteout(status):
+        if place.layer.is_whiteout(name, status, place.fd):
             break
         if stat.S_ISDIR(status.st_mode):
             found.append(Place(place.layer, os.open(name, _DIRECTORY, dir_fd=place.fd)))

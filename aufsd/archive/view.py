@@ -16,6 +16,7 @@ from aufsd.union import conversion
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -25,7 +26,10 @@ class Layer:
     For both while a conversion is half done.
     """
 
-    __slots__ = ("_namespace", "aufs", "id", "opaque_xattr", "overlay", "twin", "whole")
+    __slots__ = (
+        *("_namespace", "_whiteout_xattr", "aufs", "id", "opaque_xattr", "overlay", "twin"),
+        "whole",
+    )
 
     def __init__(self, branch: Branch, root: int, namespace: str) -> None:
         self.id = branch.id
@@ -37,6 +41,7 @@ class Layer:
         self.twin: Twin | None = None
         self.opaque_xattr = marks.opaque_xattr(namespace)
         self._namespace = namespace
+        self._whiteout_xattr = marks.whiteout_xattr(root, namespace) if self.overlay else ""
 
     def mtime(self, fd: int, found: os.stat_result) -> int:
         """When a directory was changed, in nanoseconds: a conversion's own changes do not count."""
@@ -54,9 +59,23 @@ class Layer:
         # .wh. and the name may be longer than a name can be
         return self.aufs and len(name) <= 251 and _exists(fd, marks.WHITEOUT + name)
 
-    def is_whiteout(self, found: os.stat_result) -> bool:
-        """Whether this entry is overlayfs's whiteout."""
-        return self.overlay and marks.is_whiteout_node(found)
+    def is_whiteout(self, name: bytes, found: os.stat_result, directory: int | None) -> bool:
+        """Whether the entry `name` of a directory, the current one if None, is overlayfs's."""
+        if not self.overlay:
+            return False
+        if self._whiteout_xattr and stat.S_ISREG(found.st_mode) and not found.st_size:
+            fd = os.open(name, _FILE, dir_fd=directory)
+            try:
+                return self._whiteout_xattr in os.listxattr(fd)
+            finally:
+                os.close(fd)
+        return marks.is_whiteout_node(found)
+
+    def may_be_whiteout(self, entry: "os.DirEntry[bytes]") -> bool:
+        """What can be told of `is_whiteout` without asking the kernel."""
+        if entry.is_file(follow_symlinks=False):
+            return bool(self._whiteout_xattr)
+        return self.overlay and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
 
 
 class Place:
@@ -113,7 +132,8 @@ def lookup(merged: Sequence[Place], name: bytes) -> Found | None:
             if place.layer.hides(place.fd, name):
                 return None
             continue
-        return None if place.layer.is_whiteout(found) else Found(index, place, found)
+        gone = place.layer.is_whiteout(name, found, place.fd)
+        return None if gone else Found(index, place, found)
     return None
 
 

@@ -78,6 +78,8 @@ def _refuse(root: int, target: Dialect, namespace: str) -> None:
                 for xattr in os.listxattr(name, follow_symlinks=False):
                     if xattr in (f"{overlay}redirect", f"{overlay}metacopy"):
                         raise _unsayable(name, f"part of it lies elsewhere ({xattr})")
+                    if xattr == f"{overlay}whiteout":
+                        raise _unsayable(name, f"it may be a deleted file ({xattr})")
 
 
 def _unsayable(name: bytes, why: str) -> LayerDamaged:

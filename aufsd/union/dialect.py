@@ -74,6 +74,16 @@ def has_opaque_xattr(where: Where, namespace: str) -> bool:
     return _read(where, opaque_xattr(namespace)) == b"y"
 
 
+def whiteout_xattr(root: Where, namespace: str) -> str:
+    """The xattr that makes an empty file a whiteout in the layer with this root; "" if none does.
+
+    Linux 6.8 looks for it where the layer's root says so. It makes none itself; tools do that may
+    not make nodes (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
+    """
+    says_so = _read(root, opaque_xattr(namespace)) == b"x"
+    return f"{namespace}.overlay.whiteout" if says_so else ""
+
+
 def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
     """What stands on the content directory of a layer of this dialect."""
     if dialect is Dialect.AUFS:
