@@ -36,9 +36,8 @@ def test_the_sockets_have_the_modes_of_the_contract(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.root
 def test_the_control_socket_is_the_groups(tmp_path: Path) -> None:
-    if os.getuid():
-        pytest.skip("needs root")
     listener = bind(str(tmp_path / "control"), monitor=False, group="daemon")
     assert (tmp_path / "control").stat().st_gid != 0
     listener.close()
