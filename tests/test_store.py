@@ -1,7 +1,9 @@
 """The store on a real disk: create, remove, swap, recover, adopt, refuse."""
 
 import os
+import resource
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +12,13 @@ import pytest
 
 from aufsd.kernel import probe, syscalls
 from aufsd.store import recovery
+from aufsd.store.check import check
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
+from aufsd.union import dialect as dialects
 from aufsd.union.backend import XattrNamespace
+from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     LayerDamaged,
     LayerExists,
@@ -314,3 +319,42 @@ def test_a_full_disk_is_said_with_its_code(tmp_path: Path) -> None:
             assert names(small) == before
     finally:
         syscalls.umount2(str(small))
+
+
+def test_a_deep_check_goes_as_deep_as_a_layer_and_names_what_it_cannot_read(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path / "s") as store:
+        make(store, A)
+        make(store, B)
+        # deeper than Python recurses, and a path longer than a path can be
+        here = os.open(tmp_path / "s/diff/a", os.O_RDONLY)
+        for _ in range(1200):
+            os.mkdir("d" * 10, dir_fd=here)
+            below = os.open("d" * 10, os.O_RDONLY, dir_fd=here)
+            os.close(here)
+            here = below
+        os.close(os.open(".wh.gone", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+        os.setxattr(f"/proc/self/fd/{here}", f"{NAMESPACE}.overlay.redirect", b"/x")
+        os.close(here)
+        dialects.write_dialect(store.layout.content(A), Dialect.OVERLAY, NAMESPACE)
+        before = len(os.listdir("/proc/self/fd"))
+        found = check(store, id=None, deep=True, repair=False, mounted=None)
+        assert [(each.id, each.problem) for each in found] == [
+            (A, "stray-xattr"),
+            (A, "mixed-dialects"),
+        ]
+        assert len(os.listdir("/proc/self/fd")) == before
+        # one layer that cannot be read is no reason not to look at the next
+        (tmp_path / "s/mnt/b").rmdir()
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        try:
+            found = check(store, id=None, deep=True, repair=False, mounted=None)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert [(each.id, each.problem) for each in found] == [
+            (A, "unreadable"),
+            (B, "missing-mount-point"),
+        ]
+        subprocess.run(["rm", "-rf", tmp_path / "s/diff/a"], check=True)

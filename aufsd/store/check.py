@@ -26,6 +26,8 @@ from aufsd.union.dialect import Dialect
 
 P = ParamSpec("P")
 
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
 
 def check(
     store: Store,
@@ -101,7 +103,10 @@ def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[P
         detail = f"a conversion to {half} was cut off; the next mount or convert finishes it"
         yield Problem(id, "half-converted", detail, False)
     elif deep:
-        yield from _content(store, id, content)
+        try:
+            yield from _content(store, id, content)
+        except OSError as error:
+            yield Problem(id, "unreadable", f"{content}: {error.strerror}", False)
 
 
 def _differing(store: Store, id: LayerId) -> str:
@@ -141,40 +146,79 @@ def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> Non
 
 
 def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
-    """Marks that this layer's dialect does not know, and what only part of a layer lies in."""
+    """Marks that this layer's dialect does not know, and what only part of a layer lies in.
+
+    What goes away meanwhile is passed over: the layer may be mounted. Raises any other OSError.
+    """
     dialect = dialects.read_dialect(content, store.xattr_namespace)
     opaque = dialects.opaque_xattr(store.xattr_namespace)
     elsewhere = {f"{store.xattr_namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
-    for directory, directories, names, fd in os.fwalk(content):
-        inside = directory.removeprefix(content)
-        for name in names:
-            path = _shown(os.path.join(inside, name))
-            if dialect is not Dialect.AUFS and dialects.deleted_name(os.fsencode(name)) is not None:
+    for inside, fd, rows in _walk(content):
+        for name, directory in rows:
+            path = _shown(inside + name)
+            if directory:
+                pass
+            elif dialect is not Dialect.AUFS and dialects.deleted_name(name) is not None:
                 yield Problem(id, "mixed-dialects", f"{path} is an aufs whiteout", False)
-            elif dialect is not Dialect.OVERLAY and dialects.is_whiteout_node(
-                os.lstat(name, dir_fd=fd)
-            ):
-                yield Problem(id, "mixed-dialects", f"{path} is an overlay whiteout", False)
-        for name in (*directories, *names):
-            path = _shown(f"{inside}/{name}")
-            found = set(os.listxattr(os.path.join(directory, name), follow_symlinks=False))
+            elif dialect is not Dialect.OVERLAY:
+                with suppress(FileNotFoundError):
+                    if dialects.is_whiteout_node(os.lstat(name, dir_fd=fd)):
+                        yield Problem(id, "mixed-dialects", f"{path} is an overlay whiteout", False)
+            try:
+                # by the descriptor: the whole path may be longer than a path can be
+                found = set(
+                    os.listxattr(b"/proc/self/fd/%d/%b" % (fd, name), follow_symlinks=False)
+                )
+            except FileNotFoundError:
+                continue
             if stray := found & elsewhere:
-                detail = f"{path} has {', '.join(sorted(stray))}"
-                yield Problem(id, "stray-xattr", detail, False)
+                yield Problem(id, "stray-xattr", f"{path} has {', '.join(sorted(stray))}", False)
             if opaque in found and dialect is not Dialect.OVERLAY:
                 yield Problem(id, "mixed-dialects", f"{path} is opaque as overlay says it", False)
-            if dialect is Dialect.AUFS and _is_long(os.fsencode(name)):
+            if dialect is Dialect.AUFS and _is_long(name):
                 detail = f"{path}: aufs lists names of more than 242 bytes, and cannot open them"
                 yield Problem(id, "long-name", detail, False)
+
+
+def _walk(top: str) -> Iterator[tuple[bytes, int, list[tuple[bytes, bool]]]]:
+    """Every directory from the top down: its path inside, open, and what it holds and whether that
+    is a directory. As deep as there are descriptors, which os.fwalk() is not: it recurses."""
+    levels: list[tuple[bytes, int, list[bytes]]] = []
+    inside, fd = b"/", os.open(top, _DIRECTORY)
+    try:
+        while True:
+            left: list[bytes] = []
+            levels.append((inside, fd, left))
+            with os.scandir(fd) as entries:
+                rows = [
+                    (os.fsencode(entry.name), entry.is_dir(follow_symlinks=False))
+                    for entry in entries
+                ]
+            left += [name for name, directory in rows if directory]
+            yield inside, fd, rows
+            below = None
+            while below is None:
+                while not levels[-1][2]:
+                    os.close(levels.pop()[1])
+                    if not levels:
+                        return
+                above, fd, left = levels[-1]
+                inside = b"%b%b/" % (above, left[-1])
+                with suppress(FileNotFoundError):
+                    below = os.open(left.pop(), _DIRECTORY, dir_fd=fd)
+            fd = below
+    finally:
+        for _, fd, _ in levels:
+            os.close(fd)
 
 
 def _is_long(name: bytes) -> bool:
     return len(name) > dialects.AUFS_NAME_MAX and not name.startswith(dialects.WHITEOUT)
 
 
-def _shown(path: str) -> str:
+def _shown(path: bytes) -> str:
     """A path, for a sentence that goes out as JSON."""
-    return path.encode("utf-8", "backslashreplace").decode()
+    return path.decode("utf-8", "backslashreplace")
 
 
 def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:

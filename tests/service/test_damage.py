@@ -1,6 +1,7 @@
 """Damaged stores: the damage is told, the rest is served, and repair deletes nothing."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 from aufsd.kernel import syscalls
 from aufsd_client import Client, errors
 from tests.archives import tar
+from tests.crash.strace import traced, untraceable
 from tests.daemon import Daemon
 
 pytestmark = pytest.mark.service
@@ -189,7 +191,7 @@ def test_deep_names_what_aufs_cannot_open(stacked: Daemon, client: Client) -> No
     found = [(row.problem, row.detail) for row in client.check("other", deep=True).problems]
     assert {problem for problem, _ in found} == {"long-name"}
     names = [detail.partition(":")[0] for _, detail in found]
-    assert names == [f"/{'n' * 243}", "/d/" + r"\udcff" * 255]
+    assert names == [f"/{'n' * 243}", "/d/" + r"\xff" * 255]
 
 
 # --- content against what was recorded when it was applied ----------------------------------------
@@ -301,6 +303,27 @@ def test_a_change_that_is_meant_is_no_damage(
     stacked.kill()
     stacked.start()
     assert problems(client, deep=True) == set()
+
+
+def test_the_record_is_gone_from_the_disk_before_anybody_can_write(
+    stacked: Daemon, client: Client
+) -> None:
+    if why := untraceable():
+        pytest.skip(why)
+    assert stacked.process is not None
+    content = stacked.root / "diff"
+    with traced([stacked.process.pid], "trace=removexattr,fsync,mount,move_mount") as trace:
+        path = client.get("top").path
+        client.get("base")
+    calls = [
+        rf'removexattr\("{content}/top", "{FINGERPRINT}"',
+        rf"fsync\(\d+<{content}/top>",
+        rf'mount\(.*"{path}"',
+        rf'removexattr\("{content}/base", "{FINGERPRINT}"',
+        rf"fsync\(\d+<{content}/base>",
+    ]
+    found = [next(at for at, line in enumerate(trace.lines) if re.search(c, line)) for c in calls]
+    assert found == sorted(found)
 
 
 def test_a_layer_that_is_mounted_read_only_keeps_its_record(
