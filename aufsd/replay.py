@@ -16,6 +16,7 @@ from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.union.backend import Backend
+from aufsd_client.errors import MountFailed
 
 # what can be otherwise than when the last daemon ended
 Difference = Literal["vanished", "appeared", "partial", "holder"]
@@ -73,7 +74,7 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> li
             continue
         if not entry.read_only:
             # whoever mounted it may have written to it
-            with suppress(OSError):
+            with suppress(MountFailed):
                 store.unrecord(id)
         table.enter(id, entry)
         notes.append(Note(id, "appeared", "mounted without an entry: counts 1"))

@@ -24,7 +24,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
 from aufsd.union.backend import XattrNamespace
-from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, NoSpace
+from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
 
 # stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
 CREATING_XATTR = "aufsd.creating"
@@ -364,11 +364,19 @@ class Store:
     def unrecord(self, id: LayerId) -> None:
         """Before somebody may write into a layer: what is recorded of it is dropped, durably.
 
-        Raises OSError, and then the layer must not be given out.
+        Raises MountFailed, and then the layer must not be given out.
         """
-        if id not in self.unrecorded:
+        if id in self.unrecorded:
+            return
+        try:
             records.drop(self.layout.content(id), self.xattr_namespace, self.sync)
-            self.unrecorded.add(id)
+        except OSError as error:
+            raise MountFailed(
+                f"layer {id} cannot be made ready for being written to: {error.strerror}",
+                id=id,
+                errno=errno.errorcode.get(error.errno or 0, "EIO"),
+            ) from error
+        self.unrecorded.add(id)
 
     # --- the store as a whole -----------------------------------------------------------------
 
