@@ -1,7 +1,7 @@
 """What applies recorded of a served store's layers: dropped in time, and compared by `check`."""
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
 from aufsd.answers import Problem
 from aufsd.archive.fingerprint import problem
@@ -11,7 +11,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import Disk
-from aufsd.union import dialect as dialects
+from aufsd.union.dialect import Dialect, read_dialect
 from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, LimitExceeded
 
 
@@ -32,32 +32,34 @@ async def give_out(store: Store, table: Table, disk: Disk, id: LayerId) -> None:
 async def compare(
     store: Store, table: Table, disk: Disk, jobs: Jobs, ids: Sequence[LayerId]
 ) -> list[Problem]:
-    """Which of these layers are not what their archives made of them.
+    """Which of these layers are not what their archives made of them, or cannot be read.
 
-    Each is read in a process of its own. One that is mounted writable meanwhile is left out, and
-    so is one that is gone; what cannot be read is a problem.
+    Each is read in a process of its own, and claims nothing: what looks wrong is looked at again
+    with nobody changing it. One that is mounted writable meanwhile, or gone, is left out.
     """
     found = []
     for id in ids:
         with suppress(LayerNotFound, LayerDamaged, OSError):
-            async with _read(store, table, disk, id) as (branch, recorded):
-                if not recorded:
-                    continue
-                try:
-                    differs = problem(id, recorded, await jobs.fingerprint(branch))
-                except (InternalError, LimitExceeded) as error:
-                    found.append(Problem(id, "unreadable", error.message, False))
-                    continue
-                if differs and await disk.run(store.recorded, id) == recorded:
-                    found.append(differs)
+            if await _differs(store, disk, jobs, id):
+                async with table.reading((id,)):
+                    differs = await _differs(store, disk, jobs, id)
+                found += [] if differs is None else [differs]
     return found
 
 
-@asynccontextmanager
-async def _read(
-    store: Store, table: Table, disk: Disk, id: LayerId
-) -> AsyncIterator[tuple[Branch, str]]:
-    async with table.reading((id,)):
-        content = store.layout.content(id)
-        dialect = await disk.run(dialects.read_dialect, content, store.xattr_namespace)
-        yield Branch(id, dialect), await disk.run(store.recorded, id)
+async def _differs(store: Store, disk: Disk, jobs: Jobs, id: LayerId) -> Problem | None:
+    """What is wrong with one layer, by its record; None for nothing, and where there is none."""
+    recorded, dialect = await disk.run(_look_up, store, id)
+    if not recorded:
+        return None
+    try:
+        differs = problem(id, recorded, await jobs.fingerprint(Branch(id, dialect)))
+    except (InternalError, LimitExceeded) as error:
+        differs = Problem(id, "unreadable", error.message, False)
+    # mounted by now, it may be written to
+    return differs if differs and await disk.run(store.recorded, id) == recorded else None
+
+
+def _look_up(store: Store, id: LayerId) -> tuple[str, Dialect]:
+    dialect = read_dialect(store.layout.content(id), store.xattr_namespace)
+    return store.recorded(id), dialect

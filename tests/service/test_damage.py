@@ -4,7 +4,10 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -192,6 +195,51 @@ def test_deep_names_what_aufs_cannot_open(stacked: Daemon, client: Client) -> No
     assert {problem for problem, _ in found} == {"long-name"}
     names = [detail.partition(":")[0] for _, detail in found]
     assert names == [f"/{'n' * 243}", "/d/" + r"\xff" * 255]
+
+
+def test_a_check_beside_running_calls_raises_no_false_alarm(
+    stacked: Daemon, client: Client
+) -> None:
+    """Each looks wrong for a moment: made, applied to, mounted, converted, unmounted, removed."""
+    over = threading.Event()
+    rounds = 0
+
+    def others(name: str) -> None:
+        nonlocal rounds
+        try:
+            with stacked.client() as own:
+                while not over.is_set():
+                    own.create(name, parent="base")
+                    for call in (
+                        lambda: own.apply_diff(name, tar({name: b"x", ".wh.base": b""})),
+                        lambda: own.convert(name, "aufs"),
+                        lambda: Path(own.get(name).path, "new").write_bytes(b"x"),
+                        lambda: own.put(name),
+                        lambda: own.apply_diff(name, tar({"more": b"x"})),
+                    ):
+                        # a deep check reads it
+                        with suppress(errors.LayerInUse):
+                            call()
+                    while not own.remove(name).removed:
+                        pass
+                    rounds += 1
+        finally:
+            over.set()
+
+    threads = [threading.Thread(target=others, args=(f"new{number}",)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for number in count():
+            assert client.check(deep=number % 2 == 0, repair=number % 4 == 0).problems == []
+            assert not over.is_set()
+            if number >= 12 and rounds >= 4:
+                break
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert problems(client, deep=True) == set()
 
 
 # --- content against what was recorded when it was applied ----------------------------------------
