@@ -204,7 +204,8 @@ def _apply(
     reader = Reader(source, meter)
     unpacker = Unpacker(reader, own.dialect, settings, meter, inherit_from_below)
     size = unpacker.run()
-    found = unpacker.fingerprint(view.Layer(own, _here(), settings.namespace))
+    layer = view.Layer(own, _here(), settings.namespace)
+    found = fingerprint.of_new(layer, settings, unpacker.memory)
     if settings.sync == "filesystem":
         syscalls.syncfs(_here())
     return _packed(meter, size, source.digest(), found)

@@ -14,7 +14,7 @@ import stat
 import struct
 from typing import Final, TypeAlias
 
-from isal.isal_zlib import crc32
+from isal.isal_zlib import crc32 as crc32
 
 from aufsd.answers import Problem
 from aufsd.archive.attributes import CAPABILITY, may_travel
@@ -33,6 +33,8 @@ _ZEROS: Final = bytes(_BLOCK)
 _WINDOW: Final = 16 * _BLOCK
 _SIZE: Final = 16  # bytes of a number
 _SECOND: Final = 1_000_000_000
+# every file system keeps times from 1970 till then, in nanoseconds, as they are given
+KEPT_UNTIL: Final = (1 << 31) * _SECOND
 # name, mode, user, group, time, size or device, length of the xattrs that follow
 _ROW: Final = b"%b\0%o %d %d %d %d %d\0%b"
 _PLAIN: Final = b"%b\0%o %d %d %d %d 0\0"
@@ -47,36 +49,31 @@ class Memory:
     """Files as they were made, so that none of them has to be looked at again.
 
     Those are left out that have several names, an xattr that counts, or a time that a file system
-    might not keep. Nothing of it holds once something was removed.
+    might not keep. `plain`: nothing but directories was given an xattr.
     """
 
-    __slots__ = ("_by_directory", "linked")
+    __slots__ = ("_by_directory", "linked", "plain")
 
     def __init__(self) -> None:
         self._by_directory: dict[int, dict[bytes, Written]] = {}
         # inodes that got another name
         self.linked: set[int] = set()
+        self.plain = True
 
     def of(self, directory: int) -> dict[bytes, Written]:
         """What is known of a directory, by its inode; to be added to."""
         return self._by_directory.setdefault(directory, {})
 
+    def forget(self) -> None:
+        """Something was removed, and inodes may be others'."""
+        self._by_directory.clear()
+
     def note(self, directory: int, name: bytes, found: os.stat_result, body: memoryview) -> None:
         """Add a file with one name and no xattrs, and a body of at most a block."""
         self.of(directory)[name] = (
             *(found.st_mode, found.st_uid, found.st_gid),
-            *(found.st_mtime_ns, found.st_size, of_bytes(body)),
+            *(found.st_mtime_ns, found.st_size, crc32(body)),
         )
-
-
-def is_kept(mtime: int) -> bool:
-    """Whether every file system keeps this time, in nanoseconds, as it is given."""
-    return 0 <= mtime < (1 << 31) * _SECOND
-
-
-def of_bytes(body: bytes | memoryview) -> int:
-    """The number of a file that holds this, up to a block of it."""
-    return crc32(body)
 
 
 def of_file(fd: int, size: int) -> int:
@@ -124,15 +121,31 @@ def fingerprint(
     settings: Settings,
     meter: Meter,
     memory: Memory | None = None,
-    *,
-    plain: bool = False,
 ) -> str:
     """The numbers of the layer that the current directory is the root of, as text.
 
-    The current directory is another one afterwards. What `memory` does not have is read. `plain`:
-    nothing but directories has an xattr that counts. Raises OSError.
+    The current directory is another one afterwards. What `memory` does not have is read. Raises
+    OSError.
     """
-    return _Reading(layer, settings, meter, memory or Memory(), plain=plain).run()
+    return _Reading(layer, settings, meter, memory).run()
+
+
+def of_new(layer: Layer, settings: Settings, memory: Memory | None) -> str:
+    """What is recorded of a layer that an archive has just been unpacked into, as its root.
+
+    "" for one that was not empty before: then what it held may be damaged already, and would be
+    recorded so. "" too for a whole layer (Dialect.NONE), and for one that is deeper than this
+    process may have files open. Raises any other OSError.
+    """
+    if memory is None or layer.whole:
+        return ""
+    os.chdir("/")
+    try:
+        return fingerprint(layer, settings, Meter(lambda size, entries: None), memory)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        return ""
 
 
 def differences(recorded: str, found: str) -> str:
@@ -162,15 +175,13 @@ class _Reading:
         layer: Layer,
         settings: Settings,
         meter: Meter,
-        memory: Memory,
-        *,
-        plain: bool,
+        memory: Memory | None,
     ) -> None:
         self._layer = layer
         self._settings = settings
         self._meter = meter
-        self._memory = memory
-        self._plain = plain
+        self._memory = memory or Memory()
+        self._plain = memory is not None and memory.plain
         self._names = hashlib.blake2b(digest_size=_SIZE)
         self._contents = hashlib.blake2b(digest_size=_SIZE)
         # the first name of each inode that has several

@@ -14,7 +14,7 @@ from typing import Final
 
 from aufsd.archive import headers, holes, names
 from aufsd.archive.attributes import Owners, imported, may_travel
-from aufsd.archive.fingerprint import Memory, fingerprint, is_kept, of_bytes
+from aufsd.archive.fingerprint import KEPT_UNTIL, Memory, crc32
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
@@ -22,7 +22,6 @@ from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
-from aufsd.archive.view import Layer
 from aufsd.union import dialect as marks
 from aufsd.union.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
@@ -78,8 +77,8 @@ class Unpacker:
         # of the current entry, for directories that it implies
         self._mtime = 0
         self._told: set[bytes] = set()
-        self._memory = Memory()
-        self._plain = True
+        # what was made; nothing of a layer that held something before
+        self.memory = Memory() if fresh else None
 
     def run(self) -> int:
         """Unpack everything; the bytes of the layer's regular files afterwards.
@@ -102,25 +101,9 @@ class Unpacker:
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
         tree.finish()
+        if self.memory and tree.removed:
+            self.memory.forget()
         return self._tally.total()
-
-    def fingerprint(self, layer: Layer) -> str:
-        """After `run`: what is recorded of the layer; "" where it was not empty before.
-
-        Then what it held may be damaged already, and would be recorded so. "" too where the layer
-        is deeper than this process may have files open.
-        """
-        if not self._tree.fresh or layer.whole:
-            return ""
-        os.chdir(b"/")
-        memory = None if self._tree.removed else self._memory
-        unheard = Meter(lambda size, entries: None)
-        try:
-            return fingerprint(layer, self._settings, unheard, memory, plain=self._plain)
-        except OSError as error:
-            if error.errno != errno.EMFILE:
-                raise
-            return ""
 
     # --- one entry ----------------------------------------------------------------------------
 
@@ -200,8 +183,8 @@ class Unpacker:
             if mode & _SPECIAL_BITS:
                 os.fchmod(fd, mode)
             os.utime(fd, ns=(member.mtime, member.mtime))
-            if body is not None and size <= holes.PIECE and not member.xattrs and self._tree.fresh:
-                self._memory.note(self._tree.here.inode, name, os.fstat(fd), body)
+            if self.memory and body is not None and size <= holes.PIECE and not member.xattrs:
+                self.memory.note(self._tree.here.inode, name, os.fstat(fd), body)
         finally:
             os.close(fd)
         if self._tree.hides:
@@ -213,10 +196,10 @@ class Unpacker:
         Ends before one that is not as simple as that, for whatever reason.
         """
         tree, tally, owners = self._tree, self._tally, self._owners
-        if tree.hides:
+        if tree.hides or self.memory is None:
             return
         setgid = tree.here.setgid
-        written = self._memory.of(tree.here.inode)
+        written = self.memory.of(tree.here.inode)
         for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
             size = len(body)
             if (
@@ -243,8 +226,8 @@ class Unpacker:
             finally:
                 os.close(fd)
             tally.add(1, size)
-            if is_kept(mtime):
-                written[name] = (stat.S_IFREG | mode, *owner, mtime, size, of_bytes(body))
+            if mtime < KEPT_UNTIL:
+                written[name] = (stat.S_IFREG | mode, *owner, mtime, size, crc32(body))
 
     def _large(self, fd: int, size: int) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -301,7 +284,8 @@ class Unpacker:
             ) from None
         except PermissionError:
             raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
-        self._memory.linked.add(os.lstat(name).st_ino)
+        if self.memory:
+            self.memory.linked.add(os.lstat(name).st_ino)
         self._tally.add(1)
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
@@ -380,7 +364,8 @@ class Unpacker:
         self, where: bytes | int, member: Member, directory: Directory | None = None
     ) -> None:
         assert member.xattrs is not None
-        self._plain = self._plain and isinstance(directory, Directory)
+        if self.memory and directory is None:
+            self.memory.plain = False
         for name, value in imported(
             member.xattrs, self._settings, self._owners, member.name, self._meter
         ):

@@ -48,6 +48,7 @@ PLAIN = [entry(f"d/{number}", b"x" * number, mode=0o644) for number in range(5)]
 )
 @given(ARCHIVES)
 @example([directory("d"), *PLAIN, link("d/z", "d/2"), link("a", "d/3"), entry("d/1", b"new")])
+@example([directory("d"), *PLAIN, symlink("d/2", "x"), directory("d/3"), entry("d/3/y")])
 @example([directory("d", mode=0o2775), *PLAIN, link("d/0a", "d/4")])
 @example([*PLAIN, symlink("e", "d"), entry("e/9"), entry("e/3", b"again")])
 @example([*PLAIN, directory(".wh..wh.plnk"), entry(".wh..wh.plnk/1.2"), link("p", "d/2")])
