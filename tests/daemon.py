@@ -107,6 +107,33 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def archive_processes(pid: int) -> list[int]:
+    """Below a daemon: the fork server, the first of its namespace, the two children that wait.
+
+    A child of an earlier job ends a moment after that, and one that waits is forked later: so they
+    have to be the same for two looks.
+    """
+    found: list[int] = []
+
+    def all_there() -> bool:
+        before = found.copy()
+        found[:] = descendants(pid)
+        return len(found) == 4 and found == before
+
+    eventually(all_there)
+    return found
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below one, parents before their children."""
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    children = list(map(int, text.split()))
+    return [*children, *(below for child in children for below in descendants(child))]
+
+
 @contextmanager
 def daemon(directory: Path, *flags: str, root: Path | None = None) -> Iterator[Daemon]:
     """A started daemon; killed at the end, and what it left mounted is unmounted."""

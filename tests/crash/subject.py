@@ -14,7 +14,6 @@ from pathlib import Path
 
 from aufsd.kernel import mountinfo, syscalls
 from aufsd_client import Client
-from tests.daemon import eventually
 
 WITHIN = 60.0  # seconds
 
@@ -69,17 +68,6 @@ class Subject:
     @property
     def log(self) -> str:
         return (self.directory / "log").read_text()
-
-    def archive_processes(self) -> list[int]:
-        """The fork server, the first of its namespace, and the two children that wait for jobs."""
-        found: list[int] = []
-
-        def all_there() -> bool:
-            found[:] = _descendants(self.pid)
-            return len(found) == 4
-
-        eventually(all_there)
-        return found
 
     def start(self, *flags: str, held: bool = False) -> None:
         """Have it forked; `held` until `release`."""
@@ -140,15 +128,6 @@ class Subject:
         if self._ready is not None:
             self._ready.close()
             self._ready = None
-
-
-def _descendants(pid: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except FileNotFoundError:
-        return []
-    children = list(map(int, text.split()))
-    return [*children, *(below for child in children for below in _descendants(child))]
 
 
 @contextmanager

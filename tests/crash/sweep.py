@@ -20,6 +20,7 @@ from tests.crash.scenarios import Scenario, clear, populate
 from tests.crash.store import Seen
 from tests.crash.strace import CALLS, OPENING, Trace, traced
 from tests.crash.subject import Subject
+from tests.daemon import archive_processes
 
 KILLS = ("KILL", "STOP")
 Where = Literal["daemon", "archive"]
@@ -198,7 +199,7 @@ class Sweep:
 
     def _trace(self, stack: ExitStack, where: Where, *expressions: str) -> Trace:
         subject = self.subject
-        pids = [subject.pid] if where == "daemon" else subject.archive_processes()
+        pids = [subject.pid] if where == "daemon" else archive_processes(subject.pid)
         return stack.enter_context(traced(pids, *expressions))
 
 

@@ -14,7 +14,7 @@ import pytest
 from aufsd_client import Client
 from tests.archives import tar
 from tests.crash.strace import Trace, traced, untraceable
-from tests.daemon import Daemon, daemon, eventually
+from tests.daemon import Daemon, archive_processes, daemon
 
 pytestmark = pytest.mark.service
 
@@ -29,16 +29,9 @@ def watched(served: Daemon) -> Iterator[Trace]:
     if why := untraceable():
         pytest.skip(why)
     assert served.process is not None
-    pids = [served.process.pid]
-    eventually(lambda: len(descendants(pids[0])) >= 3)
-    pids += descendants(pids[0])
+    pids = [served.process.pid, *archive_processes(served.process.pid)]
     with traced(pids, f"trace={','.join((*SYNCS, *NAMES, *CONTENT))}") as trace:
         yield trace
-
-
-def descendants(pid: int) -> list[int]:
-    children = list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    return [*children, *(below for child in children for below in descendants(child))]
 
 
 def positions(trace: Trace, *patterns: str) -> list[int]:
