@@ -313,19 +313,13 @@ class Driver:
                     return await self.snapshots.apply(id, source, digest=digest)
                 finally:
                     self.erase.set()
-            chain = await self.disk.run(self._branches, self.store.chain(id))
-            empty = await self.disk.run(self._is_empty, id)
-            if empty:
-                # nothing to keep: written as the backend reads it, so that it never converts
-                chain = (Branch(id, self.backend.dialect), *chain[1:])
-            xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
-            staged = ""
+            chain, empty, staged = await self.disk.run(self._stage, self.store.chain(id))
             try:
-                staged = await self.disk.run(self.store.stage, id, xattrs)
                 if not empty:
                     await self.jobs.clone(id, staged)
                 made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
                 await self.disk.run(self.store.swap_in, id, staged, made.fingerprint)
+                staged = ""
             finally:
                 if staged:
                     with trio.CancelScope(shield=True):
@@ -405,6 +399,16 @@ class Driver:
 
     def _branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
         return tuple(Branch(id, self._dialect(id)) for id in chain)
+
+    def _stage(self, ids: tuple[LayerId, ...]) -> tuple[tuple[Branch, ...], bool, str]:
+        """For an archive into the first of a chain: the branches, whether it is empty, staging."""
+        chain = self._branches(ids)
+        empty = self._is_empty(ids[0])
+        if empty:
+            # nothing to keep: written as the backend reads it, so that it never converts
+            chain = (Branch(ids[0], self.backend.dialect), *chain[1:])
+        xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
+        return chain, empty, self.store.stage(ids[0], xattrs)
 
     def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
         """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
