@@ -4,6 +4,7 @@ Pure but for the Source it reads from. It judges the format only; what a name or
 layer is `unpack`'s.
 """
 
+import re
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 from zlib import adler32
@@ -25,6 +26,11 @@ _ID_MAX: Final = (1 << 32) - 2
 _HEADER_ONLY: Final = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
 # with the mtime all that most PAX headers of GNU tar's say
 _UNUSED: Final = frozenset((b"atime", b"ctime"))
+# what GNU tar writes for every file with a fraction in its time; each length is two digits long
+_THREE_TIMES: Final = re.compile(
+    rb"([0-9]{2}) mtime=([0-9]{1,11})\.([0-9]{1,9})\n"
+    rb"([0-9]{2}) atime=([0-9.]{1,21})\n([0-9]{2}) ctime=([0-9.]{1,21})\n"
+).fullmatch
 # one extent of a sparse file, each in a record of its own
 _SPARSE_PAIR: Final = frozenset((b"GNU.sparse.offset", b"GNU.sparse.numbytes"))
 # headers that say more about the one that follows; Solaris wrote X for x
@@ -348,6 +354,14 @@ def _only_time(records: bytes) -> int | None:
 
     Raises HeaderError.
     """
+    if found := _THREE_TIMES(records):
+        a, whole, fraction, b, atime, c, ctime = found.groups()
+        if (
+            int(a) == len(whole) + len(fraction) + 11
+            and int(b) == len(atime) + 10
+            and int(c) == len(ctime) + 10
+        ):
+            return int(whole + fraction.ljust(9, b"0"))
     time = None
     for key, value in headers.parse_pax(records):
         if key == b"mtime":

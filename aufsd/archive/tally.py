@@ -31,9 +31,9 @@ class Tally:
         if self._bytes > self._most_bytes or self._entries > self._most_entries:
             self._judge(size)
 
-    def has_room(self, size: int) -> bool:
-        """Whether one more entry of this size would be within the limits, by what is counted."""
-        return self._bytes + size <= self._most_bytes and self._entries < self._most_entries
+    def room(self) -> tuple[float, float]:
+        """How many entries and bytes are left up to the limits, by what is counted."""
+        return self._most_entries - self._entries, self._most_bytes - self._bytes
 
     def total(self) -> int:
         """Bytes of the layer's regular files, each inode once."""

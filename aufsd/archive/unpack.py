@@ -200,13 +200,15 @@ class Unpacker:
             return
         setgid = tree.here.setgid
         written = self.memory.of(tree.here.inode)
+        entries, room = tally.room()
         for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
             size = len(body)
             if (
                 mode & _SPECIAL_BITS
                 or size > holes.PIECE
                 or (name[0] == _DOT and (name in _NO_FILES or name.startswith(marks.WHITEOUT)))
-                or not tally.has_room(size)
+                or entries < 1
+                or size > room
                 or (owner := owners.known.get((uid, gid))) is None
             ):
                 return
@@ -226,6 +228,8 @@ class Unpacker:
             finally:
                 os.close(fd)
             tally.add(1, size)
+            entries -= 1
+            room -= size
             if mtime < KEPT_UNTIL:
                 written[name] = (stat.S_IFREG | mode, *owner, mtime, size, crc32(body))
 

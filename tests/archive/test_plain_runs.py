@@ -98,6 +98,31 @@ def test_a_run_is_what_its_members_are(
     assert read(bytes(stream), b"d/") == read(bytes(stream), None)
 
 
+STAMPS = st.one_of(
+    st.from_regex(rb"[0-9]{1,12}(\.[0-9]{1,10})?", fullmatch=True),
+    st.sampled_from([b"", b".5", b"5.", b"1..5", b"-1.5", b"x", b"1.5\n"]),
+)
+
+
+@given(STAMPS, STAMPS, STAMPS, st.sampled_from([0, 0, 0, 1, -1]), st.integers(0, 2))
+@example(b"1795529725.749534660", b"1795529725.7", b"1795529725.749534660", 0, 0)
+@example(b"1795529725.749534660", b"1795529725.7", b"1795529725.749534660", 1, 1)
+def test_the_times_that_gnu_tar_writes_are_what_their_records_say(
+    mtime: bytes, atime: bytes, ctime: bytes, off: int, which: int
+) -> None:
+    """In a run they are found in one step, where each is as long as it says."""
+    records = []
+    for index, (key, value) in enumerate(((b"mtime", mtime), (b"atime", atime), (b"ctime", ctime))):
+        size = len(value) + 10 + (off if index == which else 0)
+        records.append(b"%02d %b=%b\n" % (size, key, value))
+    body = b"".join(records)
+    before = tarfile.TarInfo("d/b")
+    before.type, before.size = b"x", len(body)
+    stream = tar(entry("d/a"))[:512] + before.tobuf(tarfile.USTAR_FORMAT)
+    stream += body + bytes(-len(body) % 512) + tar(entry("d/b", b"y"))
+    assert read(stream, b"d/") == read(stream, None)
+
+
 def test_a_run_goes_on_as_long_as_files_are_plain() -> None:
     """Or the test above would say nothing."""
     stream = tar(*[entry(f"d/{n}", b"x", mtime=n + 0.25) for n in range(9)], directory("d/e"))
