@@ -14,6 +14,9 @@ from typing import ParamSpec, TypeVar
 import outcome
 import trio
 
+# eventfds that are kept for the next calls; a crowd of calls needs one each
+BELLS_KEPT = 8
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -112,7 +115,10 @@ class MountThread:
             with trio.CancelScope(shield=True):
                 await trio.lowlevel.wait_readable(bell)
         os.eventfd_read(bell)
-        self._bells.append(bell)
+        if len(self._bells) < BELLS_KEPT:
+            self._bells.append(bell)
+        else:
+            os.close(bell)
         return results[0].unwrap()
 
     def close(self) -> None:

@@ -22,10 +22,11 @@ import pytest
 import trio
 
 from aufsd.kernel import syscalls
+from aufsd.threads import BELLS_KEPT
 from aufsd_client import Client, errors
 from aufsd_client.trio import Client as TrioClient
 from tests.archives import tar
-from tests.daemon import Daemon, daemon, eventually
+from tests.daemon import Daemon, archive_processes, daemon, eventually
 from tests.rpc.raw_peer import line
 
 pytestmark = pytest.mark.service
@@ -70,32 +71,25 @@ def layers(client: Client) -> list[str]:
 
 
 def open_files(daemon: Daemon) -> Counter[str]:
-    """What the daemon and its children have open, by kind; once a child waits for the next job."""
+    """What the daemon and its archive processes have open, by kind, once no job runs."""
+    assert daemon.process is not None
+    own = daemon.process.pid
     found: Counter[str] = Counter()
 
     def settled() -> bool:
-        nonlocal found
-        found = _open_files(daemon)
-        # the memfd is what a child tries itself out on before its job comes (archive/warming.py)
-        return found["processes"] == 4 and not found["/memfd:archive (deleted)"]
+        found.clear()
+        try:
+            for pid in (own, *archive_processes(own)):
+                for fd in os.listdir(f"/proc/{pid}/fd"):
+                    found[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{fd}"))] += 1
+        except (FileNotFoundError, ProcessLookupError):
+            return False
+        # some are kept for the next calls
+        found["anon_inode:[eventfd]"] = max(found["anon_inode:[eventfd]"], BELLS_KEPT)
+        # on which a child tries itself out before its job comes (archive/warming.py)
+        return not found["/memfd:archive (deleted)"]
 
     eventually(settled)
-    return found
-
-
-def _open_files(daemon: Daemon) -> Counter[str]:
-    assert daemon.process is not None
-    found: Counter[str] = Counter()
-    pids = [daemon.process.pid]
-    try:
-        for pid in pids:
-            children = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-            pids += map(int, children.split())
-            for fd in os.listdir(f"/proc/{pid}/fd"):
-                found[re.sub(r"\d+", "N", os.readlink(f"/proc/{pid}/fd/{fd}"))] += 1
-    except (FileNotFoundError, ProcessLookupError):
-        return Counter()
-    found["processes"] = len(pids)
     return found
 
 
