@@ -19,6 +19,8 @@ TRIES = 5
 PAUSE = 0.1  # seconds
 # mounts whose users are looked for when a layer is refused: each time all of /proc is read
 _LOOKED_AT = 4
+# one at a time, so that whoever is refused again and again keeps no other thread busy
+_looking = trio.CapacityLimiter(1)
 
 
 async def unmount(
@@ -68,7 +70,9 @@ async def naming(layout: Layout, disk: Disk) -> AsyncIterator[None]:
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):
             targets = [layout.mount_point(id) for id in ids[:_LOOKED_AT]]
-            found = {each["pid"]: each for each in await disk.run(_users, targets)}
+            async with _looking:
+                users = await disk.run(_users, targets)
+            found = {each["pid"]: each for each in users}
             for holder in holders:
                 holder.update(found.pop(holder["pid"], {}))
             holders += found.values()
