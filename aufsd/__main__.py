@@ -172,7 +172,7 @@ def _check(flags: dict[str, object]) -> int:
         with offline.open_offline(root, Settings(namespace=namespace)) as branches:
             problems += branches.compare(sorted(store.parent))
             problems += branches.read_by_aufs(sorted(store.parent))
-    for problem in problems:
+    for problem in map(check.readable, problems):
         where = problem.id or "store"
         done = " (repaired)" if problem.repaired else ""
         print(f"{where}: {problem.problem}: {problem.detail}{done}")

@@ -25,6 +25,7 @@ from aufsd.peer import Peer
 from aufsd.refs import Reference
 from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
+from aufsd.store.check import readable
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
@@ -368,7 +369,7 @@ class Driver:
             ids = sorted(store.parent) if id is None else [id]
             found += await fingerprints.compare(store, table, self.disk, self.jobs, ids)
             found += await checks.read_by_aufs(store, table, self.disk, self.jobs, ids)
-        return answers.Check(found)
+        return answers.Check(list(map(readable, found)))
 
     # --- what these share ---------------------------------------------------------------------
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import ParamSpec
 
+from msgspec.structs import replace
+
 from aufsd.answers import Problem
 from aufsd.kernel import mountinfo
 from aufsd.store.content import fsync
@@ -54,6 +56,16 @@ def check(
     if mounted is not None:
         found += _uncounted(store, mounted)
     return found
+
+
+def readable(problem: Problem) -> Problem:
+    """The problem as it may be told: of names, what JSON or a terminal does not take is escaped."""
+    return replace(problem, id=_escaped(problem.id), detail=_escaped(problem.detail))
+
+
+def _escaped(text: str) -> str:
+    whole = os.fsencode(text).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole)
 
 
 def again(

@@ -143,9 +143,12 @@ def test_what_belongs_to_no_layer_goes_into_quarantine_and_is_not_deleted(
     (root / "mnt/stray").mkdir()
     (root / "layers/not an id").write_text("x")
     (root / "layers/directory").mkdir()
+    # no JSON can carry its name, and no terminal should
+    os.mkdir(os.fsencode(root) + b"/diff/x\xff\n")
     found = {
         ("stray", "orphan-content"),
         ("stray", "orphan-mount-point"),
+        ("x\\xff\\n", "orphan-content"),
         ("not an id", "stray-record"),
         ("directory", "stray-record"),
     }
