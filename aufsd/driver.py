@@ -314,8 +314,9 @@ class Driver:
                     return await self.snapshots.apply(id, source, digest=digest)
                 finally:
                     self.erase.set()
-            chain, empty, staged = await self.disk.run(self._stage, self.store.chain(id))
+            staged = ""
             try:
+                chain, empty, staged = await self.disk.run(self._stage, self.store.chain(id))
                 if not empty:
                     await self.jobs.clone(id, staged)
                 made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
