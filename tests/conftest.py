@@ -7,6 +7,7 @@ can stay behind on the host. An ordinary user gets a user namespace first, as `m
 
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,9 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_configure() -> None:
+    # a shell's background jobs ignore it, and so would all that is started from here
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     required = os.environ.get("AUFSD_REQUIRE", "").split()
     missing = [f"{tier} ({OFF[tier]})" for tier in required if OFF[tier]]
     if missing:
