@@ -39,6 +39,8 @@ _PREFACES: Final = frozenset((headers.PAX, b"X", headers.PAX_GLOBAL, b"L", b"K")
 
 # name, (mode, uid, gid), time in nanoseconds, content
 Plain: TypeAlias = tuple[bytes, tuple[int, int, int], int, memoryview]
+# GNU tar writes the other times of a file whose own time has no fraction
+_NO_TIME: Final = -1
 _fields: Final = headers.FIELDS.unpack_from
 _owner, _size, _seconds = headers.owner_of, headers.size_of, headers.seconds_of
 _adler: Final = headers.adler_of
@@ -104,6 +106,8 @@ class Reader:
                     time = _only_time(memory[start + BLOCK : start + BLOCK + length])
                     if time is None:
                         return
+                    if time == _NO_TIME:
+                        time = None
                     block = memory[at : at + BLOCK]
                     name, owner, size, mtime, checksum, kind, link, more = _fields(block)
                 if kind != headers.REGULAR or link or more or not name.startswith(prefix):
@@ -350,9 +354,8 @@ class Reader:
 
 
 def _only_time(records: bytes) -> int | None:
-    """The mtime in the records of a PAX header, None if they say anything of importance besides.
-
-    Raises HeaderError.
+    """The mtime in the records of a PAX header, _NO_TIME without one; None if they say anything of
+    importance besides, or a time before 1970. Raises HeaderError.
     """
     if found := _THREE_TIMES(records):
         a, whole, fraction, b, atime, c, ctime = found.groups()
@@ -362,10 +365,12 @@ def _only_time(records: bytes) -> int | None:
             and int(c) == len(ctime) + 10
         ):
             return int(whole + fraction.ljust(9, b"0"))
-    time = None
+    time = _NO_TIME
     for key, value in headers.parse_pax(records):
         if key == b"mtime":
             time = headers.nanoseconds(value)
+            if time < 0:
+                return None
         elif key not in _UNUSED:
             return None
     return time
