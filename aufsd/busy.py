@@ -60,23 +60,32 @@ async def unmount(
 
 @asynccontextmanager
 async def naming(layout: Layout, disk: Disk) -> AsyncIterator[None]:
-    """Have a LayerInUse that leaves the block name who has the mounts open, not only who counted.
+    """Have a LayerInUse that leaves the block say what `name_users` adds.
 
-    Those who do both come once, with their `uses`. Cancelled meanwhile: the error is not raised.
+    Cancelled meanwhile: the error is not raised.
     """
     try:
         yield
     except LayerInUse as error:
-        ids, holders = error.data.get("layers"), error.data.get("holders")
-        if isinstance(ids, list) and isinstance(holders, list):
-            targets = [layout.mount_point(id) for id in ids[:_LOOKED_AT]]
-            async with _looking:
-                users = await disk.run(_users, targets)
-            found = {each["pid"]: each for each in users}
-            for holder in holders:
-                holder.update(found.pop(holder["pid"], {}))
-            holders += found.values()
+        await name_users(error, layout, disk)
         raise
+
+
+async def name_users(error: LayerInUse, layout: Layout, disk: Disk) -> None:
+    """Have it name who has the mounts open, not only who counted.
+
+    Those who do both come once, with their `uses`. For get and put, to which `naming`, an
+    asynchronous generator, is a fifth of their time.
+    """
+    ids, holders = error.data.get("layers"), error.data.get("holders")
+    if isinstance(ids, list) and isinstance(holders, list):
+        targets = [layout.mount_point(id) for id in ids[:_LOOKED_AT]]
+        async with _looking:
+            users = await disk.run(_users, targets)
+        found = {each["pid"]: each for each in users}
+        for holder in holders:
+            holder.update(found.pop(holder["pid"], {}))
+        holders += found.values()
 
 
 def _users(targets: Sequence[str]) -> list[dict[str, object]]:

@@ -18,7 +18,7 @@ import trio
 from aufsd import __version__, answers, checks, fingerprints
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
-from aufsd.busy import naming
+from aufsd.busy import name_users, naming
 from aufsd.kernel import holders as kernel_holders
 from aufsd.mounts import Mounts
 from aufsd.peer import Peer
@@ -242,8 +242,10 @@ class Driver:
         await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            async with naming(self.store.layout, self.disk):
-                entry = await self.unions.get(id, reference, label=mount_label)
+            entry = await self.unions.get(id, reference, label=mount_label)
+        except LayerInUse as error:
+            await name_users(error, self.store.layout, self.disk)
+            raise
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -258,8 +260,11 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        async with naming(self.store.layout, self.disk):
+        try:
             entry = await self.unions.put(id, pid=peer.pid)
+        except LayerInUse as error:
+            await name_users(error, self.store.layout, self.disk)
+            raise
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)
