@@ -453,8 +453,11 @@ def test_calls_beyond_a_limit_are_refused_until_others_end(
                 if "error" in answer:
                     # it is one of the same user's
                     return "--max-calls-per-uid" in flags
-                running = f"\naufsd_calls_in_flight {archives + 1}\n"
-                return running in answer["result"]["text"]
+                wanted = [f"\naufsd_calls_in_flight {archives + 1}\n"]
+                if "--max-jobs" in flags:
+                    # a call looks at its layers before it stands in line
+                    wanted.append(f"\naufsd_jobs_waiting {archives - 1}\n")
+                return all(each in answer["result"]["text"] for each in wanted)
 
             eventually(all_run)
         for method in refuses:
