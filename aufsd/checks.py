@@ -11,7 +11,6 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import Disk
-from aufsd.union.dialect import read_dialect
 from aufsd_client.errors import LayerDamaged, LayerNotFound
 
 
@@ -50,8 +49,7 @@ async def read_by_aufs(
     found = []
 
     def branches(chain: Sequence[LayerId]) -> tuple[Branch, ...]:
-        content, namespace = store.layout.content, store.xattr_namespace
-        return tuple(Branch(id, read_dialect(content(id), namespace)) for id in chain)
+        return tuple(Branch(id, store.dialect(id)) for id in chain)
 
     for id in ids:
         with suppress(LayerNotFound, LayerDamaged, FileNotFoundError, NotADirectoryError):

@@ -19,6 +19,7 @@ from aufsd import config as configuration
 from aufsd import journal
 from aufsd.archive.jobs import open_jobs
 from aufsd.archive.requests import Limits
+from aufsd.busy import Naming
 from aufsd.config import Config, ConfigError
 from aufsd.driver import Driver
 from aufsd.idmap import to_host
@@ -151,6 +152,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 snapshots=Snapshots(store, jobs, disk, table, config.selinux),
                 erase=upkeep.erase,
                 upkeep=upkeep,
+                naming=Naming(store.layout, disk),
             )
             nursery.start_soon(upkeep.run)
             try:

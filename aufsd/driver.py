@@ -18,7 +18,7 @@ import trio
 from aufsd import __version__, answers, checks, fingerprints
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
-from aufsd.busy import name_users, naming
+from aufsd.busy import Naming
 from aufsd.kernel import holders as kernel_holders
 from aufsd.mounts import Mounts
 from aufsd.peer import Peer
@@ -67,6 +67,8 @@ class Driver:
     # set to have removed layers deleted in the background
     erase: Bell
     upkeep: Upkeep
+    # around what may be refused because a layer is in use
+    naming: Naming
     # layers that are in the backend's dialect; whether their `/` is opaque
     roots: dict[LayerId, bool] = field(default_factory=dict)
 
@@ -242,10 +244,8 @@ class Driver:
         await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            entry = await self.unions.get(id, reference, label=mount_label)
-        except LayerInUse as error:
-            await name_users(error, self.store.layout, self.disk)
-            raise
+            async with self.naming:
+                entry = await self.unions.get(id, reference, label=mount_label)
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -260,11 +260,8 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        try:
+        async with self.naming:
             entry = await self.unions.put(id, pid=peer.pid)
-        except LayerInUse as error:
-            await name_users(error, self.store.layout, self.disk)
-            raise
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)
@@ -312,7 +309,7 @@ class Driver:
     ) -> answers.Streamed:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
-        async with naming(self.store.layout, self.disk), self.unions.table.changing(id):
+        async with self.naming, self.unions.table.changing(id):
             self.roots.pop(id, None)
             if self.store.snapshots:
                 try:
@@ -336,7 +333,7 @@ class Driver:
 
     async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
-        async with naming(self.store.layout, self.disk), self.unions.table.changing(id):
+        async with self.naming, self.unions.table.changing(id):
             self.roots.pop(id, None)
             return answers.Converted(await self.upkeep.convert(id, to))
 
@@ -434,9 +431,8 @@ class Driver:
         return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
 
     def _dialect(self, id: LayerId) -> Dialect:
-        content = self.store.layout.content(id)
         try:
-            return dialects.read_dialect(content, self.store.xattr_namespace)
+            return self.store.dialect(id)
         except (FileNotFoundError, NotADirectoryError):
             problem = "its content directory is missing"
             raise LayerDamaged(

@@ -11,7 +11,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import Disk
-from aufsd.union.dialect import Dialect, read_dialect
+from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, LimitExceeded
 
 
@@ -61,5 +61,4 @@ async def _differs(store: Store, disk: Disk, jobs: Jobs, id: LayerId) -> Problem
 
 
 def _look_up(store: Store, id: LayerId) -> tuple[str, Dialect]:
-    dialect = read_dialect(store.layout.content(id), store.xattr_namespace)
-    return store.recorded(id), dialect
+    return store.recorded(id), store.dialect(id)

@@ -138,11 +138,6 @@ def position(entry: Entry, reference: Reference) -> int:
     return entry.references.index(reference)
 
 
-def dropped(entry: Entry, reference: Reference) -> Entry:
-    """One reference less: exactly one, also where an equal one stands beside it."""
-    return without(entry, position(entry, reference))
-
-
 def without(entry: Entry, at: int) -> Entry:
     """The entry without the reference at this position."""
     references = entry.references

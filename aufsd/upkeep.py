@@ -109,7 +109,7 @@ class Upkeep:
         was; where not even that can be done it stays half converted, which every reader
         understands, and is finished in the background.
         """
-        before = await self.disk.run(self._dialect, id)
+        before = await self.disk.run(self.store.dialect, id)
         try:
             return await self.jobs.convert(id, to)
         except BaseException:
@@ -122,7 +122,7 @@ class Upkeep:
             half = await self.disk.run(self._interrupted, id)
             # with no mark it may be whole and not known to last, or not begun: converting back
             # is right for the one and nothing for the other
-            if half is not None or await self.disk.run(self._dialect, id) is not before:
+            if half is not None or await self.disk.run(self.store.dialect, id) is not before:
                 await self.jobs.convert(id, before)
         except (AufsdError, OSError) as error:
             log.warning("a conversion is left half done", id=id, error=str(error))
@@ -154,9 +154,6 @@ class Upkeep:
                 await self.jobs.convert(id, half)
                 self.recovered.append(Recovered("finished", "convert", id))
                 log.warning("recovered", action="finished", what="convert", name=id)
-
-    def _dialect(self, id: LayerId) -> Dialect:
-        return dialects.read_dialect(self.store.layout.content(id), self.store.xattr_namespace)
 
     def _interrupted(self, id: LayerId) -> Dialect | None:
         return dialects.interrupted(self.store.layout.content(id), self.store.xattr_namespace)

@@ -1,6 +1,8 @@
 """The journal gives back the table, whole or up to where it was cut."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -52,7 +54,7 @@ def test_cut_at_any_byte_it_is_read_up_to_the_cut(tmp_path: Path) -> None:
         {A: HELD},
         {A: HELD, B: HELD},
         {A: HELD, B: both},
-        {A: HELD, B: refs.dropped(both, HELD.references[0])},
+        {A: HELD, B: refs.without(both, 0)},
     ]
     ends = [index + 1 for index, byte in enumerate(whole) if byte == ord("\n")]
     for cut in range(len(whole) + 1):
@@ -103,12 +105,20 @@ def test_it_is_written_anew_before_it_grows_without_end(tmp_path: Path) -> None:
     assert journal.read(str(path), "/store") == {A: HELD}
 
 
+@contextmanager
+def small_tmpfs(at: Path, options: str) -> Iterator[Path]:
+    """A tmpfs with no more room than these options give it."""
+    at.mkdir()
+    syscalls.mount("tmpfs", str(at), "tmpfs", 0, options)
+    try:
+        yield at
+    finally:
+        syscalls.umount2(str(at))
+
+
 @pytest.mark.mounts
 def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    syscalls.mount("tmpfs", str(small), "tmpfs", 0, "size=32k")
-    try:
+    with small_tmpfs(tmp_path / "small", "size=32k") as small:
         path = str(small / "journal")
         table: dict[LayerId, Entry] = {A: HELD}
         book = Journal(path, "/store", table)
@@ -131,19 +141,12 @@ def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -
         assert journal.read(path, "/store") == {B: HELD}
         book.close()
         assert os.listdir(small) == ["journal"]
-    finally:
-        syscalls.umount2(str(small))
 
 
 @pytest.mark.mounts
 def test_a_state_directory_that_is_full_at_start_stops_nothing(tmp_path: Path) -> None:
-    small = tmp_path / "small"
-    small.mkdir()
-    syscalls.mount("tmpfs", str(small), "tmpfs", 0, "size=4k,nr_inodes=1")
-    try:
+    with small_tmpfs(tmp_path / "small", "size=4k,nr_inodes=1") as small:
         book = Journal(str(small / "journal"), "/store", {})
         assert book.failure
         book.record(A, HELD, {A: HELD})
         book.close()
-    finally:
-        syscalls.umount2(str(small))

@@ -86,7 +86,7 @@ class OneLayer(RuleBasedStateMachine):
         if step is OnPut.COUNT:
             assert self.entry is not None
             assert gone is not None
-            self.entry = refs.dropped(self.entry, gone)
+            self.entry = refs.without(self.entry, refs.position(self.entry, gone))
             assert self.held
         else:
             assert step is OnPut.UNMOUNT
@@ -129,4 +129,5 @@ def test_a_layer_without_parents_only_counts() -> None:
 
 def test_dropping_one_of_two_equal_references_leaves_one() -> None:
     entry = Entry(State.MOUNTED, union=True, references=(reference(1), reference(1)))
-    assert refs.dropped(entry, reference(1)).references == (reference(1),)
+    at = refs.position(entry, reference(1))
+    assert refs.without(entry, at).references == (reference(1),)

@@ -167,7 +167,7 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
     elsewhere = {f"{store.xattr_namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
     for inside, fd, rows in _walk(content):
         for name, directory in rows:
-            path = _shown(inside + name)
+            path = os.fsdecode(inside + name)
             if directory:
                 pass
             elif dialect is not Dialect.AUFS and dialects.deleted_name(name) is not None:
@@ -226,11 +226,6 @@ def _walk(top: str) -> Iterator[tuple[bytes, int, list[tuple[bytes, bool]]]]:
 
 def _is_long(name: bytes) -> bool:
     return len(name) > dialects.AUFS_NAME_MAX and not name.startswith(dialects.WHITEOUT)
-
-
-def _shown(path: bytes) -> str:
-    """A path, for a sentence that goes out as JSON."""
-    return path.decode("utf-8", "backslashreplace")
 
 
 def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:

@@ -24,6 +24,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
 from aufsd.union.backend import XattrNamespace
+from aufsd.union.dialect import Dialect, read_dialect
 from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
 
 # stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
@@ -356,6 +357,10 @@ class Store:
                 raise
         self.discard_staged(staged)
         self.unrecorded.discard(id)
+
+    def dialect(self, id: LayerId) -> Dialect:
+        """How the layer's content says what is deleted. Raises OSError, where there is none."""
+        return read_dialect(self.layout.content(id), self.xattr_namespace)
 
     def recorded(self, id: LayerId) -> str:
         """What an apply recorded of the layer's content; "" for nothing."""

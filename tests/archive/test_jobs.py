@@ -131,12 +131,18 @@ async def test_a_diff_that_nobody_reads_can_be_cancelled(shelf: Shelf) -> None:
     assert shelf.jobs.running() == []
 
 
+async def with_one_file(shelf: Shelf) -> "subprocess.Popen[bytes]":
+    """Have a layer `a` that holds `x`; the fork server that was used."""
+    shelf.add("a")
+    await shelf.apply(tar(entry("x")), "a")
+    process = shelf.jobs.server.process
+    assert process is not None
+    return process
+
+
 async def test_a_fork_server_that_died_is_started_again(tmp_path: Path) -> None:
     async with open_shelf(tmp_path) as shelf:
-        shelf.add("a")
-        await shelf.apply(tar(entry("x")), "a")
-        process = shelf.jobs.server.process
-        assert process is not None
+        process = await with_one_file(shelf)
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         stream = await shelf.diff("a")
@@ -148,10 +154,7 @@ async def test_a_server_whose_children_never_live_gives_up_and_another_is_starte
 ) -> None:
     """It forked for ever, and a job that waited for a child was never answered."""
     async with open_shelf(tmp_path) as shelf:
-        shelf.add("a")
-        await shelf.apply(tar(entry("x")), "a")
-        process = shelf.jobs.server.process
-        assert process is not None
+        process = await with_one_file(shelf)
         (first,) = children_of(process.pid)
         with trio.fail_after(30):
             while process.poll() is None:
@@ -164,10 +167,7 @@ async def test_a_server_whose_children_never_live_gives_up_and_another_is_starte
 
 async def test_a_job_that_no_child_began_is_given_to_another(tmp_path: Path) -> None:
     async with open_shelf(tmp_path) as shelf:
-        shelf.add("a")
-        await shelf.apply(tar(entry("x")), "a")
-        process = shelf.jobs.server.process
-        assert process is not None
+        process = await with_one_file(shelf)
         (first,) = children_of(process.pid)
         os.kill(first, signal.SIGSTOP)
         for spare in children_of(first):
