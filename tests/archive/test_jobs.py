@@ -31,6 +31,7 @@ from aufsd_client.errors import (
 )
 from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, listing, tar
+from tests.daemon import eventually
 
 pytestmark = pytest.mark.mounts
 
@@ -42,6 +43,20 @@ def descriptors() -> int:
 def children_of(pid: int) -> list[int]:
     with open(f"/proc/{pid}/task/{pid}/children") as file:
         return [int(pid) for pid in file.read().split()]
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and wait until it is, or has ended: till then it may fork, or take a job."""
+
+    def stopped() -> bool:
+        try:
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX"
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+    eventually(stopped)
 
 
 def processes(server: ForkServer) -> list[int]:
@@ -169,9 +184,9 @@ async def test_a_job_that_no_child_began_is_given_to_another(tmp_path: Path) -> 
     async with open_shelf(tmp_path) as shelf:
         process = await with_one_file(shelf)
         (first,) = children_of(process.pid)
-        os.kill(first, signal.SIGSTOP)
+        stop(first)
         for spare in children_of(first):
-            os.kill(spare, signal.SIGSTOP)
+            stop(spare)
         async with trio.open_nursery() as nursery:
 
             async def diff() -> None:
