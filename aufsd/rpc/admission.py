@@ -6,8 +6,7 @@ which is everybody, cannot keep others off the control socket.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -89,9 +88,8 @@ class Admission:
 
     # --- connections --------------------------------------------------------------------------
 
-    @contextmanager
-    def connection(self, uid: int, *, monitor: bool) -> Iterator[None]:
-        """Count one more for the length of the block, or Overloaded."""
+    def admit(self, uid: int, *, monitor: bool) -> None:
+        """Count one more, or Overloaded."""
         try:
             self._room(uid, monitor=monitor)
         except Overloaded:
@@ -99,10 +97,10 @@ class Admission:
             raise
         self.accepted += 1
         self._connections[monitor, uid] += 1
-        try:
-            yield
-        finally:
-            _less(self._connections, (monitor, uid))
+
+    def leave(self, uid: int, *, monitor: bool) -> None:
+        """Count one that was admitted less."""
+        _less(self._connections, (monitor, uid))
 
     def _room(self, uid: int, *, monitor: bool) -> None:
         of_socket = sum(n for (kind, _), n in self._connections.items() if kind is monitor)

@@ -18,7 +18,6 @@ from aufsd.rpc import dispatch, outcome
 from aufsd.rpc.admission import Admission
 from aufsd.rpc.calls import Answer, Call, Operations
 from aufsd.rpc.dispatch import Bindings, Bound
-from aufsd.rpc.hangups import Hangups
 from aufsd.rpc.outbox import Outbox
 from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError, ShuttingDown
 
@@ -44,7 +43,6 @@ class Desk:
     bindings: Bindings
     admission: Admission
     observe: Observe
-    hangups: Hangups
 
 
 class _Done(NamedTuple):
@@ -60,7 +58,14 @@ class Runner:
     """Owns the descriptors that its calls claimed, until they end."""
 
     def __init__(
-        self, desk: Desk, peer: Peer, groups: tuple[int, ...], outbox: Outbox, *, monitor: bool
+        self,
+        desk: Desk,
+        peer: Peer,
+        groups: tuple[int, ...],
+        outbox: Outbox,
+        *,
+        monitor: bool,
+        freed: Callable[[], None],
     ) -> None:
         self._desk = desk
         self._peer = peer
@@ -71,16 +76,14 @@ class Runner:
         self._plain = Call(desk.driver, peer, self._permit)
         self._outbox = outbox
         self._streams: set[trio.CancelScope] = set()
-        self._in_flight = 0
-        self._freed = trio.lowlevel.ParkingLot()
+        self._freed = freed
+        self.in_flight = 0
 
-    async def below_the_limit(self) -> None:
-        """Wait until another call may be begun."""
-        while (
-            self._in_flight >= self._admission.settings.max_in_flight
-            or self._outbox.held > _MAX_HELD
-        ):
-            await self._freed.park()
+    @property
+    def has_room(self) -> bool:
+        """Whether another call may be begun. When one ends, `freed` is called."""
+        limit = self._admission.settings.max_in_flight
+        return self.in_flight < limit and self._outbox.held <= _MAX_HELD
 
     def cancel_streams(self) -> None:
         """The outbox is closed: cancel what streams to or from the peer."""
@@ -92,7 +95,7 @@ class Runner:
 
         It is in flight until what this returns, which has to be awaited, has ended.
         """
-        self._in_flight += 1
+        self.in_flight += 1
         self._admission.begin(self._peer.uid)
         try:
             request = dispatch.decode(line)
@@ -117,10 +120,9 @@ class Runner:
         return Bound(self._gate, self._plain, error=error)
 
     def _end(self) -> None:
-        self._in_flight -= 1
+        self.in_flight -= 1
         self._admission.end(self._peer.uid)
-        if self._freed:
-            self._freed.unpark()
+        self._freed()
 
     # --- answers ------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from aufsd.rpc import dispatch
 from aufsd.rpc.admission import Admission, Allow, Settings, Statistics
 from aufsd.rpc.calls import Operations
 from aufsd.rpc.connection import Connection
-from aufsd.rpc.hangups import Hangups
 from aufsd.rpc.listeners import Listener
 from aufsd.rpc.methods import TABLE
+from aufsd.rpc.reader import Reader
 from aufsd.rpc.runner import Desk, Observe
 from aufsd_client.errors import AufsdError, Overloaded
 
@@ -43,8 +43,8 @@ class Server:
     def __init__(self, driver: Operations, settings: Settings, observe: Observe) -> None:
         self._idle = trio.Event()
         self._admission = Admission(settings, on_idle=self._idle.set)
-        self._hangups = Hangups()
-        self._desk = Desk(driver, dispatch.bindings(TABLE), self._admission, observe, self._hangups)
+        self._desk = Desk(driver, dispatch.bindings(TABLE), self._admission, observe)
+        self._reader = Reader()
         self._connections: set[Connection] = set()
 
     @property
@@ -60,7 +60,7 @@ class Server:
         """A snapshot of the counts."""
         return self._admission.statistics()
 
-    async def accept(self, listener: Listener, handlers: trio.Nursery) -> None:
+    async def accept(self, listener: Listener) -> None:
         """Let peers in until cancelled."""
         while True:
             await trio.lowlevel.wait_readable(listener.sock)
@@ -72,28 +72,38 @@ class Server:
                     log.error("cannot accept connections", error=error.strerror)
                     await trio.sleep(_EXHAUSTED_PAUSE)
                 continue
-            handlers.start_soon(self._serve, sock, listener.monitor)
+            self._let_in(sock, monitor=listener.monitor)
 
-    async def _serve(self, sock: socket.socket, monitor: bool) -> None:
-        """Serve one peer to its end, or tell it why not. What goes wrong here is its alone."""
-        with sock:
-            try:
-                sock.setblocking(False)
-                pid, uid, gid = struct.unpack(
-                    "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-                )
-                with self._admission.connection(uid, monitor=monitor):
-                    peer = identify(pid, uid, gid)
-                    connection = Connection(sock, peer, _groups(sock), self._desk, monitor=monitor)
-                    self._connections.add(connection)
-                    try:
-                        await connection.serve()
-                    finally:
-                        self._connections.remove(connection)
-            except Overloaded as error:
-                _turn_away(sock, error)
-            except Exception as error:
-                log.error("connection failed", exc_info=error)
+    def _let_in(self, sock: socket.socket, *, monitor: bool) -> None:
+        """Serve a peer from here on, or tell it why not. What goes wrong here is its alone."""
+        try:
+            self._admit(sock, monitor=monitor)
+        except Overloaded as error:
+            _turn_away(sock, error)
+            sock.close()
+        except Exception as error:
+            log.error("connection failed", exc_info=error)
+            sock.close()
+
+    def _admit(self, sock: socket.socket, *, monitor: bool) -> None:
+        sock.setblocking(False)
+        pid, uid, gid = struct.unpack(
+            "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        peer, groups = identify(pid, uid, gid), _groups(sock)
+        self._admission.admit(uid, monitor=monitor)
+        try:
+            connection = Connection(
+                sock, peer, groups, self._desk, self._reader, monitor=monitor, ended=self._ended
+            )
+        except BaseException:
+            self._admission.leave(uid, monitor=monitor)
+            raise
+        self._connections.add(connection)
+
+    def _ended(self, connection: Connection) -> None:
+        self._connections.remove(connection)
+        self._admission.leave(connection.peer.uid, monitor=connection.monitor)
 
     async def run(
         self,
@@ -103,22 +113,22 @@ class Server:
     ) -> None:
         """See `serve`."""
         try:
-            async with trio.open_nursery() as background:
-                background.start_soon(self._hangups.run)
-                async with trio.open_nursery() as handlers:
-                    async with trio.open_nursery() as accepting:
-                        for listener in listeners:
-                            accepting.start_soon(self.accept, listener, handlers)
-                        task_status.started(self)
-                        await shutdown.wait()
-                        accepting.cancel_scope.cancel()
+            async with trio.open_nursery() as reading:
+                reading.start_soon(self._reader.run)
+                async with trio.open_nursery() as accepting:
                     for listener in listeners:
-                        listener.close()
-                    await self._drain()
-                    handlers.cancel_scope.cancel()
-                background.cancel_scope.cancel()
+                        accepting.start_soon(self.accept, listener)
+                    task_status.started(self)
+                    await shutdown.wait()
+                    accepting.cancel_scope.cancel()
+                for listener in listeners:
+                    listener.close()
+                await self._drain()
+                reading.cancel_scope.cancel()
         finally:
-            self._hangups.close()
+            for connection in self._connections:
+                connection.close()
+            self._reader.close()
             for listener in listeners:
                 listener.close()
 

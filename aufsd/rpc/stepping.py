@@ -1,25 +1,28 @@
-"""Await a coroutine, and be told when it waits for the first time."""
+"""Run a coroutine up to its first wait, and the rest of it in a task."""
 
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from functools import partial
 from typing import Any
 
 
-@types.coroutine
-def watched(
-    coroutine: Coroutine[Any, Any, None], first_wait: Callable[[], object]
-) -> Generator[Any, Any, bool]:
-    """Await `coroutine`; call `first_wait` just before it gives up the event loop. Whether it did.
+def first_step(coroutine: Coroutine[Any, Any, None]) -> Awaitable[None] | None:
+    """Run `coroutine` until it would give up the event loop; the rest of it, None if it has ended.
 
-    It stays in the caller's task: what it yields goes to Trio's runner, and what that sends or
-    throws comes back, as with `yield from` (PEP 380), which cannot be told of the first yield.
+    The task that calls this has to await the rest before anything else: Trio knows by now that it
+    is this one that waits. What the coroutine raises is raised.
     """
     try:
         message = coroutine.send(None)
     except StopIteration:
-        return False
-    first_wait()
+        return None
+    return _rest(coroutine, message)
+
+
+@types.coroutine
+def _rest(coroutine: Coroutine[Any, Any, None], message: object) -> Generator[Any, Any, None]:
+    # what it yields goes to Trio's runner, and what that sends or throws comes back, as with
+    # `yield from` (PEP 380), which can only start with a coroutine that nobody has started
     while True:
         resume: Callable[[], Any]
         try:
@@ -29,4 +32,4 @@ def watched(
         try:
             message = resume()
         except StopIteration:
-            return True
+            return

@@ -8,6 +8,7 @@ from pathlib import Path
 import trio
 
 from aufsd.rpc.listeners import bind
+from aufsd.rpc.runner import Observe
 from aufsd.rpc.server import Server, Settings, serve
 from tests.rpc.fake_driver import FakeDriver
 from tests.rpc.raw_peer import RawPeer
@@ -27,9 +28,22 @@ class Served:
     observed: list[tuple[str, str]] = field(default_factory=list)
     server: Server = field(init=False)
 
+    def observe(self, method: str, outcome: str, seconds: float) -> None:
+        """Note how a call ended."""
+        self.observed.append((method, outcome))
 
-async def start(nursery: trio.Nursery, directory: Path, settings: Settings | None = None) -> Served:
-    """Have a server run in `nursery`, until that is cancelled or `shutdown` is set."""
+
+async def start(
+    nursery: trio.Nursery,
+    directory: Path,
+    settings: Settings | None = None,
+    *,
+    observe: Observe | None = None,
+) -> Served:
+    """Have a server run in `nursery`, until that is cancelled or `shutdown` is set.
+
+    What it observes is noted in `observed`, unless there is an `observe`.
+    """
     made = Served(
         directory / "aufsd.sock",
         directory / "monitor.sock",
@@ -37,18 +51,22 @@ async def start(nursery: trio.Nursery, directory: Path, settings: Settings | Non
         trio.Event(),
         trio.Event(),
     )
-    made.server = await nursery.start(partial(_run, made, settings or Settings()))
+    made.server = await nursery.start(
+        partial(_run, made, settings or Settings(), observe or made.observe)
+    )
     return made
 
 
-async def _run(made: Served, settings: Settings, task_status: trio.TaskStatus[Server]) -> None:
+async def _run(
+    made: Served, settings: Settings, observe: Observe, task_status: trio.TaskStatus[Server]
+) -> None:
     try:
         await serve(
             [bind(str(made.control), monitor=False), bind(str(made.monitor), monitor=True)],
             made.driver,
             settings,
             shutdown=made.shutdown,
-            observe=lambda method, outcome, _: made.observed.append((method, outcome)),
+            observe=observe,
             task_status=task_status,
         )
     finally:

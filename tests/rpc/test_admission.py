@@ -16,27 +16,29 @@ def admission(settings: Settings) -> Admission:
 
 def test_the_connections_of_one_socket_are_limited_and_leave_the_other_free() -> None:
     counts = admission(Settings(max_connections=2))
-    with counts.connection(1000, monitor=True):
-        with counts.connection(1001, monitor=True):
-            with pytest.raises(Overloaded), counts.connection(1002, monitor=True):
-                pass
-            with counts.connection(1000, monitor=False):
-                found = counts.statistics()
-        with counts.connection(1002, monitor=True):
-            pass
+    counts.admit(1000, monitor=True)
+    counts.admit(1001, monitor=True)
+    with pytest.raises(Overloaded):
+        counts.admit(1002, monitor=True)
+    counts.admit(1000, monitor=False)
+    found = counts.statistics()
     assert (found.connections, found.accepted, found.refused) == (3, 3, 1)
+    counts.leave(1001, monitor=True)
+    counts.admit(1002, monitor=True)
+    counts.leave(1000, monitor=True)
+    counts.leave(1002, monitor=True)
+    counts.leave(1000, monitor=False)
     assert counts.statistics().connections == 0
 
 
 def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> None:
     counts = admission(Settings(max_connections_per_user=1))
-    with counts.connection(1000, monitor=False):
-        with pytest.raises(Overloaded), counts.connection(1000, monitor=False):
-            pass
-        with counts.connection(1001, monitor=False):
-            pass
-    with counts.connection(1000, monitor=False):
-        pass
+    counts.admit(1000, monitor=False)
+    with pytest.raises(Overloaded):
+        counts.admit(1000, monitor=False)
+    counts.admit(1001, monitor=False)
+    counts.leave(1000, monitor=False)
+    counts.admit(1000, monitor=False)
 
 
 def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:

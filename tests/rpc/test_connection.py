@@ -137,6 +137,55 @@ async def test_at_64_calls_in_flight_the_connection_is_not_read_until_one_ends(
     assert ids == {*range(64), "later"}
 
 
+async def test_lines_that_were_read_beyond_the_limit_are_begun_as_calls_end(
+    served: Served, connect: Connect
+) -> None:
+    peer = connect(served.control)
+    await peer.send(b"".join(line("create", n, id=f"slow{n}") for n in range(100)))
+    await served.driver.until_running(64)
+    await trio.testing.wait_all_tasks_blocked()
+    assert served.driver.running == 64
+    served.driver.go.set()
+    assert {(await peer.receive())["id"] for _ in range(100)} == set(range(100))
+
+
+async def test_peers_take_turns_line_by_line(served: Served, connect: Connect) -> None:
+    many, one = connect(served.control), connect(served.monitor)
+    # both before the server looks
+    many.sock.send(notification("ping") * 1000)
+    one.sock.send(line("version") * 5)
+    for _ in range(5):
+        await one.receive()
+    assert [method for method, _ in served.observed].index("version") < 10
+    assert len(served.observed) < 100
+
+
+async def test_a_fault_of_ours_ends_the_connection_that_it_was_met_on_and_no_other(
+    nursery: trio.Nursery, tmp_path: Path, connect: Connect
+) -> None:
+    def observe(method: str, outcome: str, seconds: float) -> None:
+        if method in ("version", "create"):
+            raise RuntimeError("a fault")
+
+    served = await start(nursery, tmp_path, observe=observe)
+    other = connect(served.control)
+    for request, after in (
+        (line("version"), b""),
+        (line("version"), line("create", id="never")),
+        (line("create", id="slow"), line("create", id="slower")),
+    ):
+        peer = connect(served.control)
+        await peer.send(request + after)
+        await other.settle()
+        served.driver.go.set()
+        while await peer.receive_line():
+            pass
+        await other.settle()
+    assert "create never" not in served.driver.calls
+    assert served.server.statistics().connections == 1
+    assert served.server.statistics().in_flight == 0
+
+
 async def test_a_peer_that_has_sent_all_may_wait_for_its_answers(
     served: Served, connect: Connect
 ) -> None:

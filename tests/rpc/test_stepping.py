@@ -1,44 +1,53 @@
-"""A coroutine is awaited as ever, and its first wait is told."""
-
-from collections.abc import Callable, Coroutine
-from typing import Any
+"""A coroutine runs up to its first wait at once, and what is left of it is awaited as ever."""
 
 import pytest
 import trio
 
-from aufsd.rpc.stepping import watched
+from aufsd.rpc.stepping import first_step
 
 
-async def at_once(done: list[str]) -> None:
-    done.append("done")
-
-
-async def after_waits(done: list[str]) -> None:
-    for _ in range(3):
-        await trio.lowlevel.checkpoint()
-    done.append("done")
-
-
-@pytest.mark.parametrize(("work", "waits"), [(at_once, False), (after_waits, True)])
-async def test_the_first_wait_is_told_and_only_that(
-    work: Callable[[list[str]], Coroutine[Any, Any, None]], waits: bool
-) -> None:
+async def test_one_that_never_waits_has_ended() -> None:
     done: list[str] = []
-    told: list[list[str]] = []
-    assert await watched(work(done), lambda: told.append(done.copy())) is waits
+
+    async def work() -> None:
+        done.append("done")
+
+    assert first_step(work()) is None
     assert done == ["done"]
-    assert told == ([[]] if waits else [])
 
 
-@pytest.mark.parametrize("waits", [False, True])
-async def test_what_it_raises_is_raised(waits: bool) -> None:
-    async def fail() -> None:
-        if waits:
+async def test_one_that_waits_goes_on_when_the_rest_is_awaited() -> None:
+    done: list[int] = []
+
+    async def work() -> None:
+        for each in range(3):
+            done.append(each)
             await trio.lowlevel.checkpoint()
+
+    rest = first_step(work())
+    assert rest is not None
+    assert done == [0]
+    await rest
+    assert done == [0, 1, 2]
+
+
+async def test_what_it_raises_is_raised_at_once() -> None:
+    async def fail() -> None:
         raise LookupError("gone")
 
+    with pytest.raises(LookupError, match="gone"):
+        first_step(fail())
+
+
+async def test_what_it_raises_later_is_raised_by_the_rest() -> None:
+    async def fail() -> None:
+        await trio.lowlevel.checkpoint()
+        raise LookupError("gone")
+
+    rest = first_step(fail())
+    assert rest is not None
     with pytest.raises(LookupError, match="gone") as caught:
-        await watched(fail(), lambda: None)
+        await rest
     assert caught.value.__context__ is None
 
 
@@ -54,7 +63,10 @@ async def test_a_cancellation_reaches_it_and_it_may_clean_up() -> None:
             seen.append("cleaned up")
 
     with trio.CancelScope() as scope:
-        await watched(work(), scope.cancel)
+        rest = first_step(work())
+        assert rest is not None
+        scope.cancel()
+        await rest
     assert scope.cancelled_caught
     assert seen == ["cleaned up"]
 
@@ -67,5 +79,7 @@ async def test_it_stays_in_the_task_that_awaits_it() -> None:
         await trio.lowlevel.checkpoint()
         tasks.append(trio.lowlevel.current_task())
 
-    await watched(work(), lambda: None)
+    rest = first_step(work())
+    assert rest is not None
+    await rest
     assert tasks == [trio.lowlevel.current_task()] * 2
