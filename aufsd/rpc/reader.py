@@ -7,6 +7,7 @@ from typing import Protocol
 import trio
 
 from aufsd.rpc.sockets import Hearing, Sockets
+from aufsd.service.log import together
 
 
 class Speaker(Hearing, Protocol):
@@ -36,7 +37,6 @@ class Reader:
         self.sockets: Sockets[Speaker] = Sockets()
         # those with lines to begin, each once: they take turns, line by line
         self._queue: deque[Speaker] = deque()
-        self._left = _TURN
         self._waiting = False
         # a task whose call has waited and ended, to read when the next call waits
         self._spare = trio.lowlevel.ParkingLot()
@@ -46,11 +46,11 @@ class Reader:
         async with trio.open_nursery() as tasks:
             await self._read(tasks)
 
-    def enqueue(self, connection: Speaker) -> None:
+    def enqueue(self, speaker: Speaker) -> None:
         """Have a connection looked at, which has something to do."""
-        if not connection.queued:
-            connection.queued = True
-            self._queue.append(connection)
+        if not speaker.queued:
+            speaker.queued = True
+            self._queue.append(speaker)
         if self._waiting:
             self._waiting = False
             self.sockets.ring()
@@ -67,43 +67,52 @@ class Reader:
         such call: a new one costs as much as a short call.
         """
         while True:
-            connection = await self._next()
-            try:
-                rest = connection.begin()
-            except Exception as error:
-                connection.fail(error)
-                continue
-            if rest is None:
+            waits = self._turn()
+            if waits is None:
+                await self._listen()
                 continue
             if not self._spare.unpark():
                 tasks.start_soon(self._read, tasks)
+            speaker, rest = waits
             try:
                 await rest
             except Exception as error:
-                connection.fail(error)
+                speaker.fail(error)
             if self._spare:
                 return
             await self._spare.park()
 
-    async def _next(self) -> Speaker:
-        """The next connection whose turn it is."""
-        while not self._queue or not self._left:
-            if self._queue:
-                await trio.lowlevel.checkpoint()
-            else:
-                self._waiting = True
-                await self.sockets.wait()
-                self._waiting = False
-            self._left = _TURN
-            for connection in self.sockets.heard():
-                if connection.queued:
-                    continue
+    def _turn(self) -> tuple[Speaker, Awaitable[None]] | None:
+        """Begin calls until one waits; that one. None when all are begun, or the turn is over."""
+        # their lines of the log go out in one piece
+        with together():
+            for _ in range(_TURN):
+                if not self._queue:
+                    return None
+                speaker = self._queue.popleft()
+                speaker.queued = False
                 try:
-                    connection.hear()
+                    rest = speaker.begin()
                 except Exception as error:
-                    connection.fail(error)
-                self.enqueue(connection)
-        self._left -= 1
-        connection = self._queue.popleft()
-        connection.queued = False
-        return connection
+                    speaker.fail(error)
+                else:
+                    if rest is not None:
+                        return speaker, rest
+        return None
+
+    async def _listen(self) -> None:
+        """Let everything else have its turn, and queue who has sent something by then."""
+        if self._queue:
+            await trio.lowlevel.checkpoint()
+        else:
+            self._waiting = True
+            await self.sockets.wait()
+            self._waiting = False
+        for speaker in self.sockets.heard():
+            if speaker.queued:
+                continue
+            try:
+                speaker.hear()
+            except Exception as error:
+                speaker.fail(error)
+            self.enqueue(speaker)

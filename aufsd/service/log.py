@@ -8,6 +8,7 @@ import os
 import select
 import time
 from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager
 from json import dumps
 from typing import Any, Literal
 
@@ -32,14 +33,25 @@ _PRIORITY = {
 
 
 class Writer:
-    """Writes lines to a descriptor that is not its own, and never waits for it."""
+    """Writes lines to a descriptor that is not its own, and never waits for it.
+
+    As a context manager: what is written within goes out together at its end.
+    """
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         self._held = bytearray()
+        self._together = False
         self.dropped = 0
+
+    def __enter__(self) -> None:
+        self._together = True
+
+    def __exit__(self, *_: object) -> None:
+        self._together = False
+        self.flush()
 
     def write(self, line: bytes) -> None:
         """Write the line, or hold it for later, or drop it."""
@@ -48,7 +60,8 @@ class Writer:
         else:
             self._held += line
             self._held += b"\n"
-        self.flush()
+        if not self._together:
+            self.flush()
 
     def flush(self) -> None:
         """Write what is held, as far as that needs no waiting."""
@@ -132,6 +145,11 @@ def emit(level: Level, event: str, **fields: Any) -> None:
     for process in _processors:
         found = process(None, level, found)
     _sink.writer.write(found)
+
+
+def together() -> AbstractContextManager[None]:
+    """Have what is logged within a block without an await written in one piece, at its end."""
+    return _sink.writer
 
 
 def _stamp(_: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
