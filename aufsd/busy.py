@@ -62,9 +62,7 @@ async def unmount(
 class Naming:
     """Around what may be refused: a LayerInUse names who has the mounts open, not only who counted.
 
-    Those who do both come once, with their `uses`. Cancelled meanwhile: the error is not raised.
-    One object serves every call, and a class because get and put come by here: an asynchronous
-    generator is a fifth of their time.
+    Cancelled meanwhile: the error is not raised. One object serves every call.
     """
 
     layout: Layout
@@ -74,8 +72,11 @@ class Naming:
         pass
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if not isinstance(error, LayerInUse):
-            return
+        if isinstance(error, LayerInUse):
+            await self.name(error)
+
+    async def name(self, error: LayerInUse) -> None:
+        """Put them into the error; who counted as well comes once, with its `uses`."""
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):
             targets = [self.layout.mount_point(id) for id in ids[:_LOOKED_AT]]

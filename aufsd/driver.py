@@ -241,11 +241,14 @@ class Driver:
             )
         if self.store.snapshots:
             await self.snapshots.settle(id)
-        await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
+        if self.store.parent.get(id, id) is None:
+            await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            async with self.naming:
-                entry = await self.unions.get(id, reference, label=mount_label)
+            entry = await self.unions.get(id, reference, label=mount_label)
+        except LayerInUse as error:
+            await self.naming.name(error)
+            raise
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -260,8 +263,11 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        async with self.naming:
+        try:
             entry = await self.unions.put(id, pid=peer.pid)
+        except LayerInUse as error:
+            await self.naming.name(error)
+            raise
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)

@@ -16,12 +16,12 @@ from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, Limi
 
 
 async def give_out(store: Store, table: Table, disk: Disk, id: LayerId) -> None:
-    """Before a layer whose content directory is given to be written to is counted.
+    """Before a layer without parents is counted, whose content directory is given to be written to.
 
     The caller counts it with no await in between: from then on nobody applies to it. A union is
     looked after where it is mounted.
     """
-    if store.parent.get(id, id) is None and id not in store.unrecorded:
+    if id not in store.unrecorded:
         await table.claim(id)
         try:
             await disk.run(store.unrecord, id)

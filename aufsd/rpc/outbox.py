@@ -40,7 +40,7 @@ class Outbox:
 
     def send_now(self, frame: bytes) -> int:
         """Send what goes out without waiting, if no other frame is half out; how much that was."""
-        if self.closed or self._lock.locked():
+        if self.closed or self.held:
             return 0
         try:
             return self._sock.send(frame)

@@ -6,7 +6,7 @@ the peer, are cancelled when it is gone.
 
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -176,7 +176,16 @@ class Runner:
         error, reply, name = bound.error, None, ""
         try:
             if error is None:
-                answer = await self._run(bound)
+                assert bound.run is not None
+                assert bound.row is not None
+                self._admission.start(self._peer.uid, bound.row)
+                try:
+                    if bound.row.streams:
+                        answer = await self._stream(bound.run)
+                    else:
+                        answer = await bound.run()
+                finally:
+                    self._admission.stop(self._peer.uid, bound.row)
                 if answer is None:
                     name = "cancelled"
                 else:
@@ -198,22 +207,14 @@ class Runner:
             reply = None
         return _Done(reply, name or "ok", error, time.perf_counter() - began)
 
-    async def _run(self, bound: Bound) -> Answer | None:
-        """The bound call under this peer's limits; None if it was cut off with its peer."""
-        assert bound.run is not None
-        assert bound.row is not None
-        self._admission.start(self._peer.uid, bound.row)
-        try:
-            if not bound.row.streams:
-                return await bound.run()
-            with trio.CancelScope() as scope:
-                self._streams.add(scope)
-                if self._outbox.closed:
-                    scope.cancel()
-                try:
-                    return await bound.run()
-                finally:
-                    self._streams.remove(scope)
-            return None
-        finally:
-            self._admission.stop(self._peer.uid, bound.row)
+    async def _stream(self, run: Callable[[], Awaitable[Answer]]) -> Answer | None:
+        """A call that streams to or from its peer; None if it was cut off with it."""
+        with trio.CancelScope() as scope:
+            self._streams.add(scope)
+            if self._outbox.closed:
+                scope.cancel()
+            try:
+                return await run()
+            finally:
+                self._streams.remove(scope)
+        return None

@@ -109,6 +109,8 @@ class _Sink:
 
 _sink = _Sink()
 _processors: list[Any] = []
+# those of them that make an event a line
+_renderers: list[Any] = []
 
 
 def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -> Writer:
@@ -117,12 +119,13 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
     _sink.writer = Writer(fd)
     if json is None:
         json = not os.isatty(fd)
-    # text, and not structlog's structured form, which would carry the values of local variables
-    _processors[:] = [_stamp, structlog.processors.format_exc_info, _render_json]
     if not json:
-        _processors[1:] = [_render_console()]
-    elif _is_journal(fd):
-        _processors.append(_mark_priority)
+        _renderers[:] = [_render_console()]
+        _processors[:] = [_stamp, *_renderers]
+    else:
+        _renderers[:] = [_render_json, _mark_priority] if _is_journal(fd) else [_render_json]
+        # text, and not structlog's structured form, which would carry the values of local variables
+        _processors[:] = [_stamp, structlog.processors.format_exc_info, *_renderers]
     structlog.configure(
         processors=_processors,
         # the level is looked at in `_stamp`
@@ -134,15 +137,15 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
 
 
 def emit(level: Level, event: str, **fields: Any) -> None:
-    """Write a line as a logger of structlog does, through the same processors.
+    """Write a line, without an exception, as a logger of structlog does, by the same processors.
 
     For the one line that every call has: structlog's own way to its processors costs as much as
     all that they do.
     """
     if _LEVELS[level] < _sink.level:
         return
-    found: Any = {"event": event, **fields}
-    for process in _processors:
+    found: Any = {"timestamp": _sink.now(), "level": level, "event": event, **fields}
+    for process in _renderers:
         found = process(None, level, found)
     _sink.writer.write(found)
 
