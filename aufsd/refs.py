@@ -124,7 +124,7 @@ def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, Referen
 
 def _reference_to_drop(entry: Entry, pid: int) -> Reference | None:
     for reference in entry.references:
-        if reference.pid == pid and reference.hold == "process":
+        if reference.hold == "process" and reference.pid == pid:
             return reference
     # from the end, where with many references the first one looked at will do
     return next((held for held in reversed(entry.references) if held.hold == "manual"), None)

@@ -62,22 +62,20 @@ def report(bound: Bound, name: str, error: AufsdError | None, seconds: float) ->
     peer = bound.call.peer
     # what never became a call is the peer's own business; anybody can send garbage for hours
     quiet = row is None or (row.kind == "read" and error is None)
-    emit(
-        "debug" if quiet else "info",
-        "call",
-        method=row.name if row else None,
-        layer=bound.subject,
-        outcome=name,
-        seconds=round(seconds, 6),
-        pid=peer.pid,
-        uid=peer.uid,
-        comm=peer.comm,
-        **_reason(error),
-    )
+    fields = {
+        "method": row.name if row else None,
+        "layer": bound.subject,
+        "outcome": name,
+        "seconds": round(seconds, 6),
+        "pid": peer.pid,
+        "uid": peer.uid,
+        "comm": peer.comm,
+    }
+    if error is not None:
+        fields |= _reason(error)
+    emit("debug" if quiet else "info", "call", fields)
 
 
-def _reason(error: AufsdError | None) -> dict[str, object]:
-    if error is None:
-        return {}
+def _reason(error: AufsdError) -> dict[str, object]:
     incident = error.data.get("incident")
     return {"reason": error.message, **({"incident": incident} if incident else {})}

@@ -7,7 +7,7 @@ do not go out are held up to a limit, beyond it they are counted and dropped, an
 import os
 import select
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from json import dumps
 from typing import Any, Literal
@@ -136,7 +136,7 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
     return _sink.writer
 
 
-def emit(level: Level, event: str, **fields: Any) -> None:
+def emit(level: Level, event: str, fields: Mapping[str, object]) -> None:
     """Write a line, without an exception, as a logger of structlog does, by the same processors.
 
     For the one line that every call has: structlog's own way to its processors costs as much as
