@@ -58,7 +58,12 @@ def run(channel: socket.socket) -> NoReturn:
         gc.disable()
         _introduce(channel)
         request, fds = _receive(channel)
-        _send(channel, _reply(request, fds, channel))
+        meter = Meter(lambda size, entries: _send(channel, requests.Progress(size, entries)))
+        reply = _reply(request, fds, meter)
+        # what jobs moved adds up to what metrics says, short ones and failed ones too; in one piece
+        # with the reply, for each wakes the daemon
+        last = [requests.Progress(meter.bytes, meter.entries)] if meter.entries else []
+        _send(channel, *last, reply)
         status = 0
     except Exception:
         # nobody is left to be told; the daemon's standard error is the log
@@ -85,18 +90,17 @@ def _receive(channel: socket.socket) -> tuple[requests.Request, list[int]]:
     return requests.decode_request(data), list(fds)
 
 
-def _send(channel: socket.socket, reply: requests.Reply) -> None:
+def _send(channel: socket.socket, *replies: requests.Reply) -> None:
     try:
-        channel.sendall(requests.encode(reply) + b"\n")
+        channel.sendall(b"".join(requests.encode(reply) + b"\n" for reply in replies))
     except BrokenPipeError:
         # nobody waits for it any more
         os._exit(1)
 
 
 def _reply(
-    request: requests.Request, fds: list[int], channel: socket.socket
+    request: requests.Request, fds: list[int], meter: Meter
 ) -> requests.Result | requests.Failed:
-    meter = Meter(lambda size, entries: _send(channel, requests.Progress(size, entries)))
     try:
         return perform(request, fds, meter)
     except AufsdError as error:
@@ -110,8 +114,6 @@ def _reply(
         return _unexpected(error)
     except Exception as error:
         return _unexpected(error)
-    finally:
-        meter.end()
 
 
 def _unexpected(error: Exception) -> requests.Failed:

@@ -22,10 +22,10 @@ from aufsd.kernel import syscalls
 
 _JOB: Final = b"j"
 _END: Final = b"e"
-# children that wait. While one still does, the next is not forked before a short job is over: it
-# would take the processor, and the server's pages, from the child that has the job
+# Children that wait. While one still does, the next is not forked before a job is over, or turns
+# out to be a long one: it would take the processor, and the server's pages, from who has the job.
 _WAITING: Final = 2
-_PAUSE: Final = 20  # milliseconds
+_SHORT: Final = 20  # milliseconds
 # so many in a row that did not live until a job came: the server gives up, and the jobs that wait
 # for it fail, rather than fork for ever; the daemon starts another server for the next one
 _LOST_MAX: Final = 3
@@ -56,38 +56,55 @@ def main() -> None:
 def _serve(server: socket.socket) -> None:
     """Have children wait for jobs until the socket ends."""
     me = os.getpid()
+    # a pipe from each child: of those that wait for a job, and of those that have one
     waiting: list[int] = []
+    working: list[int] = []
     lost = 0
     while lost < _LOST_MAX:
-        gone = _gone(waiting)
-        for done in gone:
-            waiting.remove(done)
-            said = os.read(done, 1)
-            os.close(done)
+        told = _told(waiting, working)
+        over = not told
+        for pipe in told:
+            if pipe in working:
+                over = True
+                working.remove(pipe)
+                os.close(pipe)
+                continue
+            waiting.remove(pipe)
+            said = os.read(pipe, 1)
             if said == _END:
                 return
-            # nothing comes from one that was killed while it waited: then there is another
-            lost = 0 if said else lost + 1
-        if gone and waiting:
+            if said:
+                lost = 0
+                working.append(pipe)
+            else:
+                # killed while it waited: then there is another
+                lost += 1
+                os.close(pipe)
+        if len(waiting) == _WAITING or (waiting and not over):
             continue
-        done, taken = os.pipe()
+        own, theirs = os.pipe()
         if os.fork() == 0:
-            for fd in (done, *waiting):
+            for fd in (own, *waiting, *working):
                 os.close(fd)
             die_with_parent(me)
-            _spare(server, taken)
-        os.close(taken)
-        waiting.append(done)
+            _spare(server, theirs)
+        os.close(theirs)
+        waiting.append(own)
 
 
-def _gone(waiting: list[int]) -> list[int]:
-    """Those of the children that wait no more; none of them once there should be another."""
+def _told(waiting: list[int], working: list[int]) -> list[int]:
+    """Those of the pipes that tell of a job begun or over; none once there should be another child.
+
+    What a child with a job may write into its own is not looked at.
+    """
     if not waiting:
         return []
     poll = select.poll()
     for fd in waiting:
         poll.register(fd, select.POLLIN)
-    return [fd for fd, _ in poll.poll(_PAUSE if len(waiting) < _WAITING else None)]
+    for fd in working:
+        poll.register(fd, 0)
+    return [fd for fd, _ in poll.poll(_SHORT if len(waiting) < _WAITING else None)]
 
 
 def _warm_up(*rounds: int) -> None:
@@ -96,15 +113,14 @@ def _warm_up(*rounds: int) -> None:
         warming.warm_up(*rounds)
 
 
-def _spare(server: socket.socket, taken: int) -> NoReturn:
-    """Wait for a job with all done that can be, and say so when it comes."""
+def _spare(server: socket.socket, pipe: int) -> NoReturn:
+    """Wait for a job with all done that can be, and say so when it comes; the pipe ends with it."""
     confine.isolate()
     _warm_up(1)
     _, fds, _, _ = socket.recv_fds(server, 1, 1)
-    os.write(taken, _JOB if fds else _END)
+    os.write(pipe, _JOB if fds else _END)
     if not fds:
         os._exit(0)
-    os.close(taken)
     server.close()
     child.run(socket.socket(fileno=fds[0]))
 

@@ -242,17 +242,18 @@ class Jobs:
         mounts: Sequence[str],
         passed: Sequence[int],
     ) -> requests.Result:
-        with ExitStack() as stack:
-            ours, theirs = socket.socketpair()
-            stack.enter_context(ours)
+        ours, theirs = socket.socketpair()
+        with ours, ExitStack() as opened:
             with theirs:
-                fds = [stack.enter_context(_cloned(path)) for path in mounts]
+                fds = [opened.enter_context(_cloned(path)) for path in mounts]
                 while not self.server.hand_over(theirs):
                     assert self.server.channel is not None
                     await trio.lowlevel.wait_writable(self.server.channel)
             child = _Child(job, trio.socket.from_stdlib_socket(ours))
             try:
                 await child.send(requests.encode(request) + b"\n", [*fds, *passed])
+                # before the child does: the last who closes a detached mount waits for its unmount
+                opened.close()
                 return await child.result()
             except BaseException:
                 with trio.CancelScope(shield=True):

@@ -38,11 +38,6 @@ class Meter:
             self._next = now + _PAUSE
             self._report(self.bytes, self.entries)
 
-    def end(self) -> None:
-        """Report a last time: what jobs moved adds up to what metrics says, short ones too."""
-        if self.entries:
-            self._report(self.bytes, self.entries)
-
     def warn(self, sentence: str) -> None:
         """Put a sentence into the result; beyond a hundred they are only counted."""
         if len(self.warned) < _MANY:

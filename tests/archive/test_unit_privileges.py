@@ -30,6 +30,26 @@ def test_the_capabilities_of_the_unit_are_enough(tmp_path: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
 
 
+@pytest.mark.crash
+def test_a_kernel_that_restricts_mounts_by_path_alone_is_enough(tmp_path: Path) -> None:
+    """Linux before 5.12 has no mount_setattr(2)."""
+    trace = tmp_path / "trace"
+    command = ["strace", "-f", "-q", "-o", trace, "-e", "trace=mount_setattr,pivot_root,mount"]
+    run = subprocess.run(
+        [
+            *(*command, "-e", "inject=mount_setattr:error=ENOSYS", sys.executable),
+            *("-m", "tests.archive.test_unit_privileges", tmp_path / "store"),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    calls = trace.read_text()
+    assert "ENOSYS" in calls
+    assert "MS_RDONLY|MS_NOSUID|MS_NODEV|MS_NOEXEC|MS_REMOUNT|MS_BIND" in calls
+
+
 async def _all_jobs(root: Path) -> None:
     stream = tar(
         directory("d", uid=5, mode=0o2750), entry("d/f", b"x", mode=0o4755), entry(".wh.gone")
