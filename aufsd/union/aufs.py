@@ -76,7 +76,7 @@ class Aufs:
                 exclusive.refuse_if_written(union, self.scratch, self.namespace)
                 plink.discard(union.top)
             before = _times_at_risk(union)
-        runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         try:
             if not self.is_whole(union):
                 raise OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")

@@ -84,11 +84,15 @@ def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool
             options=("index=on", *user_xattr(namespace)),
         )
         try:
-            runner.run("trial", (call,), magic=syscalls.OVERLAYFS_SUPER_MAGIC, log=KernelLog(-1))
+            runner.run("trial", (call,), stands=_is_overlay, log=KernelLog(-1))
         except MountFailed as error:
             return error.data["errno"] == "EBUSY"
         runner.undo(call.target)
     return False
+
+
+def _is_overlay(target: str) -> bool:
+    return runner.is_mounted(target, syscalls.OVERLAYFS_SUPER_MAGIC)
 
 
 def says_in_use(log: KernelLog) -> bool:

@@ -92,18 +92,20 @@ class Overlay:
     def mount(self, union: Union) -> None:
         """As Backend.mount. EBUSY: another live mount, maybe a detached one, writes its branch."""
         calls = self.plan(union)
+        # of a union that somebody else unmounted
+        self.roots.pop(union.target, None)
         if union.read_only:
-            return runner.run(union.id, calls, magic=MAGIC, log=self.log)
+            return runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         with runner.explained(union.id, calls[0], self.log):
             exclusive.refuse_if_written(union, self.scratch, self.namespace)
             _clean_work(union.work)
-        runner.run(union.id, calls, magic=MAGIC, log=self.log)
+        runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         if exclusive.says_in_use(self.log):
             # the line names no path, and another overlay mounted just now may have been meant
             gone = runner.undo(union.target)
             if not gone or exclusive.is_upper_in_use(union.top, self.scratch, self.namespace):
                 raise exclusive.in_use(union)
-            runner.run(union.id, calls, magic=MAGIC, log=self.log)
+            runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         return exclusive.note(union.work, "overlay", os.lstat(union.target).st_dev)
 
     def flush(self, target: str) -> None:

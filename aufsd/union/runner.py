@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Final
@@ -26,8 +26,10 @@ _UNDO_PAUSE: Final = 0.05  # seconds
 _this_thread = threading.local()
 
 
-def run(id: str, calls: Sequence[MountCall], *, magic: int, log: KernelLog) -> None:
-    """Make the calls in order, and see that a file system of type `magic` stands at the target.
+def run(
+    id: str, calls: Sequence[MountCall], *, stands: Callable[[str], bool], log: KernelLog
+) -> None:
+    """Make the calls in order, and ask `stands` whether the target is what it is to be.
 
     Raises MountFailed; what was mounted by then is unmounted again.
     """
@@ -40,7 +42,7 @@ def run(id: str, calls: Sequence[MountCall], *, magic: int, log: KernelLog) -> N
                 undo(call.target)
             raise failure(id, call, error, log) from error
     target = calls[-1].target
-    if not is_mounted(target, magic):
+    if not stands(target):
         undo(target)
         unseen = OSError(errno.ENODEV, "mounted without an error, but another thing stands there")
         raise failure(id, calls[-1], unseen, log)
