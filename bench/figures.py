@@ -23,8 +23,9 @@ class Goal(msgspec.Struct, frozen=True):
 class Figure(msgspec.Struct, frozen=True, kw_only=True):
     """One row of the table: a case against one yardstick.
 
-    `ours` and `theirs` are medians over the rounds, `ratio` is theirs into ours, and `spread` the
-    quartiles of the ratios of single rounds; without a yardstick, of our own figures.
+    `ours` and `theirs` are medians over the rounds. `ratio` is the median of the ratios of single
+    rounds, and `spread` their quartiles: what else the machine does for a while falls on both sides
+    of a round, and on one of two medians. Without a yardstick, of our own figures.
     """
 
     case: str
@@ -87,6 +88,7 @@ def compare(
             note=missing or "the yardstick was not measured",
         )
     other = samples[yardstick]
+    ratios = [a / b for a, b in zip(own, other, strict=True)]
     return Figure(
         case=case,
         text=text,
@@ -94,8 +96,8 @@ def compare(
         ours=median(own),
         yardstick=yardstick,
         theirs=median(other),
-        ratio=median(own) / median(other),
-        spread=quartiles([a / b for a, b in zip(own, other, strict=True)]),
+        ratio=median(ratios),
+        spread=quartiles(ratios),
         goal=goal,
         rounds=len(own),
     )
