@@ -139,10 +139,11 @@ class Connection:
         if self._is_full():
             return None
         answer = self._runner.begin(self._arrived.popleft(), self._descriptors.claim)
-        self._descriptors.line_done()
-        if not self._arrived:
-            pending = self._lines.pending > 0
-            self._descriptors.read_done(length=self._length, unfinished=pending)
+        if self._descriptors.held:
+            self._descriptors.line_done()
+            if not self._arrived:
+                pending = self._lines.pending > 0
+                self._descriptors.read_done(length=self._length, unfinished=pending)
         if self._arrived or self._over:
             self._reader.enqueue(self)
         return first_step(answer)
