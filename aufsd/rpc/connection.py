@@ -156,13 +156,13 @@ class Connection:
         return self._full
 
     def _call_ended(self) -> None:
-        if self._full and self._runner.has_room:
+        if self._finished:
+            self._close_when_idle()
+        elif self._full and self._runner.has_room:
             self._full = False
             if not self._over:
                 self._reader.sockets.listen(self._sock)
             self._reader.enqueue(self)
-        elif self._over:
-            self._close_when_idle()
 
     def _read_no_more(self) -> None:
         if not self._over:

@@ -272,6 +272,24 @@ async def test_a_peer_that_does_not_read_is_dropped_and_holds_up_nobody(
     os.close(r)
 
 
+@pytest.mark.parametrize("more", [b"", line("ping")], ids=["", "and asks on"])
+async def test_a_peer_that_does_not_read_one_long_answer_leaves_nothing_behind(
+    nursery: trio.Nursery, tmp_path: Path, connect: Connect, more: bytes
+) -> None:
+    served = await start(nursery, tmp_path, Settings(send_timeout=0.2))
+    deaf = connect(served.control)
+    batch = [json.loads(line("rpc.discover", n)) for n in range(200)]
+    await deaf.send(json.dumps(batch).encode() + b"\n")
+    while not deaf.has_answer():
+        await trio.testing.wait_all_tasks_blocked()
+    await deaf.send(more)
+    await dropped(served, "slow")
+    with trio.fail_after(PATIENCE):
+        while served.server.statistics().connections:
+            await trio.testing.wait_all_tasks_blocked()
+    assert served.server.statistics().in_flight == 0
+
+
 async def test_no_frame_is_half_out_when_a_slow_reader_comes_back(
     served: Served, connect: Connect
 ) -> None:
