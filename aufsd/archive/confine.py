@@ -76,7 +76,7 @@ def isolate() -> None:
     first time takes it many times as long, and here nobody waits for it.
     """
     sc.unshare(sc.CLONE_NEWNS)
-    sc.capset(_HELD | _ENTERING)
+    sc.capset((_HELD | _ENTERING) & sc.capget())
     own = sc.open_tree(sc.AT_FDCWD, "/", sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
     os.close(_restricted(own, read_only=True))
 
@@ -102,12 +102,15 @@ def enter(root: int, *, read_only: bool, branches: int | None = None) -> int | N
 
 
 def drop(keep: frozenset[int], *, open_files: int) -> None:
-    """Keep only these capabilities, and at most as many descriptors; fewer if the host says so."""
+    """Keep only these capabilities, and at most as many descriptors; fewer if the host says so.
+
+    A container's root may lack some, CAP_MKNOD above all: then what needs it is refused.
+    """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY:
         open_files = min(open_files, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-    sc.capset(keep)
+    sc.capset(keep & sc.capget())
 
 
 def _restricted(mount: int, *, read_only: bool) -> int:

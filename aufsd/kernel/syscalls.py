@@ -288,6 +288,14 @@ class _CapData(ctypes.Structure):
 _CapDataPair: Final = _CapData * 2
 
 
+def capget() -> frozenset[int]:
+    """capget(2): the capabilities that this process may have (permitted)."""
+    header, data = _CapHeader(_LINUX_CAPABILITY_VERSION_3, 0), _CapDataPair()
+    _check(_libc.capget(ctypes.byref(header), ctypes.byref(data)))
+    bits = data[0].permitted | data[1].permitted << 32
+    return frozenset(number for number in range(64) if bits >> number & 1)
+
+
 def capset(capabilities: frozenset[int]) -> None:
     """capset(2): these capabilities permitted and effective, none inheritable, nothing else."""
     bits = sum(1 << capability for capability in capabilities)

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from tarfile import CHRTYPE
 
 import pytest
 import trio
@@ -48,6 +49,26 @@ def test_a_kernel_that_restricts_mounts_by_path_alone_is_enough(tmp_path: Path) 
     assert "MS_RDONLY|MS_NOSUID|MS_NODEV|MS_NOEXEC|MS_REMOUNT|MS_BIND" in calls
 
 
+def test_a_container_that_may_make_no_devices_is_enough(tmp_path: Path) -> None:
+    command = ["setpriv", "--bounding-set", "-mknod", "--no-new-privs", sys.executable]
+    run = subprocess.run(
+        [*command, "-m", "tests.archive.test_unit_privileges", str(tmp_path), "device"],
+        capture_output=True,
+        text=True,
+        cwd=CHECKOUT,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "left out the device null: making one is not permitted" in run.stdout
+
+
+async def _device(root: Path) -> None:
+    stream = tar(entry("null", type=CHRTYPE, devmajor=1, devminor=3), entry("f", b"x"))
+    async with open_shelf(root) as shelf:
+        shelf.add("a")
+        print(*(await shelf.apply(stream, "a")).warnings)
+        assert (shelf.path("a") / "f").read_bytes() == b"x"
+
+
 async def _all_jobs(root: Path) -> None:
     stream = tar(
         directory("d", uid=5, mode=0o2750), entry("d/f", b"x", mode=0o4755), entry(".wh.gone")
@@ -67,4 +88,4 @@ async def _all_jobs(root: Path) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(_all_jobs, Path(sys.argv[1]))
+    trio.run(_device if sys.argv[2:] else _all_jobs, Path(sys.argv[1]))
