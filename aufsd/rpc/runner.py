@@ -95,8 +95,12 @@ class Runner:
 
         It is in flight until what this returns, which has to be awaited, has ended.
         """
+        answering = self._answering(line, claim)
         self.in_flight += 1
         self._admission.begin(self._peer.uid)
+        return answering
+
+    def _answering(self, line: bytes, claim: Claim) -> Answering:
         try:
             request = dispatch.decode(line)
         except ParseError as invalid:
