@@ -89,7 +89,8 @@ class Mounts:
             with table.locked():
                 self.store.require(id)
                 entry = table.entries.get(id) or table.never_mounted(id)
-                step = refs.on_get(entry, label=label, live=self._live(id, entry))
+                live = entry is not None and self._live(id, entry)
+                step = refs.on_get(entry, label=label, live=live)
                 waiting = table.moving(id)
                 if waiting is None and entry is not None:
                     if step is OnGet.COUNT:
