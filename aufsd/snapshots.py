@@ -3,7 +3,10 @@
 Used by the driver where the backend makes no unions, within the claims that the driver holds.
 """
 
-from dataclasses import dataclass
+import os
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
@@ -14,6 +17,7 @@ from aufsd import answers
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.store import content as contents
+from aufsd.store import labelled
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.table import Table
@@ -26,6 +30,8 @@ log = structlog.get_logger(__name__)
 
 # as Docker's --security-opt says it, for one layer
 NO_LABEL: Final = ("", "label:disable")
+# labels of one parent's children that are counted
+_REMEMBERED: Final = 1000
 
 
 @dataclass(slots=True)
@@ -37,6 +43,8 @@ class Snapshots:
     disk: Disk
     table: Table
     selinux: bool
+    # how often a parent's children were labelled, one by one, with which label
+    _asked: dict[LayerId, Counter[str]] = field(default_factory=dict)
 
     async def create(
         self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
@@ -47,13 +55,15 @@ class Snapshots:
         """
         parent = parents[0] if parents else None
         warnings = []
-        staged = await self.disk.run(self.store.stage_child, parent, size)
+        if label not in NO_LABEL and not self.selinux:
+            warnings.append("labels are off for this daemon (selinux = false)")
+            label = ""
+        # the seed's change: a layer that stands on its own -init layer was labelled with that
+        if label in NO_LABEL or parent == f"{id}-init":
+            staged = await self.disk.run(self.store.stage_child, parent, size)
+        else:
+            staged = await self._stage_labelled(id, parent, label, size)
         try:
-            if label not in NO_LABEL and not self.selinux:
-                warnings.append("labels are off for this daemon (selinux = false)")
-            # the seed's change: a layer that stands on its own -init layer was labelled with that
-            elif label not in NO_LABEL and parent != f"{id}-init":
-                await self.jobs.relabel(id, staged, label)
             if parent is not None:
                 if await self.disk.run(contents.holds_subvolumes, self._content(parent)):
                     warnings.append(f"subvolumes inside of parent {parent} show as empty here")
@@ -64,6 +74,41 @@ class Snapshots:
             await self._discard(staged)
         return warnings
 
+    async def _stage_labelled(
+        self, id: LayerId, parent: LayerId | None, label: str, size: int
+    ) -> str:
+        """As Store.stage_child, and everything has the label.
+
+        What has the label that a parent's children ask for most is kept, once it comes again: most
+        labels are one container's alone. Of a parent that may be written to nothing is.
+        """
+        store, kept = self.store, ""
+        if parent is not None and parent not in self.table.entries:
+            kept = await self.disk.run(labelled.place, store, parent, label)
+            if await self.disk.run(os.path.isdir, kept):
+                return await self.disk.run(store.stage_child, parent, size, kept)
+        staged = await self.disk.run(store.stage_child, parent, size)
+        try:
+            await self.jobs.relabel(id, staged, label)
+            # a limit would be kept with it
+            if parent is not None and kept and not size and self._comes_most(parent, label):
+                # the layer is whole without
+                with suppress(OSError):
+                    await self.disk.run(labelled.keep, store, parent, staged, kept)
+        except BaseException:
+            await self._discard(staged)
+            raise
+        return staged
+
+    def _comes_most(self, parent: LayerId, label: str) -> bool:
+        """Whether the label has come before, and more often than any other."""
+        asked = self._asked.setdefault(parent, Counter())
+        if len(asked) >= _REMEMBERED:
+            asked.clear()
+        asked[label] += 1
+        count = asked[label]
+        return count > 1 and all(n < count for other, n in asked.items() if other != label)
+
     async def settle(self, id: LayerId) -> None:
         """Before the first reference: writable if nothing stands on the layer, else not.
 
@@ -72,6 +117,8 @@ class Snapshots:
         if id not in self.table.entries and id in self.store.parent:
             children = bool(self.store.children_of(id))
             await self.disk.run(contents.freeze, self._content(id), children)
+            if not children:
+                await self.disk.run(labelled.discard, self.store, id)
 
     async def apply(self, id: LayerId, source: int, *, digest: bool) -> answers.Streamed:
         """Unpack a tar into a layer that the caller has claimed; whiteouts are carried out.
@@ -87,6 +134,7 @@ class Snapshots:
             )
         if await self.disk.run(contents.holds_subvolumes, self._content(id)):
             raise LayerInUse(f"layer {id} holds subvolumes, which an apply would lose", id=id)
+        await self.disk.run(labelled.discard, self.store, id)
         staged = await self.disk.run(self.store.stage, id, self._xattrs())
         try:
             own = (Branch(id, Dialect.NONE),)

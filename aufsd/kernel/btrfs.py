@@ -62,13 +62,15 @@ _INO_LOOKUP_USER: Final = _ioc(3, 62, _LOOKUP.size)
 class Subvolume(NamedTuple):
     """What BTRFS_IOC_GET_SUBVOL_INFO says.
 
-    `generation` is the transaction that changed it last, `created` the one that made it.
+    `generation` is the transaction that changed it last, a snapshot of it included; `changed` the
+    one that changed an inode in it last, and `created` the one that made it.
     """
 
     id: int
     generation: int
     created: int
     uuid: bytes
+    changed: int
 
 
 class Item(NamedTuple):
@@ -114,8 +116,8 @@ def set_read_only(subvolume: int, read_only: bool) -> None:
 def subvol_info(subvolume: int) -> Subvolume:
     """BTRFS_IOC_GET_SUBVOL_INFO (Linux 4.18)."""
     data = _call(subvolume, _GET_SUBVOL_INFO, bytes(_INFO_SIZE))
-    id, _, _, _, generation, _, uuid, _, _, _, created = _INFO.unpack_from(data)
-    return Subvolume(id, generation, created, uuid)
+    id, _, _, _, generation, _, uuid, _, _, changed, created = _INFO.unpack_from(data)
+    return Subvolume(id, generation, created, uuid, changed)
 
 
 def nested(subvolume: int) -> list[tuple[int, int]]:

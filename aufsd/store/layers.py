@@ -311,17 +311,18 @@ class Store:
                 os.setxattr(path, name, value)
         return path
 
-    def stage_child(self, parent: LayerId | None, size: int) -> str:
+    def stage_child(self, parent: LayerId | None, size: int, content: str = "") -> str:
         """A subvolume in staging for a new layer, with what its parent holds; its path.
 
-        `size`: at most so many bytes, 0 for no limit. Raises OSError; then there is none.
+        `size`: at most so many bytes, 0 for no limit. `content`: where to take it from, if not from
+        the parent itself. Raises OSError; then there is none.
         """
         with self._staged() as path:
             if parent is None:
                 contents.make_subvolume(path)
                 os.chown(path, self.uid, self.gid)
             else:
-                contents.snapshot(self.layout.content(parent), path)
+                contents.snapshot(content or self.layout.content(parent), path)
             contents.limit(path, size, self.xattr_namespace)
         return path
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -320,6 +321,99 @@ def test_only_the_init_layer_is_labelled_where_there_is_one(
     os.setxattr(served.root / "diff/c-init/link", XATTR, b"other", follow_symlinks=False)
     client.create("c", parent="c-init", mount_label=LABEL)
     assert labels(served.root / "diff/c") == {LABEL, "other"}
+
+
+def relabelled(client: Client) -> int:
+    """How many layers were labelled inode by inode."""
+    found = re.search(r'aufsd_jobs_total{kind="relabel"} (\d+)', client.metrics().text)
+    assert found is not None
+    return int(found[1])
+
+
+def kept(served: Daemon, id: str) -> list[str]:
+    """What is kept with a label of a layer's content."""
+    try:
+        return os.listdir(served.root / ".aufsd/work" / id)
+    except FileNotFoundError:
+        return []
+
+
+def test_what_has_a_label_that_comes_again_is_kept(
+    served: Daemon, client: Client, image: str
+) -> None:
+    for number in range(4):
+        client.create(f"top{number}", parent=image, mount_label=LABEL)
+        with client.mounted(f"top{number}") as path:
+            Path(path, "own").touch()
+            Path(path, "d0/e/0").write_text("changed")
+        assert changes(client, f"top{number}") == [("/d0/e/0", "modify"), ("/own", "add")]
+    assert relabelled(client) == 2, "the first of its label, and the one that was kept"
+    assert len(kept(served, image)) == 1
+    for number in range(4):
+        assert labels(served.root / f"diff/top{number}") - {None} == {LABEL}
+        assert label_of(served.root / f"diff/top{number}/d1/e/1") == LABEL
+    assert labels(served.root / "diff" / image) == {None}
+    # another one takes the place when it has come more often than this was set
+    other = LABEL.replace("c1", "c9")
+    for number in range(4, 10):
+        label = other if number != 5 else LABEL
+        client.create(f"top{number}", parent=image, mount_label=label)
+        assert labels(served.root / f"diff/top{number}") == {label}
+    assert relabelled(client) == 2 + 3
+    assert len(kept(served, image)) == 1
+
+
+def test_labels_that_come_once_keep_nothing(served: Daemon, client: Client, image: str) -> None:
+    for number in range(3):
+        client.create(f"top{number}", parent=image, mount_label=f"{LABEL}{number}")
+    assert kept(served, image) == []
+
+
+def test_nothing_is_taken_for_what_a_parent_was_before(
+    served: Daemon, client: Client, image: str
+) -> None:
+    for number in range(3):
+        client.create(f"top{number}", parent=image, mount_label=LABEL)
+        client.remove(f"top{number}")
+    assert len(kept(served, image)) == 1
+    with client.mounted(image) as path:
+        assert kept(served, image) == [], "it can be written to now"
+        Path(path, "new").write_text("x")
+        client.create("while", parent=image, mount_label=LABEL)
+    assert labels(served.root / "diff/while") == {LABEL}
+    for number in range(3):
+        client.create(f"top{number}", parent=image, mount_label=LABEL)
+        assert (served.root / f"diff/top{number}/new").read_text() == "x"
+    # behind our back
+    content = str(served.root / "diff" / image)
+    subprocess.run(["btrfs", "property", "set", content, "ro", "false"], check=True)
+    Path(content, "newer").touch()
+    client.create("last", parent=image, mount_label=LABEL)
+    assert (served.root / "diff/last/newer").exists()
+    assert labels(served.root / "diff/last") == {LABEL}
+
+
+def test_what_is_kept_goes_with_its_layer_and_with_its_content(
+    served: Daemon, client: Client, image: str
+) -> None:
+    def fill() -> None:
+        for number in range(3):
+            client.create(f"top{number}", parent=image, mount_label=LABEL, storage_opt=size)
+            client.remove(f"top{number}")
+
+    size = {"size": "1G"}
+    fill()
+    assert kept(served, image) == [], "a limit would be kept with it"
+    size = {}
+    fill()
+    assert len(kept(served, image)) == 1
+    client.apply_diff(image, tar({"f": b"other"}))
+    assert kept(served, image) == []
+    fill()
+    assert len(kept(served, image)) == 1
+    client.remove(image)
+    assert os.listdir(served.root / ".aufsd/work") == []
+    eventually(lambda: os.listdir(served.root / ".aufsd/removing") == [])
 
 
 @pytest.mark.parametrize("label", ["", "label:disable"])

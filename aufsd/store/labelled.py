@@ -1,0 +1,49 @@
+"""What a parent holds with a label on all of it, kept for the next child that asks for that label.
+
+A label is an xattr on every inode; a snapshot of what has it already is one call, whatever that
+holds. One is kept for each parent, below its work directory, which goes with the layer. Its name
+says of which state of the parent and with which label it was made: it is never taken for another.
+"""
+
+import hashlib
+import os
+
+from aufsd.kernel import btrfs
+from aufsd.store import content as contents
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+
+_KEPT = "labelled-"
+
+
+def place(store: Store, parent: LayerId, label: str) -> str:
+    """Where what `parent` holds now is kept with this label, if it is.
+
+    A change of any inode makes it another place, a snapshot does not (btrfs_update_root_times()).
+    """
+    top = os.open(store.layout.content(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        found = btrfs.subvol_info(top)
+    finally:
+        os.close(top)
+    state = hashlib.sha256(f"{found.uuid.hex()} {found.changed} {label}".encode())
+    return f"{store.layout.work(parent)}/{_KEPT}{state.hexdigest()}"
+
+
+def keep(store: Store, parent: LayerId, staged: str, kept: str) -> None:
+    """Keep a copy of the labelled content `staged` at the place `kept`, and nothing else."""
+    discard(store, parent)
+    os.makedirs(store.layout.work(parent), 0o700, exist_ok=True)
+    contents.snapshot(staged, kept)
+
+
+def discard(store: Store, parent: LayerId) -> None:
+    """Let go of what is kept of a layer, to be deleted later: it may change now."""
+    directory = store.layout.work(parent)
+    try:
+        names = os.listdir(directory)
+    except FileNotFoundError:
+        return
+    for name in names:
+        if name.startswith(_KEPT):
+            store.discard_staged(f"{directory}/{name}")
