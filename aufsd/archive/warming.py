@@ -7,6 +7,7 @@ its job the other. It made a one-file layer three times as fast.
 """
 
 import os
+from contextlib import ExitStack
 from typing import Final
 
 from aufsd.archive import headers, requests
@@ -43,21 +44,23 @@ def warm_up(rounds: int = _ROUNDS) -> None:
 
 
 def _there_and_back(name: bytes) -> None:
-    settings = Settings(sync="none")
-    stream = os.memfd_create("archive")
-    os.write(stream, _archive(name))
-    os.lseek(stream, 0, os.SEEK_SET)
-    meter = Meter(lambda size, entries: None)
-    reader = Reader(Source(stream, meter, digest=False), meter)
-    Unpacker(reader, Dialect.AUFS, settings, meter, lambda path: False).run()
-    os.chdir("/")
-    here = os.open("/", os.O_RDONLY | os.O_DIRECTORY)
-    own = Layer(Branch("warm", Dialect.AUFS), here, settings.namespace)
-    fingerprint(own, settings, meter)
-    os.chdir("/")
-    pack(Packer(Sink(stream, meter, digest=False), settings, meter), own)
-    os.close(here)
-    os.close(stream)
+    with ExitStack() as opened:
+        stream = os.memfd_create("archive")
+        opened.callback(os.close, stream)
+        os.write(stream, _archive(name))
+        os.lseek(stream, 0, os.SEEK_SET)
+        settings = Settings(sync="none")
+        meter = Meter(lambda size, entries: None)
+        reader = Reader(Source(stream, meter, digest=False), meter)
+        Unpacker(reader, Dialect.AUFS, settings, meter, lambda path: False).run()
+        # not the whole root: another child may be at it, and what it removes is missed here
+        os.chdir(b"/" + name)
+        here = os.open(".", os.O_RDONLY | os.O_DIRECTORY)
+        opened.callback(os.close, here)
+        own = Layer(Branch("warm", Dialect.AUFS), here, settings.namespace)
+        fingerprint(own, settings, meter)
+        os.chdir(b"/" + name)
+        pack(Packer(Sink(stream, meter, digest=False), settings, meter), own)
 
 
 def _archive(name: bytes) -> bytes:
