@@ -1,8 +1,9 @@
 """What may be in use: an unmount is tried again for a moment, a refusal names who uses it."""
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 
@@ -58,6 +59,9 @@ async def unmount(
     )
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True, slots=True)
 class Naming:
     """Around what may be refused: a LayerInUse names who has the mounts open, not only who counted.
@@ -73,10 +77,18 @@ class Naming:
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, LayerInUse):
-            await self.name(error)
+            await self._name(error)
 
-    async def name(self, error: LayerInUse) -> None:
-        """Put them into the error; who counted as well comes once, with its `uses`."""
+    async def around(self, call: Awaitable[T]) -> T:
+        """The same around one call, at a smaller cost: get and put come by here."""
+        try:
+            return await call
+        except LayerInUse as error:
+            await self._name(error)
+            raise
+
+    async def _name(self, error: LayerInUse) -> None:
+        # who counted as well comes once, with its `uses`
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):
             targets = [self.layout.mount_point(id) for id in ids[:_LOOKED_AT]]

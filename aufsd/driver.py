@@ -245,10 +245,7 @@ class Driver:
             await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            entry = await self.unions.get(id, reference, label=mount_label)
-        except LayerInUse as error:
-            await self.naming.name(error)
-            raise
+            entry = await self.naming.around(self.unions.get(id, reference, label=mount_label))
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -263,11 +260,7 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        try:
-            entry = await self.unions.put(id, pid=peer.pid)
-        except LayerInUse as error:
-            await self.naming.name(error)
-            raise
+        entry = await self.naming.around(self.unions.put(id, pid=peer.pid))
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)

@@ -45,12 +45,6 @@ from aufsd_client.errors import AufsdError, InternalError, LimitExceeded, NoSpac
 _FDS_MAX = 8
 
 
-def warm_up() -> None:
-    """Do once, in the fork server, what every child would do for the first time."""
-    request = requests.Request(requests.Convert(Dialect.AUFS), Settings())
-    requests.decode_request(requests.encode(request))
-
-
 def run(channel: socket.socket) -> NoReturn:
     """Do the job that comes on `channel`; the process ends with it."""
     status = 1

@@ -70,10 +70,10 @@ def prepare(scratch: str) -> None:
 
 
 def isolate() -> None:
-    """Give this process a mount namespace of its own, and what any job may need; before `enter`.
+    """Give this process a mount namespace of its own, and no right that no job needs.
 
-    All that `enter` and `drop` do is done once here, with nothing: what a process does for the
-    first time takes it many times as long, and here nobody waits for it.
+    Before `enter`. The calls that take longest in `enter` and `drop` are made once here, with
+    nothing: a process's first takes it many times as long, and here nobody waits for it.
     """
     sc.unshare(sc.CLONE_NEWNS)
     sc.capset((_HELD | _ENTERING) & sc.capget())

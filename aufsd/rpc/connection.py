@@ -139,7 +139,7 @@ class Connection:
         if self._is_full():
             return None
         answer = self._runner.begin(self._arrived.popleft(), self._descriptors.claim)
-        if self._descriptors.held:
+        if self._descriptors:
             self._descriptors.line_done()
             if not self._arrived:
                 pending = self._lines.pending > 0

@@ -31,16 +31,12 @@ class Descriptors:
         # their sendmsg is read whole but for the line that is unfinished
         self._last: deque[int] = deque()
 
-        # whether there are any; most lines bring none, and have nothing to ask here
-        self.held = False
-
     def __len__(self) -> int:
         return len(self._open) + len(self._last)
 
     def receive(self, fds: list[int]) -> None:
         """Take what a read brought."""
         self._open.extend(fds)
-        self.held = True
 
     def claim(self) -> int | None:
         """The oldest one, which is the caller's from here on; None if there is none."""
@@ -54,13 +50,13 @@ class Descriptors:
 
     def read_done(self, *, length: int, unfinished: bool) -> None:
         """All lines that a read completed are through; `unfinished`: a part of one is held."""
-        if length < SEGMENT:
-            if unfinished:
-                self._last.extend(self._open)
-                self._open.clear()
-            else:
-                _close(self._open)
-        self.held = len(self) > 0
+        if length >= SEGMENT or not self._open:
+            return
+        if unfinished:
+            self._last.extend(self._open)
+            self._open.clear()
+        else:
+            _close(self._open)
 
     def close(self) -> None:
         """Close them all."""
