@@ -3,7 +3,6 @@
 Used by the driver where the backend makes no unions, within the claims that the driver holds.
 """
 
-import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -82,19 +81,19 @@ class Snapshots:
         What has the label that a parent's children ask for most is kept, once it comes again: most
         labels are one container's alone. Of a parent that may be written to nothing is.
         """
-        store, kept = self.store, ""
+        store, staged, place = self.store, "", ""
         if parent is not None and parent not in self.table.entries:
-            kept = await self.disk.run(labelled.place, store, parent, label)
-            if await self.disk.run(os.path.isdir, kept):
-                return await self.disk.run(store.stage_child, parent, size, kept)
+            staged, place = await self.disk.run(labelled.stage, store, parent, label, size)
+        if staged:
+            return staged
         staged = await self.disk.run(store.stage_child, parent, size)
         try:
             await self.jobs.relabel(id, staged, label)
             # a limit would be kept with it
-            if parent is not None and kept and not size and self._comes_most(parent, label):
+            if parent is not None and place and not size and self._comes_most(parent, label):
                 # the layer is whole without
                 with suppress(OSError):
-                    await self.disk.run(labelled.keep, store, parent, staged, kept)
+                    await self.disk.run(labelled.keep, store, parent, staged, place)
         except BaseException:
             await self._discard(staged)
             raise

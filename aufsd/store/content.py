@@ -83,12 +83,16 @@ def snapshot(source: str, path: str) -> None:
         btrfs.snap_create(fd, os.fsencode(name), top)
 
 
+def state(path: str) -> btrfs.Subvolume:
+    """What btrfs says of a subvolume."""
+    with _opened(path) as fd:
+        return btrfs.subvol_info(fd)
+
+
 def note_origin(path: str, parent: str, namespace: XattrNamespace) -> None:
     """Note on a snapshot what it has in common with its parent from here on."""
-    with _opened(path) as fd, _opened(parent) as top:
-        own = btrfs.subvol_info(fd)
-        origin = Origin(btrfs.subvol_info(top).uuid, own.created, own.generation)
-        write_origin(fd, origin, namespace)
+    own = state(path)
+    write_origin(path, Origin(state(parent).uuid, own.created, own.generation), namespace)
 
 
 def freeze(path: str, read_only: bool) -> None:

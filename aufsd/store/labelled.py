@@ -8,7 +8,6 @@ says of which state of the parent and with which label it was made: it is never 
 import hashlib
 import os
 
-from aufsd.kernel import btrfs
 from aufsd.store import content as contents
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -16,18 +15,16 @@ from aufsd.store.layers import Store
 _KEPT = "labelled-"
 
 
-def place(store: Store, parent: LayerId, label: str) -> str:
-    """Where what `parent` holds now is kept with this label, if it is.
+def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, str]:
+    """As Store.stage_child, from what is kept with this label; "" if nothing is. And its place.
 
-    A change of any inode makes it another place, a snapshot does not (btrfs_update_root_times()).
+    A change of any inode of the parent makes it another place, a snapshot of the parent does not
+    (btrfs_update_root_times()).
     """
-    top = os.open(store.layout.content(parent), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        found = btrfs.subvol_info(top)
-    finally:
-        os.close(top)
-    state = hashlib.sha256(f"{found.uuid.hex()} {found.changed} {label}".encode())
-    return f"{store.layout.work(parent)}/{_KEPT}{state.hexdigest()}"
+    found = contents.state(store.layout.content(parent))
+    name = hashlib.sha256(f"{found.uuid.hex()} {found.changed} {label}".encode()).hexdigest()
+    kept = f"{store.layout.work(parent)}/{_KEPT}{name}"
+    return store.stage_child(parent, size, kept) if os.path.isdir(kept) else "", kept
 
 
 def keep(store: Store, parent: LayerId, staged: str, kept: str) -> None:
