@@ -20,6 +20,7 @@ from aufsd import journal
 from aufsd.archive.jobs import open_jobs
 from aufsd.archive.requests import Limits
 from aufsd.busy import Naming
+from aufsd.chains import Chains
 from aufsd.config import Config, ConfigError
 from aufsd.driver import Driver
 from aufsd.idmap import to_host
@@ -110,7 +111,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
 
     async def prepare(chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         assert driver is not None, "nothing is mounted before the driver stands"
-        return await driver.prepare(chain)
+        return await driver.chains.prepare(chain)
 
     try:
         async with (
@@ -148,7 +149,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 disk=disk,
                 overview=overview,
                 render_metrics=metrics.render,
-                convert_policy=config.convert,
+                chains=Chains(store, backend, unions, disk, upkeep, config.convert),
                 snapshots=Snapshots(store, jobs, disk, table, config.selinux),
                 erase=upkeep.erase,
                 upkeep=upkeep,

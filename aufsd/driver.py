@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import structlog
@@ -19,6 +19,7 @@ from aufsd import __version__, answers, checks, fingerprints
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.busy import Naming
+from aufsd.chains import Chains
 from aufsd.kernel import holders as kernel_holders
 from aufsd.mounts import Mounts
 from aufsd.peer import Peer
@@ -35,9 +36,7 @@ from aufsd.union.btrfs import parse_size
 from aufsd.union.dialect import Dialect
 from aufsd.upkeep import Bell, Upkeep
 from aufsd_client.errors import (
-    ConversionNeeded,
     InvalidParams,
-    LayerDamaged,
     LayerInUse,
     MountFailed,
     ParentNotFound,
@@ -61,7 +60,7 @@ class Driver:
     disk: Disk
     overview: Overview
     render_metrics: Callable[[], answers.Metrics]
-    convert_policy: Literal["auto", "never"]
+    chains: Chains
     # used where the backend makes no unions
     snapshots: Snapshots
     # set to have removed layers deleted in the background
@@ -69,8 +68,6 @@ class Driver:
     upkeep: Upkeep
     # around what may be refused because a layer is in use
     naming: Naming
-    # layers that are in the backend's dialect; whether their `/` is opaque
-    roots: dict[LayerId, bool] = field(default_factory=dict)
 
     # --- questions that touch memory only -----------------------------------------------------
 
@@ -190,7 +187,7 @@ class Driver:
             return answers.Removed(False, "not-found")
         try:
             async with self.unions.removing(id, force=force):
-                self.roots.pop(id, None)
+                self.chains.forget(id)
                 left = await self.disk.run(self.store.remove_on_disk, id)
                 self.store.forget(id)
         except LayerInUse as error:
@@ -206,7 +203,7 @@ class Driver:
         """Where everything of a layer is, as strings."""
         chain = self.store.chain(id)
         entry = self.unions.table.entries.get(id)
-        dialect = await self.disk.run(self._dialect, id)
+        dialect = await self.disk.run(self.chains.dialect, id)
         union = len(chain) > 1 and self.backend.unions
         found = {
             "id": id,
@@ -249,7 +246,7 @@ class Driver:
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
-                await self.disk.run(self._dialect, branch)
+                await self.disk.run(self.chains.dialect, branch)
             raise
         return answers.Got(
             path=self._path(id, union=entry.union),
@@ -309,7 +306,7 @@ class Driver:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
         async with self.naming, self.unions.table.changing(id):
-            self.roots.pop(id, None)
+            self.chains.forget(id)
             if self.store.snapshots:
                 try:
                     return await self.snapshots.apply(id, source, digest=digest)
@@ -333,35 +330,8 @@ class Driver:
     async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
         async with self.naming, self.unions.table.changing(id):
-            self.roots.pop(id, None)
+            self.chains.forget(id)
             return answers.Converted(await self.upkeep.convert(id, to))
-
-    async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
-        """Bring every branch of a chain that is about to be mounted into the backend's dialect.
-
-        Returns those whose `/` is opaque. What was once looked at is remembered: only `apply_diff`
-        and `convert` change it, and those forget it.
-        """
-        unknown = tuple(id for id in chain if id not in self.roots)
-        if unknown:
-            for id, dialect in (await self.disk.run(self._unprepared, unknown)).items():
-                await self._convert_for_mount(id, dialect, owned=id == chain[0])
-            self.roots.update(await self.disk.run(self._opaque_roots, unknown))
-        return frozenset(id for id in chain if self.roots[id])
-
-    async def _convert_for_mount(self, id: LayerId, dialect: Dialect, *, owned: bool) -> None:
-        wanted = self.backend.dialect
-        if self.convert_policy == "never" and dialect is not wanted:
-            command = f"aufsctl convert {id} --to {wanted}"
-            raise ConversionNeeded(
-                f"layer {id} is written for {dialect}, {self.backend.name} needs "
-                f"{wanted}, and converting is off: run `{command}`",
-                id=id,
-                command=command,
-            )
-        async with self.unions.converting(id, owned=owned):
-            if await self.upkeep.convert(id, wanted):
-                log.info("branch converted", id=id, dialect=str(wanted))
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
@@ -392,51 +362,23 @@ class Driver:
             for one in (*chain, *(against or ())):
                 await self.unions.flush(one)
             yield (
-                await self.disk.run(self._branches, chain),
-                None if against is None else await self.disk.run(self._branches, against),
+                await self.disk.run(self.chains.branches, chain),
+                None if against is None else await self.disk.run(self.chains.branches, against),
             )
 
     def _require_parent(self, id: LayerId, parent: LayerId | None) -> None:
         if parent is not None and not self.store.exists(parent):
             raise ParentNotFound(f"there is no layer {parent}", id=id, parent=parent)
 
-    def _branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
-        return tuple(Branch(id, self._dialect(id)) for id in chain)
-
     def _stage(self, ids: tuple[LayerId, ...]) -> tuple[tuple[Branch, ...], bool, str]:
         """For an archive into the first of a chain: the branches, whether it is empty, staging."""
-        chain = self._branches(ids)
+        chain = self.chains.branches(ids)
         empty = self._is_empty(ids[0])
         if empty:
             # nothing to keep: written as the backend reads it, so that it never converts
             chain = (Branch(ids[0], self.backend.dialect), *chain[1:])
         xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
         return chain, empty, self.store.stage(ids[0], xattrs)
-
-    def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
-        """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
-        content, namespace = self.store.layout.content, self.store.xattr_namespace
-        wanted = self.backend.dialect
-        return {
-            id: dialect
-            for id in ids
-            if (dialect := self._dialect(id)) is not wanted
-            or dialects.interrupted(content(id), namespace) is not None
-        }
-
-    def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
-        content, namespace = self.store.layout.content, self.store.xattr_namespace
-        wanted = self.backend.dialect
-        return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
-
-    def _dialect(self, id: LayerId) -> Dialect:
-        try:
-            return self.store.dialect(id)
-        except (FileNotFoundError, NotADirectoryError):
-            problem = "its content directory is missing"
-            raise LayerDamaged(
-                f"layer {id} is damaged: {problem}", id=id, problem=problem
-            ) from None
 
     def _is_empty(self, id: LayerId) -> bool:
         with os.scandir(self.store.layout.content(id)) as entries:

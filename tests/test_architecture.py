@@ -21,6 +21,7 @@ LEVELS = {
     "aufsd.fingerprints": 4,
     "aufsd.snapshots": 4,
     "aufsd.upkeep": 4,
+    "aufsd.chains": 4,
     "aufsd.mounts": 3,
     "aufsd.archive": 3,
     "aufsd.busy": 2,

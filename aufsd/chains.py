@@ -1,0 +1,95 @@
+"""A chain in the backend's dialect before it is mounted, and its branches as archives see them."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import structlog
+
+from aufsd.archive.requests import Branch
+from aufsd.mounts import Mounts
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store
+from aufsd.threads import Disk
+from aufsd.union import dialect as dialects
+from aufsd.union.backend import Backend
+from aufsd.union.dialect import Dialect
+from aufsd.upkeep import Upkeep
+from aufsd_client.errors import ConversionNeeded, LayerDamaged
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class Chains:
+    """Remembers what was once looked at: whoever changes it has to say so to `forget`."""
+
+    store: Store
+    backend: Backend
+    unions: Mounts
+    disk: Disk
+    upkeep: Upkeep
+    policy: Literal["auto", "never"]
+    # layers that are in the backend's dialect; whether their `/` is opaque
+    _roots: dict[LayerId, bool] = field(default_factory=dict)
+
+    def forget(self, id: LayerId) -> None:
+        """The layer is about to be written in another dialect, or to go."""
+        self._roots.pop(id, None)
+
+    async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
+        """Bring every branch of a chain that is about to be mounted into the backend's dialect.
+
+        Returns those whose `/` is opaque. Raises ConversionNeeded, LayerDamaged, LayerInUse.
+        """
+        unknown = tuple(id for id in chain if id not in self._roots)
+        if unknown:
+            for id, dialect in (await self.disk.run(self._unprepared, unknown)).items():
+                await self._convert(id, dialect, owned=id == chain[0])
+            self._roots.update(await self.disk.run(self._opaque_roots, unknown))
+        return frozenset(id for id in chain if self._roots[id])
+
+    async def _convert(self, id: LayerId, dialect: Dialect, *, owned: bool) -> None:
+        wanted = self.backend.dialect
+        if self.policy == "never" and dialect is not wanted:
+            command = f"aufsctl convert {id} --to {wanted}"
+            raise ConversionNeeded(
+                f"layer {id} is written for {dialect}, {self.backend.name} needs "
+                f"{wanted}, and converting is off: run `{command}`",
+                id=id,
+                command=command,
+            )
+        async with self.unions.converting(id, owned=owned):
+            if await self.upkeep.convert(id, wanted):
+                log.info("branch converted", id=id, dialect=str(wanted))
+
+    # --- in a thread --------------------------------------------------------------------------
+
+    def dialect(self, id: LayerId) -> Dialect:
+        """How the layer's content says what is deleted; LayerDamaged if there is none."""
+        try:
+            return self.store.dialect(id)
+        except (FileNotFoundError, NotADirectoryError):
+            problem = "its content directory is missing"
+            raise LayerDamaged(
+                f"layer {id} is damaged: {problem}", id=id, problem=problem
+            ) from None
+
+    def branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
+        """A chain for an archive job."""
+        return tuple(Branch(id, self.dialect(id)) for id in chain)
+
+    def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
+        """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
+        content, namespace = self.store.layout.content, self.store.xattr_namespace
+        wanted = self.backend.dialect
+        return {
+            id: dialect
+            for id in ids
+            if (dialect := self.dialect(id)) is not wanted
+            or dialects.interrupted(content(id), namespace) is not None
+        }
+
+    def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
+        content, namespace = self.store.layout.content, self.store.xattr_namespace
+        wanted = self.backend.dialect
+        return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
