@@ -1,7 +1,7 @@
 """What may be in use: an unmount is tried again for a moment, a refusal names who uses it."""
 
 import errno
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -77,17 +77,10 @@ class Naming:
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, LayerInUse):
-            await self._name(error)
+            await self.name(error)
 
-    async def around(self, call: Awaitable[T]) -> T:
-        """The same around one call, at a smaller cost: get and put come by here."""
-        try:
-            return await call
-        except LayerInUse as error:
-            await self._name(error)
-            raise
-
-    async def _name(self, error: LayerInUse) -> None:
+    async def name(self, error: LayerInUse) -> None:
+        """Put in who has the mounts open; by itself for get and put, to whom a block costs much."""
         # who counted as well comes once, with its `uses`
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):

@@ -30,6 +30,7 @@ from aufsd.store.check import readable
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
+from aufsd.turn import Turn
 from aufsd.union import dialect as dialects
 from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size
@@ -68,6 +69,11 @@ class Driver:
     upkeep: Upkeep
     # around what may be refused because a layer is in use
     naming: Naming
+
+    @property
+    def turn(self) -> Turn:
+        """What calls that are made in one go share."""
+        return self.unions.table.turn
 
     # --- questions that touch memory only -----------------------------------------------------
 
@@ -242,7 +248,10 @@ class Driver:
             await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
-            entry = await self.naming.around(self.unions.get(id, reference, label=mount_label))
+            entry = await self.unions.get(id, reference, label=mount_label)
+        except LayerInUse as error:
+            await self.naming.name(error)
+            raise
         except MountFailed:
             for branch in self.store.chain(id):
                 # raises the reason, if it is that a branch is gone
@@ -257,7 +266,11 @@ class Driver:
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
         """Drop one reference, and unmount after the last."""
-        entry = await self.naming.around(self.unions.put(id, pid=peer.pid))
+        try:
+            entry = await self.unions.put(id, pid=peer.pid)
+        except LayerInUse as error:
+            await self.naming.name(error)
+            raise
         if entry is None:
             return answers.Put(0, False)
         return answers.Put(len(entry.references), entry.union)

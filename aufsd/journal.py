@@ -113,7 +113,22 @@ class Journal:
         self._fd = -1
         self._lines = 0
         self._size = 0
+        # lines that are kept back; always this one list
+        self.unwritten: list[bytes] = []
+        self._holding = False
         self.rewrite(table)
+
+    def hold(self) -> None:
+        """Keep back what is recorded from here on; no await may stand before `release`."""
+        self._holding = True
+
+    def release(self, table: Mapping[LayerId, Entry]) -> None:
+        """Write in one piece what was kept back, as `table` already says."""
+        self._holding = False
+        if self.unwritten:
+            lines = self.unwritten.copy()
+            self.unwritten.clear()
+            self._write(b"".join(lines), len(lines), table)
 
     def rewrite(self, table: Mapping[LayerId, Entry]) -> None:
         """Write the whole table to a new file and put it in the old one's place.
@@ -159,12 +174,18 @@ class Journal:
         self._append(_Dropped(id, at), table)
 
     def _append(self, record: _Line | _Counted | _Dropped, table: Mapping[LayerId, Entry]) -> None:
+        line = _encoder.encode(record) + b"\n"
+        if self._holding:
+            self.unwritten.append(line)
+        else:
+            self._write(line, 1, table)
+
+    def _write(self, data: bytes, lines: int, table: Mapping[LayerId, Entry]) -> None:
         if self.failure:
             self.rewrite(table)
             return
-        line = _encoder.encode(record) + b"\n"
         try:
-            _write(self._fd, line)
+            _write(self._fd, data)
         except OSError as error:
             # what follows a line that was written in part could not be read
             with contextlib.suppress(OSError):
@@ -172,8 +193,8 @@ class Journal:
             self._failed(error)
             self.rewrite(table)
             return
-        self._lines += 1
-        self._size += len(line)
+        self._lines += lines
+        self._size += len(data)
         if self._lines > 2 * len(table) + _SLACK:
             self.rewrite(table)
 

@@ -194,15 +194,15 @@ class Mounts:
                 if not self.store.exists(id):
                     return None
                 live = self._live(id, entry)
-                step, reference = refs.on_put(entry, pid=pid, live=live)
+                step, at = refs.on_put(entry, pid=pid, live=live)
                 waiting = table.moving(id)
                 if waiting is None:
                     if step is OnPut.NOTHING:
                         return None
                     if step is OnPut.REFUSED:
                         raise table.in_use(id)
-                    if step is OnPut.COUNT and entry is not None and reference is not None:
-                        return self._drop(id, entry, reference)
+                    if step is OnPut.COUNT and entry is not None and at is not None:
+                        return self._drop(id, entry, at)
                     table.begin(id)
                     break
             await waiting.wait()
@@ -212,8 +212,7 @@ class Mounts:
             table.end(id)
         return None
 
-    def _drop(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
-        at = refs.position(entry, reference)
+    def _drop(self, id: LayerId, entry: Entry, at: int) -> Entry:
         entry = refs.without(entry, at)
         self.table.enter(id, entry)
         self.table.journal.dropped(id, at, self.table.entries)
@@ -373,12 +372,13 @@ class Mounts:
         while True:
             with table.locked():
                 entry = table.entries.get(id)
-                own = [ref for ref in entry.references if ref.is_of(pid, start)] if entry else []
+                held = entry.references if entry else ()
+                own = [at for at, reference in enumerate(held) if reference.is_of(pid, start)]
                 waiting = table.moving(id)
                 if waiting is None:
                     if entry is None or not own:
                         return
-                    if len(entry.references) > 1:
+                    if len(held) > 1:
                         self._drop(id, entry, own[0])
                         continue
                     table.begin(id)
@@ -392,16 +392,23 @@ class Mounts:
     # --- the kernel's side --------------------------------------------------------------------
 
     def _live(self, id: LayerId, entry: Entry | None) -> bool:
-        """Whether the kernel has it mounted: one statx(2), which does not block."""
+        """Whether the kernel has it mounted: one statx(2) a turn, which does not block."""
         if entry is not None and not entry.union:
+            return True
+        turn = self.table.turn
+        if id in turn.standing:
             return True
         target = self.store.layout.mount_point(id)
         if entry is None or entry.backend == self.backend.name:
-            return self.backend.is_mounted(target)
-        try:
-            return mountinfo.is_mount_point(target)
-        except FileNotFoundError:
-            return False
+            found = self.backend.is_mounted(target)
+        else:
+            try:
+                found = mountinfo.is_mount_point(target)
+            except FileNotFoundError:
+                found = False
+        if found and turn.taken:
+            turn.standing.add(id)
+        return found
 
     def _mounted_in_kernel(self) -> list[LayerId]:
         return sorted(id for id in rows_in_kernel(self.store) if self.store.exists(id))
@@ -410,11 +417,7 @@ class Mounts:
         """Return once the lock can be taken and the mount thread answers, for the watchdog."""
         with self.table.locked():
             pass
-        await self.thread.run(_nothing)
-
-
-def _nothing() -> None:
-    pass
+        await self.thread.run(os.getpid)
 
 
 @asynccontextmanager

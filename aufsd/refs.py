@@ -107,35 +107,32 @@ def counted(entry: Entry, reference: Reference) -> Entry:
     return replace(entry, references=(*entry.references, reference))
 
 
-def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, Reference | None]:
-    """What to do, and which reference goes: the caller's own `process` one, else a manual one."""
+def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, int | None]:
+    """What to do, and where the reference that goes stands in the entry: the caller's own `process`
+    one, else a manual one.
+    """
     if entry is None:
         # nothing is counted; what the kernel still has mounted there is taken down all the same
         return (OnPut.UNMOUNT, None) if live else (OnPut.NOTHING, None)
     if entry.state is not State.MOUNTED:
         return OnPut.WAIT, None
-    chosen = _reference_to_drop(entry, pid)
-    if chosen is None and entry.references:
+    at = _position_to_drop(entry, pid)
+    if at is None and entry.references:
         return OnPut.REFUSED, None
     if len(entry.references) > 1:
-        return OnPut.COUNT, chosen
-    return OnPut.UNMOUNT, chosen
+        return OnPut.COUNT, at
+    return OnPut.UNMOUNT, at
 
 
-def _reference_to_drop(entry: Entry, pid: int) -> Reference | None:
-    for reference in entry.references:
-        if reference.hold == "process" and reference.pid == pid:
-            return reference
-    # from the end, where with many references the first one looked at will do
-    return next((held for held in reversed(entry.references) if held.hold == "manual"), None)
-
-
-def position(entry: Entry, reference: Reference) -> int:
-    """Where a reference stands in the entry: itself, or else the first that equals it."""
-    for at in range(len(entry.references) - 1, -1, -1):
-        if entry.references[at] is reference:
+def _position_to_drop(entry: Entry, pid: int) -> int | None:
+    for at, reference in enumerate(entry.references):
+        if reference.pid == pid and reference.hold == "process":
             return at
-    return entry.references.index(reference)
+    # from the end, where with many references the first one looked at will do
+    for at in range(len(entry.references) - 1, -1, -1):
+        if entry.references[at].hold == "manual":
+            return at
+    return None
 
 
 def without(entry: Entry, at: int) -> Entry:

@@ -18,6 +18,7 @@ from aufsd.journal import Journal
 from aufsd.refs import Entry, State
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.turn import Turn
 from aufsd.union.backend import Union
 from aufsd_client.errors import LayerInUse, ParentNotFound
 
@@ -56,6 +57,11 @@ class Table:
     _moving: dict[LayerId, trio.Event] = field(default_factory=dict)
     # how many jobs read a layer now
     _readers: Counter[LayerId] = field(default_factory=Counter)
+    # what calls that are made in one go share
+    turn: Turn = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.turn = Turn(self.journal, self.entries)
 
     def locked(self) -> AbstractContextManager[None]:
         """The table, for the length of a block without an await."""

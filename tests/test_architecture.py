@@ -30,6 +30,7 @@ LEVELS = {
     "aufsd.table": 2,
     "aufsd.store": 2,
     "aufsd.journal": 2,
+    "aufsd.turn": 2,
     "aufsd.union": 2,
     "aufsd.kernel": 1,
     "aufsd.config": 1,

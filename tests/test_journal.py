@@ -105,6 +105,34 @@ def test_it_is_written_anew_before_it_grows_without_end(tmp_path: Path) -> None:
     assert journal.read(str(path), "/store") == {A: HELD}
 
 
+def test_what_is_held_is_written_in_one_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "journal")
+    table: dict[LayerId, Entry] = {A: HELD}
+    book = Journal(path, "/store", table)
+    pieces: list[int] = []
+    write = os.write
+
+    def counted(fd: int, data: bytes) -> int:
+        pieces.append(data.count(b"\n"))
+        return write(fd, data)
+
+    monkeypatch.setattr(os, "write", counted)
+    book.hold()
+    book.counted(A, OTHER, table)
+    book.dropped(A, 0, table)
+    book.record(B, HELD, table)
+    assert len(book.unwritten) == 3
+    assert journal.read(path, "/store") == {A: HELD}
+    book.release(table)
+    assert (book.unwritten, pieces) == ([], [3])
+    assert journal.read(path, "/store") == {A: refs.without(refs.counted(HELD, OTHER), 0), B: HELD}
+    book.record(B, None, table)
+    assert pieces == [3, 1]
+    book.close()
+
+
 @contextmanager
 def small_tmpfs(at: Path, options: str) -> Iterator[Path]:
     """A tmpfs with no more room than these options give it."""
@@ -141,6 +169,35 @@ def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -
         assert journal.read(path, "/store") == {B: HELD}
         book.close()
         assert os.listdir(small) == ["journal"]
+
+
+@pytest.mark.mounts
+def test_held_lines_that_do_not_fit_are_made_up_for(tmp_path: Path) -> None:
+    with small_tmpfs(tmp_path / "small", "size=32k") as small:
+        path = str(small / "journal")
+        table: dict[LayerId, Entry] = {A: HELD}
+        book = Journal(path, "/store", table)
+        filler = small / "filler"
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(b"x" * (1 << 20))
+        book.hold()
+        for _ in range(100):
+            book.counted(A, OTHER, table)
+            book.dropped(A, 1, table)
+        table[B] = HELD
+        book.record(B, HELD, table)
+        assert book.failure == ""
+        book.release(table)
+        assert "No space" in book.failure
+        # nothing of what was written in part is left
+        assert journal.read(path, "/store") == {A: HELD}
+        filler.unlink()
+        book.hold()
+        book.record(B, HELD, table)
+        book.release(table)
+        assert book.failure == ""
+        assert journal.read(path, "/store") == table
+        book.close()
 
 
 @pytest.mark.mounts

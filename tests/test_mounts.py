@@ -369,3 +369,23 @@ async def test_a_process_that_ended_while_nobody_served_is_put_at_start(tmp_path
             while TOP in second.table.entries:
                 await trio.sleep(0.01)
         assert not is_mounted(second, TOP)
+
+
+async def test_calls_of_one_turn_ask_the_kernel_once_and_later_ones_ask_again(
+    mounts: Mounts,
+) -> None:
+    table = mounts.table
+    await mounts.get(TOP, MANUAL, label="")
+    with table.turn:
+        await mounts.get(TOP, MANUAL, label="")
+        # after both calls had arrived
+        syscalls.umount2(mounts.store.layout.mount_point(TOP))
+        entry = await mounts.get(TOP, MANUAL, label="")
+        assert len(entry.references) == 3
+        assert len(table.turn.unwritten) == 2
+    assert len(table.turn.unwritten) == 0
+    assert mounts.counters.vanished_mounts == 0
+    entry = await mounts.get(TOP, MANUAL, label="")
+    assert len(entry.references) == 4
+    assert mounts.counters.vanished_mounts == 1
+    assert mountinfo.is_mount_point(mounts.store.layout.mount_point(TOP))

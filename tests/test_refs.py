@@ -68,7 +68,8 @@ class OneLayer(RuleBasedStateMachine):
     @rule(pid=PIDS)
     def put(self, pid: int) -> None:
         live = self.kernel is not None
-        step, gone = refs.on_put(self.entry, pid=pid, live=live)
+        step, at = refs.on_put(self.entry, pid=pid, live=live)
+        gone = self.entry.references[at] if self.entry and at is not None else None
         own = [held for held in self.held if held == (pid, "process")]
         manual = [held for held in self.held if held[1] == "manual"]
         if step is OnPut.REFUSED:
@@ -85,8 +86,8 @@ class OneLayer(RuleBasedStateMachine):
             self.held.remove((gone.pid, gone.hold))
         if step is OnPut.COUNT:
             assert self.entry is not None
-            assert gone is not None
-            self.entry = refs.without(self.entry, refs.position(self.entry, gone))
+            assert at is not None
+            self.entry = refs.without(self.entry, at)
             assert self.held
         else:
             assert step is OnPut.UNMOUNT
@@ -124,10 +125,11 @@ TestOneLayer.settings = settings(max_examples=200, stateful_step_count=40, deadl
 def test_a_layer_without_parents_only_counts() -> None:
     entry = refs.counted(Entry(State.MOUNTED, union=False), reference(1))
     assert refs.on_get(entry, label="any", live=False) is OnGet.COUNT
-    assert refs.on_put(entry, pid=9, live=True) == (OnPut.UNMOUNT, reference(1))
+    assert refs.on_put(entry, pid=9, live=True) == (OnPut.UNMOUNT, 0)
 
 
 def test_dropping_one_of_two_equal_references_leaves_one() -> None:
     entry = Entry(State.MOUNTED, union=True, references=(reference(1), reference(1)))
-    at = refs.position(entry, reference(1))
-    assert refs.without(entry, at).references == (reference(1),)
+    step, at = refs.on_put(entry, pid=9, live=True)
+    assert (step, at) == (OnPut.COUNT, 1)
+    assert refs.without(entry, 1).references == (reference(1),)

@@ -8,7 +8,7 @@ only place where its parameters are written down: the check of what arrives and 
 import inspect
 import re
 import typing
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -26,9 +26,22 @@ Kind = Literal["read", "use", "change"]
 Answer = msgspec.Struct | dict[str, object]
 
 
+class Turn(Protocol):
+    """Around calls that are made in one go (aufsd.turn.Turn)."""
+
+    @property
+    def unwritten(self) -> Sized:
+        """While there is something in it, no call may be answered; always the same object."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+
+
 class Operations(Protocol):
     """The driver (aufsd.driver.Driver), as much of it as the API needs."""
 
+    @property
+    def turn(self) -> Turn: ...
     def version(self) -> answers.Version: ...
     def status(self) -> answers.Status: ...
     def health(self) -> answers.Health: ...

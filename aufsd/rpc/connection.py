@@ -61,7 +61,13 @@ class Connection:
             sock, desk.admission, broken=self.hang_up, slow=partial(self._drop, "slow")
         )
         self._runner = Runner(
-            desk, peer, groups, self._outbox, monitor=monitor, freed=self._call_ended
+            desk,
+            peer,
+            groups,
+            self._outbox,
+            monitor=monitor,
+            hold=partial(reader.hold, self),
+            freed=self._call_ended,
         )
         # lines that were read and not begun
         self._arrived: deque[bytes] = deque()

@@ -72,29 +72,34 @@ class _ByName(inspect.Signature):
 class Bindings:
     """The table as the library wants it: functions that bind a call and do not make it."""
 
+    rows: Mapping[str, Method]
     methods: dict[str, Binder]
-    # what the library found in it
-    found: dict[object, Binder] = field(default_factory=dict)
+    # the rows that the library found
+    found: dict[object, Method] = field(default_factory=dict)
 
 
 def bindings(table: Mapping[str, Method]) -> Bindings:
     """Bindings for a method table."""
-    return Bindings({name: _binder(row) for name, row in table.items()})
+    return Bindings(table, {name: _binder(row) for name, row in table.items()})
 
 
 def _binder(row: Method) -> Binder:
-    def bind(bound: Bound, /, **params: object) -> Result:
-        bound.row = row
-        bound.subject = params.get("id")
-        try:
-            bound.gate(row)
-            bound.run = partial(row.function, bound.call, **row.parse(params))
-        except AufsdError as error:
-            bound.error = error
+    def binder(bound: Bound, /, **params: object) -> Result:
+        _bind(row, bound, params)
         return _BOUND
 
-    bind.__signature__ = _ByName()  # type: ignore[attr-defined]
-    return bind
+    binder.__signature__ = _ByName()  # type: ignore[attr-defined]
+    return binder
+
+
+def _bind(row: Method, bound: Bound, params: dict[str, object]) -> None:
+    bound.row = row
+    bound.subject = params.get("id")
+    try:
+        bound.gate(row)
+        bound.run = partial(row.function, bound.call, **row.parse(params))
+    except AufsdError as error:
+        bound.error = error
 
 
 def decode(line: bytes) -> object:
@@ -153,8 +158,8 @@ def bind(request: object, table: Bindings, gate: Gate, call: Call) -> Bound:
     bound.silent = "id" not in request
     method, params = request["method"], request.get("params", _NO_PARAMS)
     by_name = type(params) is dict
-    if by_name and (binder := table.found.get(method)):
-        binder(bound, **params)
+    if by_name and (row := table.found.get(method)):
+        _bind(row, bound, params)
         return bound
     dispatch_to_response(
         typing.cast(str, request),  # text, were it not for the deserializer
@@ -166,7 +171,7 @@ def bind(request: object, table: Bindings, gate: Gate, call: Call) -> Bound:
     if method not in table.methods:
         bound.error = MethodNotFound(f"there is no method {method[:100]}")
     elif by_name:
-        table.found[method] = table.methods[method]
+        table.found[method] = table.rows[method]
     else:
         # an empty list passes the library for no parameters at all
         bound.run, bound.error = None, InvalidParams("parameters are given by name, as an object")

@@ -1,12 +1,14 @@
 """One task reads all sockets and begins all calls, until a call has to wait."""
 
 from collections import deque
-from collections.abc import Awaitable
-from typing import Protocol
+from collections.abc import Awaitable, Coroutine
+from typing import Any, Protocol
 
 import trio
 
+from aufsd.rpc.calls import Turn
 from aufsd.rpc.sockets import Hearing, Sockets
+from aufsd.rpc.stepping import first_step
 from aufsd.service.log import together
 
 
@@ -33,10 +35,13 @@ _TURN = 32
 class Reader:
     """Reads for the connections that it knows. `run` is its life."""
 
-    def __init__(self) -> None:
+    def __init__(self, turn: Turn) -> None:
+        self._shared = turn
         self.sockets: Sockets[Speaker] = Sockets()
         # those with lines to begin, each once: they take turns, line by line
         self._queue: deque[Speaker] = deque()
+        # answers that wait for the end of the turn
+        self._held: deque[tuple[Speaker, Coroutine[Any, Any, None]]] = deque()
         self._waiting = False
         # a task whose call has waited and ended, to read when the next call waits
         self._spare = trio.lowlevel.ParkingLot()
@@ -54,6 +59,10 @@ class Reader:
         if self._waiting:
             self._waiting = False
             self.sockets.ring()
+
+    def hold(self, speaker: Speaker, answer: Coroutine[Any, Any, None]) -> None:
+        """Take an answer that may not go out before the turn ends."""
+        self._held.append((speaker, answer))
 
     def close(self) -> None:
         """Let go of what it listens with, when `run` has ended."""
@@ -86,18 +95,43 @@ class Reader:
         """Begin calls until one waits; that one. None when all are begun, or the turn is over."""
         # their lines of the log go out in one piece
         with together():
-            for _ in range(_TURN):
-                if not self._queue:
-                    return None
-                speaker = self._queue.popleft()
-                speaker.queued = False
-                try:
-                    rest = speaker.begin()
-                except Exception as error:
-                    speaker.fail(error)
-                else:
-                    if rest is not None:
-                        return speaker, rest
+            if self._held:
+                return self._answer()
+            if len(self._queue) == 1:
+                # most often it stays the only one, and has nobody to share anything with
+                waits = self._begin(1)
+                if waits is not None or not self._queue:
+                    return waits
+            with self._shared:
+                waits = self._begin(_TURN)
+            # if one waits, the next reader answers the others
+            return waits or self._answer()
+
+    def _begin(self, most: int) -> tuple[Speaker, Awaitable[None]] | None:
+        for _ in range(most):
+            if not self._queue:
+                break
+            speaker = self._queue.popleft()
+            speaker.queued = False
+            try:
+                rest = speaker.begin()
+            except Exception as error:
+                speaker.fail(error)
+            else:
+                if rest is not None:
+                    return speaker, rest
+        return None
+
+    def _answer(self) -> tuple[Speaker, Awaitable[None]] | None:
+        while self._held:
+            speaker, answer = self._held.popleft()
+            try:
+                rest = first_step(answer)
+            except Exception as error:
+                speaker.fail(error)
+            else:
+                if rest is not None:
+                    return speaker, rest
         return None
 
     async def _listen(self) -> None:

@@ -65,6 +65,7 @@ class Runner:
         outbox: Outbox,
         *,
         monitor: bool,
+        hold: Callable[[Answering], None],
         freed: Callable[[], None],
     ) -> None:
         self._desk = desk
@@ -76,6 +77,8 @@ class Runner:
         self._plain = Call(desk.driver, peer, self._permit)
         self._outbox = outbox
         self._streams: set[trio.CancelScope] = set()
+        self._unwritten = desk.driver.turn.unwritten
+        self._hold = hold
         self._freed = freed
         self.in_flight = 0
 
@@ -133,6 +136,16 @@ class Runner:
     async def _answer(self, bound: Bound) -> None:
         try:
             done = await self._perform(bound)
+        except BaseException:
+            self._end()
+            raise
+        if self._unwritten:
+            self._hold(self._reply(bound, done))
+        else:
+            await self._reply(bound, done)
+
+    async def _reply(self, bound: Bound, done: _Done) -> None:
+        try:
             if done.reply is None:
                 self._report(bound, done)
                 return

@@ -44,7 +44,7 @@ class Server:
         self._idle = trio.Event()
         self._admission = Admission(settings, on_idle=self._idle.set)
         self._desk = Desk(driver, dispatch.bindings(TABLE), self._admission, observe)
-        self._reader = Reader()
+        self._reader = Reader(driver.turn)
         self._connections: set[Connection] = set()
 
     @property

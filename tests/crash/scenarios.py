@@ -4,11 +4,19 @@ An operation is held to: as before, or as after the last step; one that does two
 them whole, may be found between them.
 """
 
+import socket
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from aufsd_client import Client
+from aufsd_client.wire import (
+    READ_SIZE,
+    ConnectionLost,
+    LineSplitter,
+    decode_reply,
+    encode_request,
+)
 from tests.archives import tar
 
 Step = Callable[[Client, str], object]
@@ -112,6 +120,24 @@ def _get(client: Client, id: str) -> object:
     return client.get(id)
 
 
+def _get_in_one_go(client: Client, id: str) -> object:
+    """Three calls that arrive together: one alone, and two that share a write of the journal."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(client.path)
+        sock.sendall(b"".join(encode_request(str(n), "get", {"id": id}) for n in range(3)))
+        lines = LineSplitter()
+        answers: list[bytes] = []
+        while len(answers) < 3:
+            data = sock.recv(READ_SIZE)
+            if not data:
+                raise ConnectionLost("the daemon is gone")
+            answers += lines.feed(data)
+    for answer in answers:
+        if error := decode_reply(answer).error:
+            raise error
+    return answers
+
+
 def _put(client: Client, id: str) -> object:
     return client.put(id)
 
@@ -134,6 +160,7 @@ SCENARIOS = (
     ),
     Scenario("get", (_create, _first), _get),
     Scenario("get again", (_create, _first, _get), _get),
+    Scenario("get in one go", (_create, _get), _get_in_one_go, between=(_get,)),
     Scenario(
         "get what must be converted",
         (_create, _first, _to_aufs),

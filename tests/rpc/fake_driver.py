@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,6 +18,29 @@ TAR = b"the bytes of a tar"
 
 
 @dataclass
+class FakeTurn:
+    """Has every get of a turn unwritten until the turn ends, and tells `written` of them then."""
+
+    unwritten: list[str] = field(default_factory=list)
+    taken: bool = False
+    written: Callable[[list[str]], None] = lambda _: None
+
+    def change(self, what: str) -> None:
+        """Something that has to be written down before it is answered."""
+        if self.taken:
+            self.unwritten.append(what)
+
+    def __enter__(self) -> None:
+        self.taken = True
+
+    def __exit__(self, *_: object) -> None:
+        self.taken = False
+        if self.unwritten:
+            self.written(self.unwritten.copy())
+        self.unwritten.clear()
+
+
+@dataclass
 class FakeDriver:
     """`calls` notes what was called, in order. A layer named `slow...` waits for `go`."""
 
@@ -29,6 +52,7 @@ class FakeDriver:
     go: trio.Event = field(default_factory=trio.Event)
     # what `cleanup` raises
     failure: BaseException | None = None
+    turn: FakeTurn = field(default_factory=FakeTurn)
     running: int = 0
     started: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     thread: int = field(default_factory=threading.get_ident)
@@ -121,6 +145,7 @@ class FakeDriver:
         self._require(id)
         await self._work("get", id)
         self.counts[id] = self.counts.get(id, 0) + 1
+        self.turn.change(f"get {id}")
         return answers.Got(f"/mnt/{id}", self.counts[id], True, False)
 
     async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:

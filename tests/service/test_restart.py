@@ -2,14 +2,17 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from aufsd.kernel import syscalls
 from aufsd_client import Client, errors
+from aufsd_client.wire import encode_request
 from tests.archives import tar
 from tests.daemon import Daemon, eventually
 
@@ -39,6 +42,27 @@ def test_counts_and_mounts_survive(mounted: Daemon, how: str) -> None:
         assert client.put("top").mounted is False
         assert mounted.mounts() == []
         assert client.put("base").references == 0
+
+
+def test_every_get_that_was_answered_before_a_kill_is_counted_after_it(mounted: Daemon) -> None:
+    """Calls that arrive together share a write of the journal, and are answered after it."""
+    peers, calls, answered = 64, 50, 0
+    with ExitStack() as stack:
+        crowd = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(peers)]
+        for peer in crowd:
+            peer.connect(mounted.socket)
+        for peer in crowd:
+            peer.sendall(encode_request("1", "get", {"id": "top"}) * calls)
+        answered += crowd[0].recv(1 << 16).count(b"\n")
+        mounted.kill()
+        for peer in crowd:
+            with suppress(ConnectionResetError):
+                while data := peer.recv(1 << 16):
+                    answered += data.count(b"\n")
+    mounted.start()
+    with mounted.client() as client:
+        (row,) = [row for row in client.mounts().mounts if row.id == "top"]
+        assert 0 < answered <= row.references - 2 <= peers * calls
 
 
 def test_a_mount_that_vanished_while_nobody_served_counts_nothing(mounted: Daemon) -> None:
