@@ -193,7 +193,7 @@ class Mounts:
                 entry = table.entries.get(id)
                 if not self.store.exists(id):
                     return None
-                live = self._live(id, entry)
+                live = entry is None and self._live(id, None)
                 step, at = refs.on_put(entry, pid=pid, live=live)
                 waiting = table.moving(id)
                 if waiting is None:

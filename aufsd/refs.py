@@ -109,7 +109,7 @@ def counted(entry: Entry, reference: Reference) -> Entry:
 
 def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, int | None]:
     """What to do, and where the reference that goes stands in the entry: the caller's own `process`
-    one, else a manual one.
+    one, else a manual one. `live` is asked of an id without an entry: whether it is mounted now.
     """
     if entry is None:
         # nothing is counted; what the kernel still has mounted there is taken down all the same
