@@ -250,8 +250,9 @@ def test_a_damaged_chain_is_in_quarantine_and_the_rest_is_served(
 
 def interrupted_create(store: Store) -> None:
     os.mkdir(store.layout.content(A))
+    Path(store.layout.content(A), "snapshot").write_text("x")
     os.mkdir(store.layout.mount_point(A))
-    Path(store.layout.staging, "parents-a").write_text("")
+    Path(store.layout.creation(A)).write_text("")
 
 
 def interrupted_remove(store: Store) -> None:

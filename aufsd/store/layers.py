@@ -28,7 +28,6 @@ from aufsd.union.dialect import Dialect, read_dialect
 from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
 
 # stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
-CREATING_XATTR = "aufsd.creating"
 
 
 @dataclass(slots=True)
@@ -135,16 +134,18 @@ class Store:
             raise LayerExists(f"layer {id} was made behind our back", id=id)
         if os.path.lexists(self.layout.removal(id)):
             self.finish_removal(id)
+        fresh = self.layout.creation(id)
         made: list[str] = []
         try:
             for path in (content, mount_point):
                 self._make_directory(path, id)
                 made.append(path)
+            # says from here on that what lies there is a layer that is being made
+            write_durably(fresh, "".join(f"{parent}\n" for parent in parents), self.sync)
             if staged:
                 if parents:
                     above = self.layout.content(parents[0])
                     contents.note_origin(staged, above, self.xattr_namespace)
-                os.setxattr(staged, f"{self.xattr_namespace}.{CREATING_XATTR}", b"1")
                 # onto the empty directory, which is replaced
                 os.rename(staged, content)
             elif parents:
@@ -155,21 +156,22 @@ class Store:
             if self.sync != "none":
                 for path in (content, self.layout.diff, self.layout.mnt):
                     fsync(path)
-            self._write_parents(id, parents)
+            self._commit(id, fresh)
         except BaseException as error:
             # a parents file that could not be taken back means a layer that is wholly there
-            for path in () if os.path.lexists(self.layout.parents_file(id)) else made:
+            whole = os.path.lexists(self.layout.parents_file(id))
+            for path in () if whole else made:
                 try:
                     os.rmdir(path)
                 except OSError:
                     if staged:
                         self.discard_staged(path)
+            if whole or not any(map(os.path.lexists, made)):
+                with contextlib.suppress(OSError):
+                    os.unlink(fresh)
             if isinstance(error, OSError):
                 raise no_space(error, id) or error from error
             raise
-        if staged:
-            with contextlib.suppress(OSError):
-                os.removexattr(content, f"{self.xattr_namespace}.{CREATING_XATTR}")
 
     def _make_directory(self, path: str, id: LayerId) -> None:
         try:
@@ -188,23 +190,16 @@ class Store:
         # mkdir's mode went through the umask
         os.chmod(path, 0o755)
 
-    def _write_parents(self, id: LayerId, parents: tuple[LayerId, ...]) -> None:
-        fresh = f"{self.layout.staging}/parents-{id}"
-        name = self.layout.parents_file(id)
-        at = syscalls.AT_FDCWD
-        try:
-            write_durably(fresh, "".join(f"{parent}\n" for parent in parents), self.sync)
-            # a parents file that is there already is somebody's layer: never replace it
-            syscalls.renameat2(at, fresh, at, name, syscalls.RENAME_NOREPLACE)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
-            raise
+    def _commit(self, id: LayerId, fresh: str) -> None:
+        """Make the file `fresh` a layer's parents file, durably; undone if it raises OSError."""
+        name, at = self.layout.parents_file(id), syscalls.AT_FDCWD
+        # one that is there already is somebody's layer: never replace it
+        syscalls.renameat2(at, fresh, at, name, syscalls.RENAME_NOREPLACE)
         if self.sync != "none":
             try:
                 fsync(self.layout.layers)
             except OSError:
-                os.unlink(name)
+                os.rename(name, fresh)
                 raise
 
     # --- removing -----------------------------------------------------------------------------
@@ -255,7 +250,7 @@ class Store:
 
     def half_removed(self) -> list[LayerId]:
         """Layers whose removal was committed, of which something is left all the same."""
-        return self.layout.removals(os.listdir(self.layout.removing))
+        return self.layout.marked(os.listdir(self.layout.removing))
 
     def discard(self, path: str) -> None:
         """Move a directory out of the way, to be deleted later; harmless if it is gone."""
@@ -283,7 +278,7 @@ class Store:
             names = os.listdir(self.layout.removing)
         except OSError as error:
             return [error]
-        half = {os.path.basename(self.layout.removal(id)) for id in self.layout.removals(names)}
+        half = {os.path.basename(self.layout.removal(id)) for id in self.layout.marked(names)}
         for name in sorted(set(names) - half):
             try:
                 erase(f"{self.layout.removing}/{name}", device)

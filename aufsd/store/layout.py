@@ -83,11 +83,15 @@ class Layout:
         """overlayfs's workdir for the layer; on the file system of its upper directory."""
         return f"{self.root}/.aufsd/work/{id}"
 
+    def creation(self, id: LayerId) -> str:
+        """The parents file of a layer that is being made: what lies in its place is not one yet."""
+        # no id holds a colon: nothing else in there has such a name
+        return f"{self.root}/.aufsd/staging/layer:{id}"
+
     def removal(self, id: LayerId) -> str:
         """The parents file of a layer whose removal is committed and not finished."""
-        # no id holds a colon: nothing else in there has such a name
         return f"{self.root}/.aufsd/removing/layer:{id}"
 
-    def removals(self, names: Iterable[str]) -> list[LayerId]:
-        """The ids of such files, out of the names in `removing`."""
+    def marked(self, names: Iterable[str]) -> list[LayerId]:
+        """The ids of such files, out of the names in `staging` or `removing`."""
         return [LayerId(name[6:]) for name in sorted(names) if name.startswith("layer:")]

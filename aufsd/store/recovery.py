@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.store.ids import LayerId, is_id
-from aufsd.store.layers import CREATING_XATTR, Store
+from aufsd.store.layers import Store
 
 Action = Literal["finished", "undone", "failed"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -66,10 +66,12 @@ def _trials(store: Store) -> Iterator[Recovered]:
 
 
 def _staged(store: Store) -> Iterator[Recovered]:
-    """Before their commit: what came in, and parents files that were about to be renamed."""
+    """Before their commit: what came in, and parents files that were about to be mended."""
     for name in sorted(os.listdir(store.layout.staging)):
+        # one of a layer's own stays until `_creations` has taken away what it speaks of
+        if store.layout.marked((name,)):
+            continue
         store.discard(f"{store.layout.staging}/{name}")
-        # beside a parents file stand the directories, which `_creations` tells of
         if not name.startswith("parents-"):
             yield Recovered("undone", "apply_diff", name)
 
@@ -96,21 +98,23 @@ def _removals_by_docker(store: Store) -> Iterator[Recovered]:
 
 
 def _creations(store: Store) -> Iterator[Recovered]:
-    """Directories without a parents file that are empty, or marked as about to get one."""
+    """Directories without a parents file that are empty, or whose parents file was to come."""
+    coming = store.layout.marked(os.listdir(store.layout.staging))
     found: set[str] = set()
     for directory in (store.layout.mnt, store.layout.diff):
         for name in os.listdir(directory):
             if is_id(name) and not store.exists(LayerId(name)):
                 path = f"{directory}/{name}"
-                if _is_marked(store, path, CREATING_XATTR):
-                    store.discard(path)
-                else:
-                    try:
-                        # refused for any that holds something, and for a mount point (rmdir(2))
-                        os.rmdir(path)
-                    except OSError:
+                try:
+                    # refused for any that holds something, and for a mount point (rmdir(2))
+                    os.rmdir(path)
+                except OSError:
+                    if name not in coming or directory == store.layout.mnt:
                         continue
+                    store.discard(path)
                 found.add(name)
+    for id in coming:
+        os.unlink(store.layout.creation(id))
     for name in sorted(found):
         yield Recovered("undone", "create", name)
 
@@ -122,11 +126,3 @@ def _work(store: Store) -> Iterator[Recovered]:
         if not (is_id(name) and store.exists(LayerId(name))):
             store.discard(f"{directory}/{name}")
             yield Recovered("finished", "remove", f"work directory of {name}")
-
-
-def _is_marked(store: Store, path: str, mark: str) -> bool:
-    try:
-        os.getxattr(path, f"{store.xattr_namespace}.{mark}", follow_symlinks=False)
-    except OSError:
-        return False
-    return True

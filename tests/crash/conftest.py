@@ -24,3 +24,10 @@ def fresh(shared_zygote: Zygote, tmp_path: Path) -> Fresh:
     """Makes a daemon over a new store, each time."""
     serial = count()
     return lambda: subject(shared_zygote, tmp_path / f"daemon{next(serial)}")
+
+
+@pytest.fixture
+def fresh_on_btrfs(shared_zygote: Zygote, on_btrfs: Path) -> Fresh:
+    """The same on btrfs."""
+    serial = count()
+    return lambda: subject(shared_zygote, on_btrfs / f"{next(serial)}")

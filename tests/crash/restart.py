@@ -20,7 +20,9 @@ def leave_behind(root: Path) -> None:
     """One of everything that a crash leaves in a store; layers `half` and `going` are there."""
     for sub in ("diff", "mnt"):
         (root / sub / "coming").mkdir()
-    (root / ".aufsd/staging/parents-coming").write_text("base\n")
+    (root / "diff/coming/etc").mkdir()
+    (root / ".aufsd/staging/layer:coming").write_text("base\n")
+    (root / ".aufsd/staging/parents-half").write_text("base\n")
     staged = root / ".aufsd/staging/1.1"
     staged.mkdir()
     (staged / "half").write_text("x")

@@ -128,7 +128,10 @@ def _get_in_one_go(client: Client, id: str) -> object:
         lines = LineSplitter()
         answers: list[bytes] = []
         while len(answers) < 3:
-            data = sock.recv(READ_SIZE)
+            try:
+                data = sock.recv(READ_SIZE)
+            except ConnectionResetError:
+                data = b""
             if not data:
                 raise ConnectionLost("the daemon is gone")
             answers += lines.feed(data)
@@ -173,6 +176,37 @@ SCENARIOS = (
 )
 
 
+# --- snapshots --------------------------------------------------------------------------------
+
+LABEL = "system_u:object_r:container_file_t:s0:c1,c2"
+
+
+def _own_parent(client: Client, id: str) -> object:
+    """One of its own: what is kept of a parent counts for the next child."""
+    client.create(f"{id}-base", parent="base")
+    return client.apply_diff(f"{id}-base", tar({"etc/more": b"b", "e": None, "e/f": b""}))
+
+
+def _labelled(client: Client, id: str) -> object:
+    return client.create(id, parent=f"{id}-base", mount_label=LABEL)
+
+
+def _labelled_before(client: Client, id: str) -> object:
+    client.create(f"{id}-before", parent=f"{id}-base", mount_label=LABEL)
+    return client.remove(f"{id}-before")
+
+
+SNAPSHOTS = (
+    Scenario("create", (), _create),
+    Scenario("remove", (_create, _first), _remove),
+    Scenario("apply", (_create, _first), _second, archive=True),
+    Scenario("new label", (_own_parent,), _labelled, archive=True),
+    Scenario("label to be kept", (_own_parent, _labelled_before), _labelled, archive=True),
+    Scenario("kept label", (_own_parent, _labelled_before, _labelled_before), _labelled),
+)
+
+
 def clear(client: Client, id: str) -> None:
     """Take away what a scenario left, so that the store does not grow."""
-    client.remove(id, force=True)
+    for name in (id, f"{id}-before", f"{id}-base"):
+        client.remove(name, force=True)

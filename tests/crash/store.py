@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from aufsd.archive.relabel import XATTR
 from aufsd.kernel import mountinfo
 from aufsd_client import Client
 from tests.crash.subject import Subject
@@ -18,6 +19,8 @@ from tests.daemon import eventually
 _MARKS = (
     *("trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid"),
     "trusted.aufsd.fingerprint",
+    # of a snapshot: by which ids and numbers it is told from its parent, and whose child it is
+    *("trusted.aufsd.origin", "trusted.aufsd.parent"),
 )
 _PRIVATE = {
     *("lock", "format", "staging", "removing", "quarantine", "probes", "work", "empty"),
@@ -48,8 +51,9 @@ def look(subject: Subject, client: Client, id: str) -> Seen | None:
         return None
     assert row is not None, f"{id} is not listed, but is in {found}"
     assert len(found) == 3, f"{id} is listed, but only in {found}"
+    # a parent may be named after the layer
     return Seen(
-        (root / "layers" / id).read_bytes(),
+        (root / "layers" / id).read_bytes().replace(id.encode(), b"ID"),
         tuple(_tree(root / "diff" / id)),
         row.references,
         os.path.ismount(root / "mnt" / id),
@@ -111,6 +115,10 @@ def disorder(subject: Subject, client: Client) -> Iterator[str]:
         yield f"work directories of no layer: {strange}"
     if quarantined := os.listdir(root / ".aufsd/quarantine"):
         yield f"in quarantine: {quarantined}"
+    for path in (root / ".aufsd/work").glob("*/labelled-*"):
+        labels = {os.getxattr(each, XATTR) for each in (path, *path.rglob("*"))}
+        if len(labels) != 1:
+            yield f"{path} is kept, and is labelled {labels}"
     counted = {str(root / "mnt" / row.id) for row in client.mounts().mounts if row.mounted}
     live = {row.mount_point for row in mountinfo.mounted_under(str(root))}
     if live != counted:

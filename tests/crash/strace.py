@@ -16,7 +16,7 @@ CALLS = (
     *("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
     *("write", "pwrite64", "fsync", "syncfs", "mount", "umount2"),
     *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "fremovexattr"),
-    *("link", "linkat", "symlink", "symlinkat", "mknod", "mknodat"),
+    *("link", "linkat", "symlink", "symlinkat", "mknod", "mknodat", "ioctl"),
 )
 # those that need a descriptor
 OPENING = ("openat", "open_tree", "socketpair", "pidfd_open")

@@ -13,7 +13,7 @@ import pytest
 from tests.crash import store
 from tests.crash.conftest import Fresh
 from tests.crash.restart import RestartSweep
-from tests.crash.scenarios import SCENARIOS, Scenario
+from tests.crash.scenarios import SCENARIOS, SNAPSHOTS, Scenario
 from tests.crash.sweep import Outcome, Plan, Point, Sweep
 
 pytestmark = [pytest.mark.service, pytest.mark.crash]
@@ -37,6 +37,18 @@ def test_cut_off_anywhere_a_layer_is_wholly_there_or_wholly_gone(
         sweep = Sweep(scenario, fresh, stack)
         plan = sweep.plan()
         assert plan.points
+        hold(sweep.run(plan, plan.sample(KILLS, ERRORS)))
+
+
+@pytest.mark.btrfs
+@pytest.mark.parametrize("scenario", SNAPSHOTS, ids=lambda scenario: scenario.name)
+def test_cut_off_anywhere_a_snapshot_is_wholly_there_or_wholly_gone(
+    scenario: Scenario, fresh_on_btrfs: Fresh
+) -> None:
+    with ExitStack() as stack:
+        sweep = Sweep(scenario, fresh_on_btrfs, stack)
+        plan = sweep.plan()
+        assert any(point.call == "ioctl" for point in plan.points)
         hold(sweep.run(plan, plan.sample(KILLS, ERRORS)))
 
 

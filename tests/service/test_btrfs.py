@@ -191,7 +191,7 @@ def test_a_killed_create_or_apply_leaves_nothing(served: Daemon, client: Client)
             check=True,
             capture_output=True,
         )
-    os.setxattr(served.root / "diff/half", "trusted.aufsd.creating", b"1")
+    (served.root / ".aufsd/staging/layer:half").write_text("base\n")
     (served.root / "mnt/half").mkdir()
     served.start()
     assert '"undone"' in served.log

@@ -54,12 +54,12 @@ def test_a_created_layer_is_on_the_disk_before_it_counts(served: Daemon, client:
     with watched(served) as trace:
         client.create("top", parent="base")
     root = served.root
-    commit = rf"renameat2\(.*staging/parents-top.*{root}/layers/top"
+    commit = rf"renameat2\(.*staging/layer:top.*{root}/layers/top"
     for before in (
         rf"fsync\(\d+<{root}/diff/top>",
         rf"fsync\(\d+<{root}/diff>",
         rf"fsync\(\d+<{root}/mnt>",
-        rf"fsync\(\d+<{root}/.aufsd/staging/parents-top>",
+        rf"fsync\(\d+<{root}/.aufsd/staging/layer:top>",
     ):
         assert_in_order(trace, (before, commit))
     assert_in_order(trace, (rf'mkdir\("{root}/mnt/top"', rf"fsync\(\d+<{root}/mnt>"))
