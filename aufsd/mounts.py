@@ -18,7 +18,6 @@ import trio
 from aufsd import refs
 from aufsd.busy import unmount
 from aufsd.kernel import mountinfo
-from aufsd.processes import ended
 from aufsd.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.replay import replay, rows_in_kernel
 from aufsd.store.ids import LayerId
@@ -26,9 +25,8 @@ from aufsd.store.layers import Store
 from aufsd.table import Table
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, Union
-from aufsd.watch import HelperWatch
+from aufsd.watch import HelperWatch, ProcessWatch
 from aufsd_client.errors import (
-    AufsdError,
     LabelConflict,
     LayerHasChildren,
     MountFailed,
@@ -53,7 +51,6 @@ class Counters:
     busy_retries: int = 0
     failed_mounts: int = 0
     vanished_mounts: int = 0
-    processes_ended: int = 0
     # at the start: where the journal and the kernel did not agree, by kind
     differences: Counter[str] = field(default_factory=Counter)
 
@@ -74,7 +71,10 @@ class Mounts:
     helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
     counters: Counters = field(default_factory=Counters)
-    _watched: set[tuple[int, int]] = field(default_factory=set)
+    processes: ProcessWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.processes = ProcessWatch(self.table, self.nursery, self._put_all)
 
     # --- get ----------------------------------------------------------------------------------
 
@@ -176,7 +176,7 @@ class Mounts:
         else:
             self.table.record(id)
         if reference.hold == "process":
-            self.watch(reference)
+            self.processes.holds(reference)
         return entry
 
     # --- put ----------------------------------------------------------------------------------
@@ -217,6 +217,29 @@ class Mounts:
         self.table.enter(id, entry)
         self.table.journal.dropped(id, at, self.table.entries)
         return entry
+
+    async def _put_all(self, id: LayerId, pid: int, start: int) -> None:
+        """Drop every reference of an ended process to one layer."""
+        table = self.table
+        while True:
+            with table.locked():
+                entry = table.entries.get(id)
+                held = entry.references if entry else ()
+                own = [at for at, reference in enumerate(held) if reference.is_of(pid, start)]
+                waiting = table.moving(id)
+                if waiting is None:
+                    if entry is None or not own:
+                        return
+                    if len(held) > 1:
+                        self._drop(id, entry, own[0])
+                        continue
+                    table.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            await self._unmount(id)
+        finally:
+            table.end(id)
 
     async def _unmount(self, id: LayerId) -> None:
         """Unmount an id whose transition the caller holds, and drop its entry and references."""
@@ -346,49 +369,6 @@ class Mounts:
                 finally:
                     self.table.end(id)
 
-    # --- processes that hold references -------------------------------------------------------
-
-    def watch(self, reference: Reference) -> None:
-        """Put the `process` references of this process when it ends."""
-        key = (reference.pid, reference.start)
-        if key not in self._watched:
-            self._watched.add(key)
-            self.nursery.start_soon(self._watch, *key)
-
-    async def _watch(self, pid: int, start: int) -> None:
-        await ended(pid, start)
-        self._watched.discard((pid, start))
-        self.counters.processes_ended += 1
-        for id in self.table.holding(pid, start):
-            log.info("process ended, its references are put", id=id, pid=pid)
-            try:
-                await self._put_all(id, pid, start)
-            except (AufsdError, OSError) as error:
-                log.warning("put for an ended process failed", id=id, pid=pid, error=str(error))
-
-    async def _put_all(self, id: LayerId, pid: int, start: int) -> None:
-        """Drop every reference of an ended process to one layer."""
-        table = self.table
-        while True:
-            with table.locked():
-                entry = table.entries.get(id)
-                held = entry.references if entry else ()
-                own = [at for at, reference in enumerate(held) if reference.is_of(pid, start)]
-                waiting = table.moving(id)
-                if waiting is None:
-                    if entry is None or not own:
-                        return
-                    if len(held) > 1:
-                        self._drop(id, entry, own[0])
-                        continue
-                    table.begin(id)
-                    break
-            await waiting.wait()
-        try:
-            await self._unmount(id)
-        finally:
-            table.end(id)
-
     # --- the kernel's side --------------------------------------------------------------------
 
     def _live(self, id: LayerId, entry: Entry | None) -> bool:
@@ -437,7 +417,7 @@ async def open_mounts(
             helpers.mounted(id)
             for reference in entry.references:
                 if reference.hold == "process":
-                    mounts.watch(reference)
+                    mounts.processes.holds(reference)
         nursery.start_soon(mounts.retry_busy)
         try:
             yield mounts

@@ -1,18 +1,21 @@
-"""Notices at once when a process that serves a union ends while the union is in use.
+"""Notices at once when a process ends that serves a union, or that holds references.
 
-The next `get` mounts such a union again, with its references; until then `health` names it.
+The next `get` mounts a union whose helper ended again, with its references; until then `health`
+names it. The references of a process go with it.
 """
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import structlog
 import trio
 
 from aufsd.processes import ended
-from aufsd.refs import State
+from aufsd.refs import Reference, State
 from aufsd.store.ids import LayerId
 from aufsd.table import Table
 from aufsd.union.backend import Backend
+from aufsd_client.errors import AufsdError
 
 log = structlog.get_logger(__name__)
 
@@ -56,3 +59,33 @@ class HelperWatch:
 
     def _target(self, id: LayerId) -> str:
         return self.table.store.layout.mount_point(id)
+
+
+@dataclass(slots=True)
+class ProcessWatch:
+    """The processes that hold references. `put_all` drops all that one of them has to a layer."""
+
+    table: Table
+    nursery: trio.Nursery
+    put_all: Callable[[LayerId, int, int], Awaitable[None]]
+    # how many of them have ended
+    ends: int = 0
+    _watched: set[tuple[int, int]] = field(default_factory=set)
+
+    def holds(self, reference: Reference) -> None:
+        """Somebody holds this: have it put when the process ends."""
+        key = (reference.pid, reference.start)
+        if key not in self._watched:
+            self._watched.add(key)
+            self.nursery.start_soon(self._watch, *key)
+
+    async def _watch(self, pid: int, start: int) -> None:
+        await ended(pid, start)
+        self._watched.discard((pid, start))
+        self.ends += 1
+        for id in self.table.holding(pid, start):
+            log.info("process ended, its references are put", id=id, pid=pid)
+            try:
+                await self.put_all(id, pid, start)
+            except (AufsdError, OSError) as error:
+                log.warning("put for an ended process failed", id=id, pid=pid, error=str(error))
