@@ -22,7 +22,7 @@ from aufsd.kernel import syscalls
 from aufsd_client import Client, errors
 from tests.archive.shelf import Entry, snapshot
 from tests.archive.tars import directory, entry, link, symlink, tar
-from tests.daemon import Daemon, daemon, eventually
+from tests.daemon import Daemon, daemon, descendants, eventually
 
 pytestmark = pytest.mark.service
 
@@ -115,7 +115,8 @@ def test_what_follows_the_end(served: Daemon, client: Client) -> None:
 
 def test_a_killed_child(served: Daemon, client: Client) -> None:
     with unchanged(served, client) as id, sending(served, id) as caught:
-        for pid in descendants(served)[2:]:
+        assert served.process is not None
+        for pid in descendants(served.process.pid)[2:]:
             os.kill(pid, signal.SIGKILL)
     assert isinstance(caught[0], errors.InternalError)
     assert "incident" in caught[0].data
@@ -123,7 +124,8 @@ def test_a_killed_child(served: Daemon, client: Client) -> None:
 
 def test_a_killed_fork_server(served: Daemon, client: Client) -> None:
     with unchanged(served, client) as id, sending(served, id) as caught:
-        os.kill(descendants(served)[0], signal.SIGKILL)
+        assert served.process is not None
+        os.kill(descendants(served.process.pid)[0], signal.SIGKILL)
     assert isinstance(caught[0], errors.InternalError)
 
 
@@ -156,16 +158,6 @@ def unread(fd: int) -> int:
     """How many bytes of a pipe nobody has read."""
     found: tuple[int] = struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, b"\0" * 4))
     return found[0]
-
-
-def descendants(served: Daemon) -> list[int]:
-    """The processes below the daemon, parents before children."""
-    assert served.process is not None
-    found = [served.process.pid]
-    for parent in found:
-        children = Path(f"/proc/{parent}/task/{parent}/children").read_text()
-        found += map(int, children.split())
-    return found[1:]
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.crash.sweep import Outcome, Plan, Point, Sweep
 pytestmark = [pytest.mark.service, pytest.mark.crash]
 
 WHOLE = os.environ.get("AUFSD_CRASH") == "all"
-KILLS, ERRORS = (10_000, 10_000) if WHOLE else (16, 10)
+KILLS, ERRORS = (10_000, 10_000) if WHOLE else (10, 6)
 
 
 def hold(outcome: Outcome) -> None:

@@ -6,14 +6,14 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from aufsd_client import Client, errors
 from tests.archives import tar
-from tests.daemon import Daemon, eventually
+from tests.daemon import Daemon, daemon, eventually
 
 pytestmark = pytest.mark.service
 
@@ -34,7 +34,20 @@ def tree_hash(root: Path) -> str:
     return digest.hexdigest()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """One for all of these tests: each of them leaves the store as it was."""
+    with daemon(tmp_path_factory.mktemp("served")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def client(served: Daemon) -> Iterator[Client]:
+    with served.client() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def filled(served: Daemon, client: Client) -> Daemon:
     client.create("base")
     client.apply_diff("base", tar({"d": None, "d/f": b"x", "l": "d/f"}))
