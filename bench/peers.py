@@ -73,6 +73,6 @@ def _processor() -> str:
 
 
 def _small_call() -> float:
-    """Seconds: with builds and processors this differs by three, and with it what we measure."""
+    """Seconds: builds and processors differ in it by half and more, and so does what we measure."""
     runs = timeit.repeat("f(1, 2)", "def f(a, b): return {'a': [a, b]}", number=20_000)
     return min(runs) / 20_000
