@@ -3,7 +3,6 @@
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import trio
 
@@ -57,9 +56,6 @@ async def unmount(
         errno="EBUSY",
         holders=_named(found),
     )
-
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)

@@ -115,20 +115,20 @@ class Journal:
         self._size = 0
         # lines that are kept back; always this one list
         self.unwritten: list[bytes] = []
-        self._holding = False
+        self.holding = False
         self.rewrite(table)
 
     def hold(self) -> None:
         """Keep back what is recorded from here on; no await may stand before `release`."""
-        self._holding = True
+        self.holding = True
 
     def release(self, table: Mapping[LayerId, Entry]) -> None:
         """Write in one piece what was kept back, as `table` already says."""
-        self._holding = False
+        self.holding = False
         if self.unwritten:
-            lines = self.unwritten.copy()
+            data, lines = b"".join(self.unwritten), len(self.unwritten)
             self.unwritten.clear()
-            self._write(b"".join(lines), len(lines), table)
+            self._write(data, lines, table)
 
     def rewrite(self, table: Mapping[LayerId, Entry]) -> None:
         """Write the whole table to a new file and put it in the old one's place.
@@ -175,7 +175,7 @@ class Journal:
 
     def _append(self, record: _Line | _Counted | _Dropped, table: Mapping[LayerId, Entry]) -> None:
         line = _encoder.encode(record) + b"\n"
-        if self._holding:
+        if self.holding:
             self.unwritten.append(line)
         else:
             self._write(line, 1, table)

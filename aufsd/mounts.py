@@ -206,10 +206,7 @@ class Mounts:
                     table.begin(id)
                     break
             await waiting.wait()
-        try:
-            await self._unmount(id)
-        finally:
-            table.end(id)
+        await self._take_down(id)
         return None
 
     def _drop(self, id: LayerId, entry: Entry, at: int) -> Entry:
@@ -236,10 +233,14 @@ class Mounts:
                     table.begin(id)
                     break
             await waiting.wait()
+        await self._take_down(id)
+
+    async def _take_down(self, id: LayerId) -> None:
+        """Unmount an id whose transition the caller began, and end that, however it goes."""
         try:
             await self._unmount(id)
         finally:
-            table.end(id)
+            self.table.end(id)
 
     async def _unmount(self, id: LayerId) -> None:
         """Unmount an id whose transition the caller holds, and drop its entry and references."""
@@ -344,12 +345,10 @@ class Mounts:
         for id in await self.thread.run(self._mounted_in_kernel):
             await self.table.claim(id)
             try:
-                await self._unmount(id)
+                await self._take_down(id)
                 done.append(id)
             except (UnmountBusy, OSError) as error:
                 failed[id] = error
-            finally:
-                self.table.end(id)
         return done, failed
 
     async def retry_busy(self) -> None:
@@ -362,12 +361,10 @@ class Mounts:
                     continue
                 self.table.begin(id)
                 try:
-                    await self._unmount(id)
+                    await self._take_down(id)
                     log.info("busy mount unmounted", id=id)
                 except (UnmountBusy, OSError) as error:
                     log.debug("mount is still busy", id=id, error=str(error))
-                finally:
-                    self.table.end(id)
 
     # --- the kernel's side --------------------------------------------------------------------
 

@@ -19,9 +19,13 @@ class Turn:
 
     journal: Journal
     entries: Mapping[LayerId, Entry]
-    taken: bool = False
     # layers whose mounts were seen to stand in this turn; empty between two
     standing: set[LayerId] = field(default_factory=set)
+
+    @property
+    def taken(self) -> bool:
+        """Whether there is a turn now."""
+        return self.journal.holding
 
     @property
     def unwritten(self) -> Sized:
@@ -29,10 +33,8 @@ class Turn:
         return self.journal.unwritten
 
     def __enter__(self) -> None:
-        self.taken = True
         self.journal.hold()
 
     def __exit__(self, *_: object) -> None:
-        self.taken = False
         self.standing.clear()
         self.journal.release(self.entries)

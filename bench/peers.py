@@ -73,6 +73,6 @@ def _processor() -> str:
 
 
 def _small_call() -> float:
-    """Seconds: builds and processors differ in it by half and more, and so does what we measure."""
+    """Seconds. Two builds may differ in it by half and more, and in what we measure with it."""
     runs = timeit.repeat("f(1, 2)", "def f(a, b): return {'a': [a, b]}", number=20_000)
     return min(runs) / 20_000

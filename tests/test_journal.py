@@ -144,15 +144,21 @@ def small_tmpfs(at: Path, options: str) -> Iterator[Path]:
         syscalls.umount2(str(at))
 
 
+def fill(directory: Path) -> Path:
+    """Fill a small file system up; the file that does so."""
+    filler = directory / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(b"x" * (1 << 20))
+    return filler
+
+
 @pytest.mark.mounts
 def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -> None:
     with small_tmpfs(tmp_path / "small", "size=32k") as small:
         path = str(small / "journal")
         table: dict[LayerId, Entry] = {A: HELD}
         book = Journal(path, "/store", table)
-        filler = small / "filler"
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(b"x" * (1 << 20))
+        filler = fill(small)
         # what still fits into the last page is written down, what follows is not
         while not book.failure:
             table[B] = HELD
@@ -177,9 +183,7 @@ def test_held_lines_that_do_not_fit_are_made_up_for(tmp_path: Path) -> None:
         path = str(small / "journal")
         table: dict[LayerId, Entry] = {A: HELD}
         book = Journal(path, "/store", table)
-        filler = small / "filler"
-        with pytest.raises(OSError, match="No space"):
-            filler.write_bytes(b"x" * (1 << 20))
+        filler = fill(small)
         book.hold()
         for _ in range(100):
             book.counted(A, OTHER, table)

@@ -1,7 +1,8 @@
 """One task reads all sockets and begins all calls, until a call has to wait."""
 
 from collections import deque
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 import trio
@@ -113,25 +114,15 @@ class Reader:
                 break
             speaker = self._queue.popleft()
             speaker.queued = False
-            try:
-                rest = speaker.begin()
-            except Exception as error:
-                speaker.fail(error)
-            else:
-                if rest is not None:
-                    return speaker, rest
+            if (rest := _step(speaker, speaker.begin)) is not None:
+                return speaker, rest
         return None
 
     def _answer(self) -> tuple[Speaker, Awaitable[None]] | None:
         while self._held:
             speaker, answer = self._held.popleft()
-            try:
-                rest = first_step(answer)
-            except Exception as error:
-                speaker.fail(error)
-            else:
-                if rest is not None:
-                    return speaker, rest
+            if (rest := _step(speaker, partial(first_step, answer))) is not None:
+                return speaker, rest
         return None
 
     async def _listen(self) -> None:
@@ -150,3 +141,12 @@ class Reader:
             except Exception as error:
                 speaker.fail(error)
             self.enqueue(speaker)
+
+
+def _step(speaker: Speaker, step: Callable[[], Awaitable[None] | None]) -> Awaitable[None] | None:
+    """What is left to be awaited of a step, if anything; a fault in it is the speaker's alone."""
+    try:
+        return step()
+    except Exception as error:
+        speaker.fail(error)
+        return None

@@ -27,8 +27,6 @@ from aufsd.union.backend import XattrNamespace
 from aufsd.union.dialect import Dialect, read_dialect
 from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
 
-# stands on a subvolume that is to be a layer's content; without a parents file, recovery undoes it
-
 
 @dataclass(slots=True)
 class Store:

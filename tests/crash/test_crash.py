@@ -29,15 +29,20 @@ def hold(outcome: Outcome) -> None:
     assert outcome.reached >= 0.3 * outcome.points
 
 
+def cut_off(scenario: Scenario, fresh: Fresh) -> Plan:
+    """Break an operation at its points, or a sample of them; all that there are."""
+    with ExitStack() as stack:
+        sweep = Sweep(scenario, fresh, stack)
+        plan = sweep.plan()
+        hold(sweep.run(plan, plan.sample(KILLS, ERRORS)))
+        return plan
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_cut_off_anywhere_a_layer_is_wholly_there_or_wholly_gone(
     scenario: Scenario, fresh: Fresh
 ) -> None:
-    with ExitStack() as stack:
-        sweep = Sweep(scenario, fresh, stack)
-        plan = sweep.plan()
-        assert plan.points
-        hold(sweep.run(plan, plan.sample(KILLS, ERRORS)))
+    assert cut_off(scenario, fresh).points
 
 
 @pytest.mark.btrfs
@@ -45,11 +50,8 @@ def test_cut_off_anywhere_a_layer_is_wholly_there_or_wholly_gone(
 def test_cut_off_anywhere_a_snapshot_is_wholly_there_or_wholly_gone(
     scenario: Scenario, fresh_on_btrfs: Fresh
 ) -> None:
-    with ExitStack() as stack:
-        sweep = Sweep(scenario, fresh_on_btrfs, stack)
-        plan = sweep.plan()
-        assert any(point.call == "ioctl" for point in plan.points)
-        hold(sweep.run(plan, plan.sample(KILLS, ERRORS)))
+    plan = cut_off(scenario, fresh_on_btrfs)
+    assert any(point.call == "ioctl" for point in plan.points)
 
 
 def test_a_start_that_is_cut_off_is_made_up_for_by_the_next(fresh: Fresh) -> None:
