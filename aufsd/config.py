@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from aufsd.idmap import IdMap
+from aufsd.store.idmap import IdMap
 
 DEFAULT_FILE = "/etc/aufsd/aufsd.toml"
 

@@ -16,17 +16,19 @@ import structlog
 import trio
 
 from aufsd import config as configuration
-from aufsd import journal
+from aufsd.active import journal
+from aufsd.active.in_use import Naming
+from aufsd.active.journal import Journal
+from aufsd.active.mounts import open_mounts
+from aufsd.active.table import Table
 from aufsd.archive.jobs import open_jobs
 from aufsd.archive.requests import Limits
-from aufsd.busy import Naming
-from aufsd.chains import Chains
 from aufsd.config import Config, ConfigError
 from aufsd.driver import Driver
-from aufsd.idmap import to_host
-from aufsd.journal import Journal
 from aufsd.kernel import probe
-from aufsd.mounts import open_mounts
+from aufsd.layers.background import Upkeep
+from aufsd.layers.branches import Chains
+from aufsd.layers.snapshots import Snapshots
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
 from aufsd.rpc.server import Allow, Listener, Server, Settings
@@ -35,18 +37,16 @@ from aufsd.service import log as logging
 from aufsd.service.activation import inherited
 from aufsd.service.metrics import Metrics
 from aufsd.service.notify import Notifier
-from aufsd.snapshots import Snapshots
 from aufsd.status import Overview
 from aufsd.store import recovery
+from aufsd.store.idmap import to_host
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
 from aufsd.store.recovery import Recovered
-from aufsd.table import Table
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.choice import choose
-from aufsd.upkeep import Upkeep
 
 log = structlog.get_logger(__name__)
 

@@ -15,27 +15,29 @@ from typing import Literal
 import structlog
 import trio
 
-from aufsd import __version__, answers, checks, fingerprints
+from aufsd import __version__, results
+from aufsd.active.in_use import Naming
+from aufsd.active.mounts import Mounts
+from aufsd.active.refs import Reference
+from aufsd.active.turn import Turn
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
-from aufsd.busy import Naming
-from aufsd.chains import Chains
 from aufsd.kernel import holders as kernel_holders
-from aufsd.mounts import Mounts
-from aufsd.peer import Peer
-from aufsd.refs import Reference
-from aufsd.snapshots import Snapshots
+from aufsd.kernel.peer import Peer
+from aufsd.layers import check as checks
+from aufsd.layers import fingerprints
+from aufsd.layers.background import Bell, Upkeep
+from aufsd.layers.branches import Chains
+from aufsd.layers.snapshots import Snapshots
 from aufsd.status import Overview
+from aufsd.store import dialect as dialects
 from aufsd.store.check import readable
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
-from aufsd.turn import Turn
-from aufsd.union import dialect as dialects
 from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size
-from aufsd.union.dialect import Dialect
-from aufsd.upkeep import Bell, Upkeep
 from aufsd_client.errors import (
     InvalidParams,
     LayerInUse,
@@ -60,7 +62,7 @@ class Driver:
     jobs: Jobs
     disk: Disk
     overview: Overview
-    render_metrics: Callable[[], answers.Metrics]
+    render_metrics: Callable[[], results.Metrics]
     chains: Chains
     # used where the backend makes no unions
     snapshots: Snapshots
@@ -77,36 +79,36 @@ class Driver:
 
     # --- questions that touch memory only -----------------------------------------------------
 
-    def version(self) -> answers.Version:
+    def version(self) -> results.Version:
         """What this daemon is, and which API it speaks."""
-        return answers.Version(__version__, API, self.backend.name, list(FEATURES))
+        return results.Version(__version__, API, self.backend.name, list(FEATURES))
 
-    def status(self) -> answers.Status:
+    def status(self) -> results.Status:
         """Docker's four rows, and more of what an operator asks first."""
         return self.overview.status()
 
-    def health(self) -> answers.Health:
+    def health(self) -> results.Health:
         """What a monitoring script polls."""
         return self.overview.health()
 
-    def metrics(self) -> answers.Metrics:
+    def metrics(self) -> results.Metrics:
         """Prometheus text exposition."""
         return self.render_metrics()
 
-    def exists(self, id: LayerId) -> answers.Exists:
+    def exists(self, id: LayerId) -> results.Exists:
         """Whether there is such a layer."""
-        return answers.Exists(self.store.exists(id))
+        return results.Exists(self.store.exists(id))
 
-    def layers(self, *, after: str, limit: int) -> answers.Layers:
+    def layers(self, *, after: str, limit: int) -> results.Layers:
         """The layers by id, one page."""
         ids = sorted(id for id in (*self.store.parent, *self.store.damaged) if id > after)
         page = ids[:limit]
         more = page[-1] if len(ids) > limit else ""
-        return answers.Layers([self._row(id) for id in page], more)
+        return results.Layers([self._row(id) for id in page], more)
 
-    def _row(self, id: LayerId) -> answers.LayerRow:
+    def _row(self, id: LayerId) -> results.LayerRow:
         entry = self.unions.table.entries.get(id)
-        return answers.LayerRow(
+        return results.LayerRow(
             id=id,
             parent=self.store.parent.get(id) or "",
             depth=0 if id in self.store.damaged else len(self.store.chain(id)),
@@ -114,11 +116,11 @@ class Driver:
             mounted=bool(entry and entry.union),
         )
 
-    def mounts(self) -> answers.MountTable:
+    def mounts(self) -> results.MountTable:
         """The active-mount table."""
-        return answers.MountTable(
+        return results.MountTable(
             [
-                answers.MountRow(
+                results.MountRow(
                     id=id,
                     path=self._path(id, union=entry.union),
                     backend=entry.backend,
@@ -128,7 +130,7 @@ class Driver:
                     label=entry.label,
                     since=entry.since,
                     holders=[
-                        answers.Reference(ref.pid, ref.uid, ref.comm, ref.hold, ref.since)
+                        results.Reference(ref.pid, ref.uid, ref.comm, ref.hold, ref.since)
                         for ref in entry.references
                     ],
                 )
@@ -149,7 +151,7 @@ class Driver:
         parent: LayerId | None,
         mount_label: str,
         storage_opt: Mapping[str, str],
-    ) -> answers.Created:
+    ) -> results.Created:
         """Make an empty layer on top of `parent`. All or nothing, and durable."""
         for key in storage_opt:
             if key not in self.backend.storage_options:
@@ -177,7 +179,7 @@ class Driver:
             else:
                 xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
                 await self.disk.run(self.store.create_on_disk, id, chain[1:], xattrs)
-        return answers.Created(warnings)
+        return results.Created(warnings)
 
     async def _create_snapshot(
         self, id: LayerId, parents: tuple[LayerId, ...], label: str, size: int
@@ -187,10 +189,10 @@ class Driver:
         finally:
             self.erase.set()
 
-    async def remove(self, id: LayerId, *, force: bool) -> answers.Removed:
+    async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
         """Remove a layer that nothing stands on and nobody references."""
         if not self.store.exists(id):
-            return answers.Removed(False, "not-found")
+            return results.Removed(False, "not-found")
         try:
             async with self.unions.removing(id, force=force):
                 self.chains.forget(id)
@@ -199,13 +201,13 @@ class Driver:
         except LayerInUse as error:
             references = error.data["references"]
             assert isinstance(references, int)
-            return answers.Removed(False, "in-use", references)
+            return results.Removed(False, "in-use", references)
         for failure in left:
             log.warning("content of a removed layer is still in its place", error=str(failure))
         self.erase.set()
-        return answers.Removed(True)
+        return results.Removed(True)
 
-    async def get_metadata(self, id: LayerId) -> answers.Metadata:
+    async def get_metadata(self, id: LayerId) -> results.Metadata:
         """Where everything of a layer is, as strings."""
         chain = self.store.chain(id)
         entry = self.unions.table.entries.get(id)
@@ -224,7 +226,7 @@ class Driver:
         if entry and entry.union:
             found["label"] = entry.label
             found["read_only"] = "true" if entry.read_only else "false"
-        return answers.Metadata(found)
+        return results.Metadata(found)
 
     # --- mounts -------------------------------------------------------------------------------
 
@@ -235,7 +237,7 @@ class Driver:
         peer: Peer,
         mount_label: str,
         hold: Literal["manual", "process"],
-    ) -> answers.Got:
+    ) -> results.Got:
         """Count one reference, and mount on the first."""
         if hold == "process" and not peer.start:
             raise InvalidParams(
@@ -257,14 +259,14 @@ class Driver:
                 # raises the reason, if it is that a branch is gone
                 await self.disk.run(self.chains.dialect, branch)
             raise
-        return answers.Got(
+        return results.Got(
             path=self._path(id, union=entry.union),
             references=len(entry.references),
             mounted=entry.union,
             read_only=entry.read_only,
         )
 
-    async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
+    async def put(self, id: LayerId, *, peer: Peer) -> results.Put:
         """Drop one reference, and unmount after the last."""
         try:
             entry = await self.unions.put(id, pid=peer.pid)
@@ -272,42 +274,42 @@ class Driver:
             await self.naming.name(error)
             raise
         if entry is None:
-            return answers.Put(0, False)
-        return answers.Put(len(entry.references), entry.union)
+            return results.Put(0, False)
+        return results.Put(len(entry.references), entry.union)
 
-    async def cleanup(self) -> answers.Cleanup:
+    async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, whatever its count."""
         done, failed = await self.unions.cleanup()
         rows = []
         for id, failure in failed.items():
             holders = (await self.holders(id)).holders
             number = failure.errno if isinstance(failure, OSError) else errno.EBUSY
-            rows.append(answers.FailedUnmount(id, errno.errorcode[number or 0], holders))
-        return answers.Cleanup(list(done), rows)
+            rows.append(results.FailedUnmount(id, errno.errorcode[number or 0], holders))
+        return results.Cleanup(list(done), rows)
 
-    async def holders(self, id: LayerId) -> answers.Holders:
+    async def holders(self, id: LayerId) -> results.Holders:
         """Who keeps the layer's mount busy."""
         self.store.require(id)
         target = self.store.layout.mount_point(id)
-        return answers.Holders(await self.disk.run(kernel_holders.holders, target))
+        return results.Holders(await self.disk.run(kernel_holders.holders, target))
 
     # --- content ------------------------------------------------------------------------------
 
     async def diff(
         self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         """Write what the layer changed to `out`, which stays the caller's. Cancelled: cut short."""
         async with self._compared(id, parent) as (chain, against):
             return await self.jobs.diff(chain, out, against=against, digest=digest)
 
-    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> answers.Size:
+    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> results.Size:
         """Bytes of the layer's own regular files."""
         async with self._compared(id, parent) as (chain, against):
-            return answers.Size(await self.jobs.diff_size(chain, against=against))
+            return results.Size(await self.jobs.diff_size(chain, against=against))
 
     async def changes(
         self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
-    ) -> answers.Changes:
+    ) -> results.Changes:
         """What the layer changed, path by path, one page."""
         async with self._compared(id, parent) as (chain, against):
             below = chain[1:] if against is None else against
@@ -315,7 +317,7 @@ class Driver:
 
     async def apply_diff(
         self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
         async with self.naming, self.unions.table.changing(id):
@@ -340,13 +342,13 @@ class Driver:
                 self.erase.set()
         return made.streamed
 
-    async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
+    async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
         async with self.naming, self.unions.table.changing(id):
             self.chains.forget(id)
-            return answers.Converted(await self.upkeep.convert(id, to))
+            return results.Converted(await self.upkeep.convert(id, to))
 
-    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
+    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
         store, table = self.store, self.unions.table
         found = await checks.consistency(store, table, self.disk, id=id, deep=deep, repair=repair)
@@ -354,7 +356,7 @@ class Driver:
             ids = sorted(store.parent) if id is None else [id]
             found += await fingerprints.compare(store, table, self.disk, self.jobs, ids)
             found += await checks.read_by_aufs(store, table, self.disk, self.jobs, ids)
-        return answers.Check(list(map(readable, found)))
+        return results.Check(list(map(readable, found)))
 
     # --- what these share ---------------------------------------------------------------------
 

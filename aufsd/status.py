@@ -4,9 +4,9 @@ import os
 import platform
 from dataclasses import dataclass, field
 
-from aufsd import answers
+from aufsd import results
+from aufsd.active.mounts import Mounts
 from aufsd.archive.jobs import Jobs
-from aufsd.mounts import Mounts
 from aufsd.store.layers import Store
 from aufsd.union.backend import Backend
 
@@ -26,7 +26,7 @@ class Overview:
     # what start-up could not put right, in words; `health` shows it until the next start
     notes: list[str] = field(default_factory=list)
 
-    def status(self) -> answers.Status:
+    def status(self) -> results.Status:
         """Docker's rows first (moby aufs.go, Status), then more."""
         facts = dict(self.backend.facts)
         entries = self.unions.table.entries
@@ -48,7 +48,7 @@ class Overview:
             ("Running Archives", str(len(self.jobs.running()))),
         ]
         rows += facts.items()
-        return answers.Status(
+        return results.Status(
             driver="aufsd",
             status=rows,
             backend=self.backend.name,
@@ -60,7 +60,7 @@ class Overview:
             degraded=[check.detail for check in health.checks if check.status != "ok"],
         )
 
-    def health(self) -> answers.Health:
+    def health(self) -> results.Health:
         """One line a concern; the whole is as bad as the worst."""
         checks = [
             self._space(),
@@ -71,58 +71,58 @@ class Overview:
             self._start(),
         ]
         worst = max((check.status for check in checks), key=_SEVERITY.index)
-        return answers.Health(worst, checks)
+        return results.Health(worst, checks)
 
-    def _space(self) -> answers.HealthCheck:
+    def _space(self) -> results.HealthCheck:
         try:
             found = os.statvfs(self.store.layout.root)
         except OSError as error:
-            return answers.HealthCheck("space", "failing", f"the store: {error.strerror}")
+            return results.HealthCheck("space", "failing", f"the store: {error.strerror}")
         blocks = found.f_bavail / found.f_blocks if found.f_blocks else 1.0
         # btrfs has no inode count and says 0
         inodes = found.f_favail / found.f_files if found.f_files else 1.0
         free = found.f_bavail * found.f_frsize
         detail = f"{free >> 20} MiB ({blocks:.0%}) and {inodes:.0%} of the inodes are free"
         if not free or not inodes:
-            return answers.HealthCheck("space", "failing", detail)
+            return results.HealthCheck("space", "failing", detail)
         low = min(blocks, inodes) < _LOW
-        return answers.HealthCheck("space", "degraded" if low else "ok", detail)
+        return results.HealthCheck("space", "degraded" if low else "ok", detail)
 
-    def _busy(self) -> answers.HealthCheck:
+    def _busy(self) -> results.HealthCheck:
         busy = sorted(self.unions.table.busy())
         if not busy:
-            return answers.HealthCheck("mounts", "ok", "no mount stands without a reference")
+            return results.HealthCheck("mounts", "ok", "no mount stands without a reference")
         named = ", ".join(busy[:5])
         detail = f"{len(busy)} mounts are busy though no reference is left: {named}"
-        return answers.HealthCheck("mounts", "degraded", detail)
+        return results.HealthCheck("mounts", "degraded", detail)
 
-    def _helpers(self) -> answers.HealthCheck:
+    def _helpers(self) -> results.HealthCheck:
         dead = sorted(self.unions.helpers.dead)
         if not dead:
-            return answers.HealthCheck("helpers", "ok", "no process that serves a mount has died")
+            return results.HealthCheck("helpers", "ok", "no process that serves a mount has died")
         detail = (
             f"{len(dead)} mounts are dead, the next get mounts them again: {', '.join(dead[:5])}"
         )
-        return answers.HealthCheck("helpers", "degraded", detail)
+        return results.HealthCheck("helpers", "degraded", detail)
 
-    def _quarantine(self) -> answers.HealthCheck:
+    def _quarantine(self) -> results.HealthCheck:
         damaged = sorted(self.store.damaged)
         if not damaged:
-            return answers.HealthCheck("layers", "ok", "no layer is in quarantine")
+            return results.HealthCheck("layers", "ok", "no layer is in quarantine")
         detail = f"{len(damaged)} layers are in quarantine: {', '.join(damaged[:5])}"
-        return answers.HealthCheck("layers", "degraded", detail)
+        return results.HealthCheck("layers", "degraded", detail)
 
-    def _journal(self) -> answers.HealthCheck:
+    def _journal(self) -> results.HealthCheck:
         failure = self.unions.table.journal.failure
         if not failure:
-            return answers.HealthCheck("journal", "ok", "every change of the table is written down")
+            return results.HealthCheck("journal", "ok", "every change of the table is written down")
         detail = f"after a crash counts may be wrong, the journal cannot be written: {failure}"
-        return answers.HealthCheck("journal", "degraded", detail)
+        return results.HealthCheck("journal", "degraded", detail)
 
-    def _start(self) -> answers.HealthCheck:
+    def _start(self) -> results.HealthCheck:
         if not self.notes:
-            return answers.HealthCheck("start", "ok", "nothing is left open from the start")
-        return answers.HealthCheck("start", "degraded", "; ".join(self.notes))
+            return results.HealthCheck("start", "ok", "nothing is left open from the start")
+        return results.HealthCheck("start", "degraded", "; ".join(self.notes))
 
 
 _SEVERITY = ("ok", "degraded", "failing")

@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
+from aufsd.store import dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.opening import open_store
-from aufsd.union import dialect
 from bench.daemon import Daemon, Line, daemon, namespace, request, require_result
 from bench.figures import Curve, Figure, Goal, Outcome, alone, compare
 from bench.harness import Bench, Case, interleaved, typical

@@ -10,7 +10,7 @@ import pytest
 
 from aufsd import config
 from aufsd.config import Config, ConfigError
-from aufsd.idmap import IdMap
+from aufsd.store.idmap import IdMap
 
 
 def flags(*arguments: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.converting import convert
 from tests.archive.shelf import NAMESPACE, snapshot
 

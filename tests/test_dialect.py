@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.converting import build, convert, convert_until
 from tests.archive.shelf import NAMESPACE, Entry, snapshot
 

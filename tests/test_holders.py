@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.answers import Holder
 from aufsd.kernel import syscalls
 from aufsd.kernel.holders import holders
+from aufsd.results import Holder
 
 pytestmark = pytest.mark.mounts
 

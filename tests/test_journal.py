@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from aufsd import journal, refs
-from aufsd.journal import Journal
+from aufsd.active import journal, refs
+from aufsd.active.journal import Journal
+from aufsd.active.refs import Entry, Reference, State
 from aufsd.kernel import syscalls
-from aufsd.refs import Entry, Reference, State
 from aufsd.store.ids import LayerId
 
 A, B = LayerId("a"), LayerId("b")

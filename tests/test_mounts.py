@@ -9,20 +9,19 @@ from pathlib import Path
 import pytest
 import trio
 
-from aufsd import journal
-from aufsd.journal import Journal
+from aufsd.active import journal
+from aufsd.active.journal import Journal
+from aufsd.active.mounts import Mounts, open_mounts
+from aufsd.active.refs import Reference
+from aufsd.active.table import Table
 from aufsd.kernel import mountinfo, probe, syscalls
-from aufsd.mounts import Mounts, open_mounts
-from aufsd.peer import process
-from aufsd.refs import Reference
+from aufsd.kernel.peer import process
+from aufsd.store import dialect as dialects
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
-from aufsd.table import Table
-from aufsd.union import dialect as dialects
 from aufsd.union import overlay
-from aufsd.union.backend import XattrNamespace
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     LabelConflict,
     LayerHasChildren,

@@ -4,8 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from aufsd import refs
-from aufsd.refs import Entry, OnGet, OnPut, Reference, State
+from aufsd.active import refs
+from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
 
 PIDS = st.integers(min_value=1, max_value=3)
 LABELS = st.sampled_from(["", "a", "b"])

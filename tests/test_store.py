@@ -11,14 +11,13 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import probe, syscalls
+from aufsd.store import dialect as dialects
 from aufsd.store import recovery
 from aufsd.store.check import check
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
-from aufsd.union import dialect as dialects
-from aufsd.union.backend import XattrNamespace
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import (
     LayerDamaged,
     LayerExists,

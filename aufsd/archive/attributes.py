@@ -12,7 +12,7 @@ from typing import Final
 from aufsd.archive import headers
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
-from aufsd.idmap import to_container, to_host
+from aufsd.store.idmap import to_container, to_host
 from aufsd_client.errors import BadArchive, InternalError
 
 CAPABILITY: Final = b"security.capability"

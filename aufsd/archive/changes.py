@@ -5,10 +5,10 @@ import binascii
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
-from aufsd.answers import Change, Changes
 from aufsd.archive import compare
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Place
+from aufsd.results import Change, Changes
 from aufsd_client.errors import InvalidParams
 
 

@@ -14,7 +14,6 @@ from typing import NoReturn
 
 from msgspec import UNSET
 
-from aufsd.answers import Streamed
 from aufsd.archive import (
     changes,
     clone,
@@ -38,8 +37,9 @@ from aufsd.archive.sink import Sink
 from aufsd.archive.source import Source
 from aufsd.archive.unpack import Unpacker
 from aufsd.kernel import syscalls
+from aufsd.results import Streamed
+from aufsd.store.dialect import Dialect
 from aufsd.union import conversion
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import AufsdError, InternalError, LimitExceeded, NoSpace
 
 _FDS_MAX = 8

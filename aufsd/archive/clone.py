@@ -10,8 +10,8 @@ import stat
 from typing import Final
 
 from aufsd.archive.attributes import read_xattr
+from aufsd.store import dialect as marks
 from aufsd.union import conversion
-from aufsd.union import dialect as marks
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK: Final = 1 << 24

@@ -16,7 +16,7 @@ from aufsd.archive.meter import shown
 from aufsd.archive.pack import GONE, Packer, pack_file, pack_other, read_link
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Found, Place
-from aufsd.union import dialect as marks
+from aufsd.store import dialect as marks
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CHUNK: Final = 1 << 20

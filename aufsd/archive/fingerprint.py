@@ -16,12 +16,12 @@ from typing import Final, TypeAlias
 
 from isal.isal_zlib import crc32 as crc32
 
-from aufsd.answers import Problem
 from aufsd.archive.attributes import CAPABILITY, may_travel
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Listed, listed, read_link
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Layer
+from aufsd.results import Problem
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC

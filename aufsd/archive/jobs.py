@@ -19,14 +19,14 @@ from typing import Literal, TypeVar
 import structlog
 import trio
 
-from aufsd import answers
+from aufsd import results
 from aufsd.archive import requests
 from aufsd.archive.fork import ForkServer
 from aufsd.archive.requests import Branch, Limits, Settings
-from aufsd.idmap import IdMap
 from aufsd.kernel import syscalls as sc
+from aufsd.store.dialect import Dialect
+from aufsd.store.idmap import IdMap
 from aufsd.store.layout import Layout
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, Overloaded, from_wire
 
 log = structlog.get_logger(__name__)
@@ -77,7 +77,7 @@ class Jobs:
         *,
         against: tuple[Branch, ...] | None = None,
         digest: bool = False,
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         """Write what chain[0] changed as a tar to the descriptor `out`, which stays the caller's.
 
         `against` is another chain to compare with, () for no layer at all; None for the layer's own
@@ -91,7 +91,7 @@ class Jobs:
 
     async def apply(
         self, chain: tuple[Branch, ...], staging: str, source: int, *, digest: bool = False
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         """Unpack the tar from `source` into the directory `staging`, as chain[0].
 
         Earlier content may lie there (`clone`). The descriptor stays the caller's. The result's
@@ -123,7 +123,7 @@ class Jobs:
         against: tuple[Branch, ...],
         after: str = "",
         limit: int = 10000,
-    ) -> answers.Changes:
+    ) -> results.Changes:
         """What differs between the merged views of two chains, one page.
 
         `after` is a page's `next`: the base64 of its last path. Raises InvalidParams if it is not.
@@ -141,7 +141,7 @@ class Jobs:
         result = await self._run(chain[0].id, "diff_size", work, [root], [])
         return _expect(result, requests.Measured).size
 
-    async def read_by_aufs(self, chain: tuple[Branch, ...]) -> answers.Problem | None:
+    async def read_by_aufs(self, chain: tuple[Branch, ...]) -> results.Problem | None:
         """What aufs shows of a chain otherwise than the strict rule; None if they agree."""
         work = requests.Read(chain)
         result = await self._run(chain[0].id, "check", work, [self.layout.diff], [])
@@ -193,10 +193,10 @@ class Jobs:
         result = await self._run(id, "relabel", requests.Relabel(label), [staging], [])
         return _expect(result, requests.Relabelled).inodes
 
-    def running(self) -> list[answers.Job]:
+    def running(self) -> list[results.Job]:
         """The jobs that have a child now, and how far they are."""
         return [
-            answers.Job(job.id, job.kind, job.since, job.bytes, job.entries)
+            results.Job(job.id, job.kind, job.since, job.bytes, job.entries)
             for job in self.jobs.values()
         ]
 
@@ -298,7 +298,7 @@ class _Child:
             os.close(self.pidfd)
 
     async def result(self) -> requests.Result:
-        """What the child answers. Raises what it raised, and InternalError if it was killed."""
+        """What the child results. Raises what it raised, and InternalError if it was killed."""
         while True:
             while b"\n" not in self.held:
                 if not await self._receive():

@@ -3,7 +3,7 @@
 import os
 from typing import Final, NamedTuple
 
-from aufsd.union import dialect as marks
+from aufsd.store import dialect as marks
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 

@@ -6,7 +6,7 @@ The names of a union's own metadata are never content, whoever asks for it (api.
 from typing import Final
 
 from aufsd.archive.meter import shown
-from aufsd.union import dialect as marks
+from aufsd.store import dialect as marks
 from aufsd_client.errors import ArchiveEscape, BadArchive
 
 ROOT: Final = b""

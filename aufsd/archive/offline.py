@@ -13,19 +13,19 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from aufsd.answers import Problem
 from aufsd.archive import compare, fingerprint, readings, view
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
 from aufsd.archive.requests import Branch, Settings
 from aufsd.archive.sink import Sink
 from aufsd.kernel import probe, syscalls
+from aufsd.results import Problem
+from aufsd.store import dialect as dialects
 from aufsd.store import records
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId, parse_id
 from aufsd.store.index import read_parents
 from aufsd.store.layout import Layout
-from aufsd.union import dialect as dialects
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import LayerDamaged, LayerNotFound, PermissionDenied, StoreLocked
 
 

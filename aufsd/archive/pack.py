@@ -17,7 +17,7 @@ from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
 from aufsd.archive.view import Layer
-from aufsd.union import dialect as marks
+from aufsd.store import dialect as marks
 from aufsd_client.errors import InternalError
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

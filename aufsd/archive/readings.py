@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from aufsd.answers import Problem
 from aufsd.archive import view
 from aufsd.archive.meter import shown
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.results import Problem
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 
 PROBLEM: Final = "aufs-reads-differently"
 # how many names a problem tells

@@ -5,9 +5,9 @@ from typing import Literal, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from aufsd.answers import Changes, Problem, Streamed
-from aufsd.idmap import IdMap
-from aufsd.union.dialect import Dialect
+from aufsd.results import Changes, Problem, Streamed
+from aufsd.store.dialect import Dialect
+from aufsd.store.idmap import IdMap
 
 
 class Branch(Struct, frozen=True):

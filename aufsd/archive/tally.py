@@ -6,7 +6,7 @@ import os
 from aufsd.archive.measure import measure
 from aufsd.archive.requests import Limits
 from aufsd.archive.tree import Tree
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import LimitExceeded
 
 

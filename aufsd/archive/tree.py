@@ -14,8 +14,8 @@ from typing import Final
 
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import BadArchive
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from aufsd.kernel import btrfs, syscalls
-from aufsd.union.origin import read_origin
+from aufsd.store.origin import read_origin
 
 # BTRFS_LAST_FREE_OBJECTID
 _LAST: Final = (1 << 64) - 256

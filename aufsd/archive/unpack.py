@@ -22,8 +22,8 @@ from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

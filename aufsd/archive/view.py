@@ -12,9 +12,9 @@ from typing import Final
 
 from aufsd.archive.requests import Branch
 from aufsd.archive.twin import Twin
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from aufsd.union import conversion
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -21,7 +21,7 @@ from aufsd.archive.source import Source
 from aufsd.archive.tree import erase
 from aufsd.archive.unpack import Unpacker
 from aufsd.archive.view import Layer
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 
 # as often as the interpreter wants to see code before it settles on a form of it
 _ROUNDS: Final = 12

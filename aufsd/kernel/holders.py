@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from aufsd.answers import Holder
 from aufsd.kernel import mountinfo
 from aufsd.kernel.mountinfo import Mount
+from aufsd.results import Holder
 
 Use = Literal["cwd", "root", "exe", "fd", "map", "mount-namespace"]
 _LINKS: Final[tuple[Use, ...]] = ("cwd", "root", "exe")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.rpc.calls import Kind, Method
 from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
 

@@ -9,7 +9,7 @@ from functools import partial
 import structlog
 import trio
 
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.rpc import dispatch
 from aufsd.rpc.descriptors import MAX_UNCLAIMED, Descriptors
 from aufsd.rpc.outbox import Outbox

@@ -10,11 +10,11 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from aufsd import answers
+from aufsd import results
 from aufsd.rpc import discover
 from aufsd.rpc.calls import Call, Method, method
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId, parse_id, parse_label
-from aufsd.union.dialect import Dialect
 
 # more than this many rows are never put into one answer; `next` leads on
 MAX_PAGE = 10_000
@@ -30,27 +30,27 @@ def _parse_optional(id: str) -> LayerId | None:
 # --- what the monitor socket serves too -------------------------------------------------------
 
 
-async def version(call: Call, /) -> answers.Version:
+async def version(call: Call, /) -> results.Version:
     """What this daemon is, which API it speaks, and what it can do beyond the first of its kind."""
     return call.driver.version()
 
 
-async def ping(call: Call, /) -> answers.Empty:
+async def ping(call: Call, /) -> results.Empty:
     """Answer, and nothing else."""
-    return answers.Empty()
+    return results.Empty()
 
 
-async def status(call: Call, /) -> answers.Status:
+async def status(call: Call, /) -> results.Status:
     """The state of the store in rows, Docker's four first. It walks nothing."""
     return call.driver.status()
 
 
-async def health(call: Call, /) -> answers.Health:
+async def health(call: Call, /) -> results.Health:
     """Whether all is well, check by check; for a monitoring script to poll."""
     return call.driver.health()
 
 
-async def metrics(call: Call, /) -> answers.Metrics:
+async def metrics(call: Call, /) -> results.Metrics:
     """Counters and gauges as Prometheus text exposition."""
     return call.driver.metrics()
 
@@ -68,7 +68,7 @@ def _document() -> dict[str, object]:
 # --- layers -----------------------------------------------------------------------------------
 
 
-async def exists(call: Call, /, *, id: str) -> answers.Exists:
+async def exists(call: Call, /, *, id: str) -> results.Exists:
     """Whether there is a layer of this id."""
     return call.driver.exists(parse_id(id))
 
@@ -81,7 +81,7 @@ async def create(
     parent: str = "",
     mount_label: str = "",
     storage_opt: Mapping[str, str] = _NONE,
-) -> answers.Created:
+) -> results.Created:
     """Make an empty layer, on top of `parent` if that is given. All or nothing."""
     return await call.driver.create(
         parse_id(id),
@@ -91,17 +91,17 @@ async def create(
     )
 
 
-async def remove(call: Call, /, *, id: str, force: bool = False) -> answers.Removed:
+async def remove(call: Call, /, *, id: str, force: bool = False) -> results.Removed:
     """Remove a layer that nothing stands on. One that is referenced stays, unless `force`."""
     return await call.driver.remove(parse_id(id), force=force)
 
 
-async def get_metadata(call: Call, /, *, id: str) -> answers.Metadata:
+async def get_metadata(call: Call, /, *, id: str) -> results.Metadata:
     """Where everything of a layer is, as strings."""
     return await call.driver.get_metadata(parse_id(id))
 
 
-async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> answers.Layers:
+async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
     """The layers by id, one page."""
     return call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
 
@@ -116,29 +116,29 @@ async def get(
     id: str,
     mount_label: str = "",
     hold: Literal["manual", "process"] = "manual",
-) -> answers.Got:
+) -> results.Got:
     """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you."""
     return await call.driver.get(
         parse_id(id), peer=call.peer, mount_label=parse_label(mount_label), hold=hold
     )
 
 
-async def put(call: Call, /, *, id: str) -> answers.Put:
+async def put(call: Call, /, *, id: str) -> results.Put:
     """Drop one reference to a layer; the last one unmounts it."""
     return await call.driver.put(parse_id(id), peer=call.peer)
 
 
-async def cleanup(call: Call, /) -> answers.Cleanup:
+async def cleanup(call: Call, /) -> results.Cleanup:
     """Unmount every mount of the store, whatever its count, from what the kernel says."""
     return await call.driver.cleanup()
 
 
-async def mounts(call: Call, /) -> answers.MountTable:
+async def mounts(call: Call, /) -> results.MountTable:
     """The active-mount table: what is mounted, and who holds it."""
     return call.driver.mounts()
 
 
-async def holders(call: Call, /, *, id: str) -> answers.Holders:
+async def holders(call: Call, /, *, id: str) -> results.Holders:
     """The processes that keep a layer's mount busy, across mount namespaces."""
     return await call.driver.holders(parse_id(id))
 
@@ -148,7 +148,7 @@ async def holders(call: Call, /, *, id: str) -> answers.Holders:
 
 async def diff(
     call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
-) -> answers.Streamed:
+) -> results.Streamed:
     """Write what a layer changed against `parent`, as a tar, to the descriptor that came along."""
     layer, against = parse_id(id), _parse_optional(parent)
     out = call.stream(write=True)
@@ -157,21 +157,21 @@ async def diff(
 
 async def apply_diff(
     call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
-) -> answers.Streamed:
+) -> results.Streamed:
     """Unpack the tar that comes through the descriptor into a layer. All or nothing."""
     layer, against = parse_id(id), _parse_optional(parent)
     source = call.stream(write=False)
     return await call.driver.apply_diff(layer, parent=against, source=source, digest=digest)
 
 
-async def diff_size(call: Call, /, *, id: str, parent: str = "") -> answers.Size:
+async def diff_size(call: Call, /, *, id: str, parent: str = "") -> results.Size:
     """Bytes of the regular files in a layer's own content."""
     return await call.driver.diff_size(parse_id(id), parent=_parse_optional(parent))
 
 
 async def changes(
     call: Call, /, *, id: str, parent: str = "", after: str = "", limit: Limit = MAX_PAGE
-) -> answers.Changes:
+) -> results.Changes:
     """What a layer changed against `parent`, path by path, one page."""
     return await call.driver.changes(
         parse_id(id), parent=_parse_optional(parent), after=after, limit=min(limit, MAX_PAGE)
@@ -183,7 +183,7 @@ async def changes(
 
 async def check(
     call: Call, /, *, id: str = "", deep: bool = False, repair: bool = False
-) -> answers.Check:
+) -> results.Check:
     """Hold what is on disk, in the table and in the kernel against each other."""
     layer = _parse_optional(id)
     if repair:
@@ -191,7 +191,7 @@ async def check(
     return await call.driver.check(id=layer, deep=deep, repair=repair)
 
 
-async def convert(call: Call, /, *, id: str, to: Literal["aufs", "overlay"]) -> answers.Converted:
+async def convert(call: Call, /, *, id: str, to: Literal["aufs", "overlay"]) -> results.Converted:
     """Rewrite a layer's whiteouts for another union file system."""
     return await call.driver.convert(parse_id(id), to=Dialect(to))
 

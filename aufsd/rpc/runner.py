@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import trio
 
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.rpc import dispatch, outcome
 from aufsd.rpc.admission import Admission
 from aufsd.rpc.calls import Answer, Call, Operations

@@ -9,7 +9,7 @@ from contextlib import suppress
 import structlog
 import trio
 
-from aufsd.peer import identify
+from aufsd.kernel.peer import identify
 from aufsd.rpc import dispatch
 from aufsd.rpc.admission import Admission, Allow, Settings, Statistics
 from aufsd.rpc.calls import Operations

@@ -12,7 +12,7 @@ from contextlib import suppress
 import structlog
 import trio
 
-from aufsd import answers
+from aufsd import results
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +43,7 @@ def bind(address: str, port: int) -> socket.socket:
     return sock
 
 
-async def serve(sock: socket.socket, render: Callable[[], answers.Metrics]) -> None:
+async def serve(sock: socket.socket, render: Callable[[], results.Metrics]) -> None:
     """Answer scrapes until cancelled; closes the socket then."""
     slots = trio.Semaphore(_CONNECTIONS)
     with trio.socket.from_stdlib_socket(sock) as listener:
@@ -63,7 +63,7 @@ async def serve(sock: socket.socket, render: Callable[[], answers.Metrics]) -> N
 
 
 async def _converse(
-    stream: trio.SocketStream, render: Callable[[], answers.Metrics], slots: trio.Semaphore
+    stream: trio.SocketStream, render: Callable[[], results.Metrics], slots: trio.Semaphore
 ) -> None:
     try:
         async with stream:
@@ -90,7 +90,7 @@ async def _head(stream: trio.SocketStream) -> bytes:
     return head
 
 
-def _answer(head: bytes, render: Callable[[], answers.Metrics]) -> bytes:
+def _answer(head: bytes, render: Callable[[], results.Metrics]) -> bytes:
     parts = head.split(b"\r\n", 1)[0].split(b" ")
     if b"\r\n\r\n" not in head or len(parts) != 3 or not parts[2].startswith(b"HTTP/1."):
         return _response("400 Bad Request", "this is no HTTP request\n")

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 from aufsd import __version__
+from aufsd.active.mounts import Mounts
+from aufsd.active.refs import State
+from aufsd.active.replay import DIFFERENCES
 from aufsd.archive.jobs import Jobs
-from aufsd.mounts import Mounts
-from aufsd.peer import process as identity
-from aufsd.refs import State
-from aufsd.replay import DIFFERENCES
+from aufsd.kernel.peer import process as identity
 from aufsd.service.metrics import Family, by, counter, gauge, labels
 from aufsd.status import Overview
 from aufsd.store.layers import Store

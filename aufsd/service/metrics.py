@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final, Literal
 
-from aufsd import answers
+from aufsd import results
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 # seconds: a counted get takes tens of microseconds, a debootstrap root seconds
@@ -101,9 +101,9 @@ class Metrics:
         """Have these read at every `render`."""
         self._sources += sources
 
-    def render(self) -> answers.Metrics:
+    def render(self) -> results.Metrics:
         """The text exposition."""
-        return answers.Metrics(CONTENT_TYPE, "\n".join(self._lines()) + "\n")
+        return results.Metrics(CONTENT_TYPE, "\n".join(self._lines()) + "\n")
 
     def _lines(self) -> Iterator[str]:
         calls = {

@@ -16,15 +16,15 @@ from typing import ParamSpec
 
 from msgspec.structs import replace
 
-from aufsd.answers import Problem
 from aufsd.kernel import mountinfo
+from aufsd.results import Problem
+from aufsd.store import dialect as dialects
 from aufsd.store.content import fsync
+from aufsd.store.dialect import Dialect
 from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
-from aufsd.union import dialect as dialects
-from aufsd.union.dialect import Dialect
 
 P = ParamSpec("P")
 

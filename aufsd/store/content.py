@@ -8,8 +8,8 @@ import stat
 from collections.abc import Iterator
 
 from aufsd.kernel import btrfs
-from aufsd.union.backend import XattrNamespace
-from aufsd.union.origin import Origin, write_origin
+from aufsd.store.dialect import XattrNamespace
+from aufsd.store.origin import Origin, write_origin
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # how many bytes a layer may refer to, as text, on the top of its subvolume

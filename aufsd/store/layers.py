@@ -19,12 +19,11 @@ from aufsd.kernel import syscalls
 from aufsd.store import content as contents
 from aufsd.store import records
 from aufsd.store.content import copy_attributes, erase, fsync
+from aufsd.store.dialect import Dialect, XattrNamespace, read_dialect
 from aufsd.store.format import Format, Sync, write_durably, write_format
 from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
-from aufsd.union.backend import XattrNamespace
-from aufsd.union.dialect import Dialect, read_dialect
 from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
 
 

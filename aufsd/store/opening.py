@@ -7,11 +7,11 @@ import time
 from typing import Final
 
 from aufsd.store.content import fsync
+from aufsd.store.dialect import XattrNamespace
 from aufsd.store.format import Format, Sync, read_format, write_format
 from aufsd.store.index import read_index
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
-from aufsd.union.backend import XattrNamespace
 from aufsd_client.errors import StoreLocked, StoreNotAdopted
 
 # a whole store may be walked by root and the remapped group only: 0701 let any user of the host

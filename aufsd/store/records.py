@@ -8,8 +8,8 @@ be is no damage. What it says is the business of archive/fingerprint.py. Synchro
 import os
 
 from aufsd.store.content import fsync
+from aufsd.store.dialect import remove_xattr
 from aufsd.store.format import Sync
-from aufsd.union.dialect import remove_xattr
 
 _NAME = "aufsd.fingerprint"
 

@@ -16,12 +16,12 @@ from typing import Final
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
+from aufsd.store.dialect import HOUSEKEEPING, Dialect, XattrNamespace
 from aufsd.store.layout import Layout
 from aufsd.union import exclusive, plink, runner
-from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall, plan_aufs
 from aufsd.union.causes import refused
-from aufsd.union.dialect import HOUSEKEEPING, Dialect
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 

@@ -6,12 +6,10 @@ and nothing of one backend runs twice at a time. `choice.py` finds one that this
 """
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.union.branches import MountCall
-from aufsd.union.dialect import Dialect
-
-XattrNamespace = Literal["trusted", "user"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from typing import Final
 
 from aufsd.kernel import btrfs, syscalls
 from aufsd.kernel import probe as host
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.layout import Layout
-from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall
-from aufsd.union.dialect import Dialect
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import InvalidParams, MountFailed
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from aufsd.kernel import syscalls
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import LayerDamaged
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -14,8 +14,9 @@ import structlog
 
 from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog
+from aufsd.store.dialect import XattrNamespace
 from aufsd.union import runner
-from aufsd.union.backend import Union, XattrNamespace
+from aufsd.union.backend import Union
 from aufsd.union.branches import plan_overlay
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed

@@ -26,14 +26,14 @@ import structlog
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
-from aufsd.peer import process
+from aufsd.kernel.peer import process
+from aufsd.store.dialect import Dialect, XattrNamespace, is_opaque_root
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.union import exclusive, helper, plink, runner
-from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
 from aufsd.union.causes import refused
-from aufsd.union.dialect import Dialect, is_opaque_root
 from aufsd.union.helper import Helper
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed

@@ -20,7 +20,7 @@ from typing import Final
 
 import msgspec
 
-from aufsd.peer import process
+from aufsd.kernel.peer import process
 
 _LOG: Final = "helper.log"
 _NAME: Final = "helper"

@@ -16,12 +16,12 @@ from typing import Final
 from aufsd.kernel import probe as host
 from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog, open_log
+from aufsd.store.dialect import Dialect, XattrNamespace, is_whiteout_node, opaque_xattr
 from aufsd.store.layout import Layout
 from aufsd.union import exclusive, plink, runner
-from aufsd.union.backend import Union, Verdict, XattrNamespace
+from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
 from aufsd.union.causes import refused
-from aufsd.union.dialect import Dialect, is_whiteout_node, opaque_xattr
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 

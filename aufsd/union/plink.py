@@ -23,7 +23,7 @@ from typing import Final
 import structlog
 
 from aufsd.kernel import syscalls
-from aufsd.union.dialect import AUFS_NAME_MAX
+from aufsd.store.dialect import AUFS_NAME_MAX
 
 log = structlog.get_logger(__name__)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from aufsd.store.dialect import Dialect
 from aufsd.union import conversion
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import LayerDamaged
 from tests.archive.shelf import NAMESPACE
 

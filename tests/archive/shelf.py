@@ -12,13 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 
-from aufsd.answers import Streamed
 from aufsd.archive.fork import ForkServer
 from aufsd.archive.jobs import Jobs, open_jobs
 from aufsd.archive.requests import Branch, Limits
+from aufsd.results import Streamed
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from aufsd.store.layout import Layout
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
 from tests.conftest import ROOT_IN_HOST
 
 NAMESPACE: Literal["trusted", "user"] = "trusted" if ROOT_IN_HOST else "user"

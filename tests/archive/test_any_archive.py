@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from aufsd.archive.fork import ForkServer
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive
 from tests.archive.shelf import Shelf, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, symlink, tar

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import ArchiveEscape, AufsdError, BadArchive
 from tests.archive.shelf import Shelf, snapshot
 from tests.archive.tars import CHARACTER, LINK, directory, entry, link, listing, symlink, tar

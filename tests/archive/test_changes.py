@@ -14,10 +14,10 @@ import trio
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from aufsd.answers import Change
 from aufsd.archive.fork import ForkServer
 from aufsd.kernel import syscalls
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.results import Change
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import InvalidParams
 from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf
 from tests.archive.tars import listing

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 
 from aufsd.archive.fingerprint import differences
 from aufsd.archive.fork import ForkServer
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive
 from tests.archive.shelf import Shelf, needs_root, open_shelf
 from tests.archive.tars import directory, entry, link, symlink, tar

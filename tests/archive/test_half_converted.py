@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.converting import build, convert_until
 from tests.archive.shelf import NAMESPACE, Shelf, snapshot
 

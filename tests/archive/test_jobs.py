@@ -15,12 +15,12 @@ import trio
 import trio.testing
 import zstandard
 
-from aufsd.answers import Streamed
 from aufsd.archive.fork import ForkServer
 from aufsd.archive.requests import Limits
-from aufsd.idmap import IdMap
 from aufsd.kernel import syscalls
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.results import Streamed
+from aufsd.store.dialect import WITH_MARKS, Dialect
+from aufsd.store.idmap import IdMap
 from aufsd_client.errors import (
     AufsdError,
     BadArchive,

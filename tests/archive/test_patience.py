@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.answers import Streamed
 from aufsd.archive import patience
 from aufsd.archive.meter import Meter
+from aufsd.results import Streamed
 from aufsd_client.errors import StreamBroken
 from tests.archive.shelf import Shelf, open_shelf
 from tests.archive.tars import entry, tar

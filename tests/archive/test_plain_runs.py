@@ -16,8 +16,8 @@ from aufsd.archive.meter import Meter
 from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Limits
 from aufsd.archive.source import Source
-from aufsd.idmap import IdMap
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
+from aufsd.store.idmap import IdMap
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
 from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, symlink, tar

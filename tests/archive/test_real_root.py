@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 from demo.demo import CACHE
 from tests.archive.shelf import Shelf, needs_root, snapshot
 

@@ -15,7 +15,7 @@ import trio
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
 
 pytestmark = pytest.mark.mounts

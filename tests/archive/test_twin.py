@@ -11,8 +11,8 @@ import pytest
 
 from aufsd.archive import twin
 from aufsd.store import content
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
 from tests.archive.shelf import Shelf, open_shelf
 
 pytestmark = [pytest.mark.service, pytest.mark.btrfs]

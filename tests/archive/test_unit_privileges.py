@@ -9,7 +9,7 @@ from tarfile import CHRTYPE
 import pytest
 import trio
 
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 from tests.archive.shelf import needs_root, open_shelf
 from tests.archive.tars import directory, entry, tar
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from aufsd.archive.fork import ForkServer
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
 from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf, snapshot
 from tests.archive.tars import directory, entry, link, listing, symlink, tar

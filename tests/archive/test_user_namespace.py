@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
 from tests.archive.shelf import NAMESPACE, Shelf, open_shelf
 from tests.archive.tars import CHARACTER, directory, entry, listing, tar

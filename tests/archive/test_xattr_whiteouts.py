@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.union import dialect as marks
-from aufsd.union.dialect import WITH_MARKS, Dialect
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import LayerDamaged
 from tests.archive.shelf import NAMESPACE, Shelf, snapshot
 from tests.archive.tars import listing

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import mountinfo, syscalls
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.union.backend import Backend, Union, Verdict
 from aufsd.union.choice import PROBES
-from aufsd.union.dialect import Dialect
 from tests.conformance import snapshots
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import mountinfo, probe, syscalls
-from aufsd.peer import process
+from aufsd.kernel.peer import process
 from aufsd.union import fuse, helper
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.fuse import Fuse

@@ -10,7 +10,7 @@ import pytest
 from aufsd.__main__ import main
 from aufsd.archive import readings
 from aufsd.archive.requests import Branch
-from aufsd.union.dialect import Dialect
+from aufsd.store.dialect import Dialect
 from aufsd_client import Client
 from tests.conformance.layers import Layers, open_layers, tree
 from tests.docker.store import DIFFERENT, LAYERS, unpack

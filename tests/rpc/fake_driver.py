@@ -8,10 +8,10 @@ from typing import Literal
 
 import trio
 
-from aufsd import answers
-from aufsd.peer import Peer
+from aufsd import results
+from aufsd.kernel.peer import Peer
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InvalidParams, LayerExists, LayerNotFound, ParentNotFound
 
 TAR = b"the bytes of a tar"
@@ -81,33 +81,33 @@ class FakeDriver:
         if id not in self.parents:
             raise LayerNotFound(f"there is no layer {id}", id=id)
 
-    def version(self) -> answers.Version:
-        return answers.Version("0.0", 1, "fake", [])
+    def version(self) -> results.Version:
+        return results.Version("0.0", 1, "fake", [])
 
-    def status(self) -> answers.Status:
+    def status(self) -> results.Status:
         rows = [("Root Dir", "/nowhere")]
-        return answers.Status("fake", rows, "fake", "6", len(self.parents), 0, 0, [], [])
+        return results.Status("fake", rows, "fake", "6", len(self.parents), 0, 0, [], [])
 
-    def health(self) -> answers.Health:
-        return answers.Health("ok", [answers.HealthCheck("space", "ok", "plenty")])
+    def health(self) -> results.Health:
+        return results.Health("ok", [results.HealthCheck("space", "ok", "plenty")])
 
-    def metrics(self) -> answers.Metrics:
-        return answers.Metrics("text/plain", "aufsd_up 1\n")
+    def metrics(self) -> results.Metrics:
+        return results.Metrics("text/plain", "aufsd_up 1\n")
 
-    def exists(self, id: LayerId) -> answers.Exists:
+    def exists(self, id: LayerId) -> results.Exists:
         self.calls.append(f"exists {id}")
-        return answers.Exists(id in self.parents)
+        return results.Exists(id in self.parents)
 
-    def layers(self, *, after: str, limit: int) -> answers.Layers:
+    def layers(self, *, after: str, limit: int) -> results.Layers:
         ids = sorted(id for id in self.parents if id > after)
-        rows = [answers.LayerRow(id, self.parents[id] or "", 0, 0, False) for id in ids[:limit]]
-        return answers.Layers(rows, rows[-1].id if len(ids) > limit else "")
+        rows = [results.LayerRow(id, self.parents[id] or "", 0, 0, False) for id in ids[:limit]]
+        return results.Layers(rows, rows[-1].id if len(ids) > limit else "")
 
-    def mounts(self) -> answers.MountTable:
-        held = [answers.Reference(1, 0, "init", "manual", 1.5)]
-        return answers.MountTable(
+    def mounts(self) -> results.MountTable:
+        held = [results.Reference(1, 0, "init", "manual", 1.5)]
+        return results.MountTable(
             [
-                answers.MountRow(id, f"/mnt/{id}", "fake", n, True, False, "", 1.5, held)
+                results.MountRow(id, f"/mnt/{id}", "fake", n, True, False, "", 1.5, held)
                 for id, n in self.counts.items()
             ]
         )
@@ -119,7 +119,7 @@ class FakeDriver:
         parent: LayerId | None,
         mount_label: str,
         storage_opt: Mapping[str, str],
-    ) -> answers.Created:
+    ) -> results.Created:
         for key in storage_opt:
             raise InvalidParams(f"no storage option {key}")
         await self._work("create", id)
@@ -128,83 +128,83 @@ class FakeDriver:
         if parent is not None and parent not in self.parents:
             raise ParentNotFound(f"there is no layer {parent}", id=id, parent=parent)
         self.parents[id] = parent
-        return answers.Created([])
+        return results.Created([])
 
-    async def remove(self, id: LayerId, *, force: bool) -> answers.Removed:
+    async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
         await self._work("remove", id)
         if self.counts.get(id) and not force:
-            return answers.Removed(False, "in-use", self.counts[id])
+            return results.Removed(False, "in-use", self.counts[id])
         if self.parents.pop(id, self) is self:
-            return answers.Removed(False, "not-found")
-        return answers.Removed(True)
+            return results.Removed(False, "not-found")
+        return results.Removed(True)
 
     async def get(
         self, id: LayerId, *, peer: Peer, mount_label: str, hold: Literal["manual", "process"]
-    ) -> answers.Got:
+    ) -> results.Got:
         self.peers.append(peer)
         self._require(id)
         await self._work("get", id)
         self.counts[id] = self.counts.get(id, 0) + 1
         self.turn.change(f"get {id}")
-        return answers.Got(f"/mnt/{id}", self.counts[id], True, False)
+        return results.Got(f"/mnt/{id}", self.counts[id], True, False)
 
-    async def put(self, id: LayerId, *, peer: Peer) -> answers.Put:
+    async def put(self, id: LayerId, *, peer: Peer) -> results.Put:
         await self._work("put", id)
         self.counts[id] = max(0, self.counts.get(id, 0) - 1)
-        return answers.Put(self.counts[id], self.counts[id] > 0)
+        return results.Put(self.counts[id], self.counts[id] > 0)
 
     async def diff(
         self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         self._require(id)
         await self._work("diff", id)
         os.write(out, TAR)
         if digest:
-            return answers.Streamed(len(TAR), 1, [], f"sha256:{0:064x}")
-        return answers.Streamed(len(TAR), 1, [])
+            return results.Streamed(len(TAR), 1, [], f"sha256:{0:064x}")
+        return results.Streamed(len(TAR), 1, [])
 
     async def apply_diff(
         self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
-    ) -> answers.Streamed:
+    ) -> results.Streamed:
         self._require(id)
         await self._work("apply_diff", id)
         self.applied[id] = os.read(source, 1 << 16)
-        return answers.Streamed(len(self.applied[id]), 1, [])
+        return results.Streamed(len(self.applied[id]), 1, [])
 
-    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> answers.Size:
+    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> results.Size:
         self._require(id)
-        return answers.Size(len(TAR))
+        return results.Size(len(TAR))
 
     async def changes(
         self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
-    ) -> answers.Changes:
+    ) -> results.Changes:
         self._require(id)
         await self._work("changes", id)
-        rows = [answers.Change("add", path=f"/{n}") for n in range(5)]
-        rows.append(answers.Change("delete", path_base64="L/8="))
+        rows = [results.Change("add", path=f"/{n}") for n in range(5)]
+        rows.append(results.Change("delete", path_base64="L/8="))
         start = int(after or 0)
         more = str(start + limit) if start + limit < len(rows) else ""
-        return answers.Changes(rows[start : start + limit], more)
+        return results.Changes(rows[start : start + limit], more)
 
-    async def get_metadata(self, id: LayerId) -> answers.Metadata:
+    async def get_metadata(self, id: LayerId) -> results.Metadata:
         self._require(id)
-        return answers.Metadata({"id": id, "content": f"/diff/{id}"})
+        return results.Metadata({"id": id, "content": f"/diff/{id}"})
 
-    async def cleanup(self) -> answers.Cleanup:
+    async def cleanup(self) -> results.Cleanup:
         self.calls.append("cleanup")
         if self.failure:
             raise self.failure
-        return answers.Cleanup([], [answers.FailedUnmount("a", "EBUSY", [])])
+        return results.Cleanup([], [results.FailedUnmount("a", "EBUSY", [])])
 
-    async def holders(self, id: LayerId) -> answers.Holders:
+    async def holders(self, id: LayerId) -> results.Holders:
         self._require(id)
-        return answers.Holders([answers.Holder(1, "init", ["cwd"])])
+        return results.Holders([results.Holder(1, "init", ["cwd"])])
 
-    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> answers.Check:
+    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check:
         self.calls.append(f"check {id} {deep} {repair}")
-        return answers.Check([answers.Problem("a", "stray", "x", repair)])
+        return results.Check([results.Problem("a", "stray", "x", repair)])
 
-    async def convert(self, id: LayerId, *, to: Dialect) -> answers.Converted:
+    async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         self._require(id)
         await self._work("convert", id)
-        return answers.Converted(to is Dialect.OVERLAY)
+        return results.Converted(to is Dialect.OVERLAY)

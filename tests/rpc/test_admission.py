@@ -2,7 +2,7 @@
 
 import pytest
 
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.rpc.admission import Admission, Allow, Settings
 from aufsd.rpc.methods import TABLE
 from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown

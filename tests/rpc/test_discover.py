@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from aufsd import answers
+from aufsd import results as answers
 from aufsd.rpc import discover
 from aufsd.rpc.methods import TABLE
 from aufsd_client import Client, calls, results

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jsonrpcserver.main import default_validator
 
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.rpc import dispatch
 from aufsd.rpc.calls import Call, Kind, Method
 from aufsd.rpc.dispatch import Bound

@@ -13,7 +13,7 @@ from aufsd.config import Config
 from aufsd.daemon import open_driver, open_root
 from aufsd.driver import Driver
 from aufsd.kernel import mountinfo
-from aufsd.peer import Peer
+from aufsd.kernel.peer import Peer
 from aufsd.service.metrics import Metrics
 from aufsd.store.ids import LayerId
 from tests.archives import tar

@@ -9,13 +9,13 @@ import pytest
 import trio
 import trio.testing
 
-from aufsd import answers, config
+from aufsd import config, results
 from aufsd.config import Config, ConfigError
 from aufsd.service import exporter
 from aufsd.service.metrics import CONTENT_TYPE
 from tests.daemon import Daemon, daemon
 
-METRICS = answers.Metrics(CONTENT_TYPE, "aufsd_layers 3\n")
+METRICS = results.Metrics(CONTENT_TYPE, "aufsd_layers 3\n")
 
 
 async def ask(request: bytes) -> bytes:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from aufsd import mounts
-from aufsd.peer import process
-from aufsd.processes import ended
+from aufsd.active import mounts
+from aufsd.active.processes import ended
+from aufsd.kernel.peer import process
 from aufsd_client import Client, errors
 from tests.archives import tar
 from tests.daemon import Daemon, eventually

@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
+from aufsd.active.mounts import Mounts
 from aufsd.archive.jobs import Jobs
-from aufsd.mounts import Mounts
+from aufsd.store import dialect as dialects
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.recovery import Recovered
 from aufsd.threads import Disk
-from aufsd.union import dialect as dialects
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import AufsdError
 
 log = structlog.get_logger(__name__)

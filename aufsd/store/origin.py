@@ -7,7 +7,7 @@ system's own books instead of by comparing two whole trees.
 import os
 from typing import Final, NamedTuple
 
-from aufsd.union.dialect import Where
+from aufsd.store.dialect import Where
 
 _NAME: Final = "aufsd.origin"
 

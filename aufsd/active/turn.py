@@ -8,8 +8,8 @@ the table is written to the journal in one piece, before any of them is answered
 from collections.abc import Mapping, Sized
 from dataclasses import dataclass, field
 
-from aufsd.journal import Journal
-from aufsd.refs import Entry
+from aufsd.active.journal import Journal
+from aufsd.active.refs import Entry
 from aufsd.store.ids import LayerId
 
 

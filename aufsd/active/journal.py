@@ -19,8 +19,8 @@ from pathlib import Path
 import msgspec
 import structlog
 
-from aufsd import refs
-from aufsd.refs import Entry, Reference
+from aufsd.active import refs
+from aufsd.active.refs import Entry, Reference
 from aufsd.store.ids import LayerId
 
 log = structlog.get_logger(__name__)

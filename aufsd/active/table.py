@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import trio
 
-from aufsd.journal import Journal
-from aufsd.refs import Entry, State
+from aufsd.active.journal import Journal
+from aufsd.active.refs import Entry, State
+from aufsd.active.turn import Turn
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.turn import Turn
 from aufsd.union.backend import Union
 from aufsd_client.errors import LayerInUse, ParentNotFound
 

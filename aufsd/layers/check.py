@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from contextlib import suppress
 
-from aufsd.answers import Problem
+from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
+from aufsd.results import Problem
 from aufsd.store import check as store_check
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.table import Table
 from aufsd.threads import Disk
 from aufsd_client.errors import LayerDamaged, LayerNotFound
 

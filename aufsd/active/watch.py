@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
-from aufsd.processes import ended
-from aufsd.refs import Reference, State
+from aufsd.active.processes import ended
+from aufsd.active.refs import Reference, State
+from aufsd.active.table import Table
 from aufsd.store.ids import LayerId
-from aufsd.table import Table
 from aufsd.union.backend import Backend
 from aufsd_client.errors import AufsdError
 

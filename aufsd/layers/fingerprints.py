@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from contextlib import suppress
 
-from aufsd.answers import Problem
+from aufsd.active.table import Table
 from aufsd.archive.fingerprint import problem
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
+from aufsd.results import Problem
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.table import Table
 from aufsd.threads import Disk
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, LimitExceeded
 
 

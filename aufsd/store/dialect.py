@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 from enum import StrEnum
-from typing import Final, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 
 class Dialect(StrEnum):
@@ -31,6 +31,8 @@ class Dialect(StrEnum):
 WITH_MARKS: Final = (Dialect.AUFS, Dialect.OVERLAY)
 
 Where: TypeAlias = str | bytes | int | os.PathLike[str]
+# of the xattrs that say all this
+XattrNamespace = Literal["trusted", "user"]
 
 # include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
 WHITEOUT: Final = b".wh."

@@ -8,13 +8,13 @@ import time
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
-from aufsd import refs
+from aufsd.active import refs
+from aufsd.active.refs import Entry, Reference, State
+from aufsd.active.table import Table
 from aufsd.kernel import mountinfo
-from aufsd.peer import process
-from aufsd.refs import Entry, Reference, State
+from aufsd.kernel.peer import process
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
-from aufsd.table import Table
 from aufsd.union.backend import Backend
 from aufsd_client.errors import MountFailed
 

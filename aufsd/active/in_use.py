@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import trio
 
-from aufsd.answers import Holder
 from aufsd.kernel import holders as kernel_holders
+from aufsd.results import Holder
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.threads import Disk, MountThread

@@ -15,17 +15,17 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
-from aufsd import refs
-from aufsd.busy import unmount
+from aufsd.active import refs
+from aufsd.active.in_use import unmount
+from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
+from aufsd.active.replay import replay, rows_in_kernel
+from aufsd.active.table import Table
+from aufsd.active.watch import HelperWatch, ProcessWatch
 from aufsd.kernel import mountinfo
-from aufsd.refs import Entry, OnGet, OnPut, Reference, State
-from aufsd.replay import replay, rows_in_kernel
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.table import Table
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, Union
-from aufsd.watch import HelperWatch, ProcessWatch
 from aufsd_client.errors import (
     LabelConflict,
     LayerHasChildren,

@@ -12,17 +12,17 @@ import msgspec
 import structlog
 import trio
 
-from aufsd import answers
+from aufsd import results
+from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.store import content as contents
+from aufsd.store import dialect as dialects
 from aufsd.store import labelled
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.table import Table
 from aufsd.threads import Disk
-from aufsd.union import dialect as dialects
-from aufsd.union.dialect import Dialect
 from aufsd_client.errors import LayerHasChildren, LayerInUse, LimitExceeded
 
 log = structlog.get_logger(__name__)
@@ -119,7 +119,7 @@ class Snapshots:
             if not children:
                 await self.disk.run(labelled.discard, self.store, id)
 
-    async def apply(self, id: LayerId, source: int, *, digest: bool) -> answers.Streamed:
+    async def apply(self, id: LayerId, source: int, *, digest: bool) -> results.Streamed:
         """Unpack a tar into a layer that the caller has claimed; whiteouts are carried out.
 
         All or nothing. Raises LayerHasChildren too, and LayerInUse if subvolumes lie in the layer.

@@ -5,15 +5,15 @@ from typing import Literal
 
 import structlog
 
+from aufsd.active.mounts import Mounts
 from aufsd.archive.requests import Branch
-from aufsd.mounts import Mounts
+from aufsd.layers.background import Upkeep
+from aufsd.store import dialect as dialects
+from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
-from aufsd.union import dialect as dialects
 from aufsd.union.backend import Backend
-from aufsd.union.dialect import Dialect
-from aufsd.upkeep import Upkeep
 from aufsd_client.errors import ConversionNeeded, LayerDamaged
 
 log = structlog.get_logger(__name__)

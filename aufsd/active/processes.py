@@ -4,7 +4,7 @@ import os
 
 import trio
 
-from aufsd.peer import process
+from aufsd.kernel.peer import process
 
 _EXHAUSTED_PAUSE = 1.0  # seconds
 

@@ -1,0 +1,1 @@
+"""The content of a served store: branches made ready, snapshots, checks, work in the background."""
