@@ -48,6 +48,12 @@ MOUNT_ATTR_NODEV: Final = 0x4
 MOUNT_ATTR_NOEXEC: Final = 0x8
 RENAME_NOREPLACE: Final = 0x1
 RENAME_EXCHANGE: Final = 0x2
+# <linux/openat2.h>
+RESOLVE_NO_XDEV: Final = 0x1
+RESOLVE_NO_MAGICLINKS: Final = 0x2
+RESOLVE_NO_SYMLINKS: Final = 0x4
+RESOLVE_BENEATH: Final = 0x8
+RESOLVE_IN_ROOT: Final = 0x10
 
 # <linux/magic.h>; aufs: include/uapi/linux/aufs_type.h (AUFS_SUPER_MAGIC)
 AUFS_SUPER_MAGIC: Final = 0x61756673
@@ -84,6 +90,7 @@ _LINUX_CAPABILITY_VERSION_3: Final = 0x20080522
 _SYS_ustat: Final = 136
 _SYS_open_tree: Final = 428
 _SYS_move_mount: Final = 429
+_SYS_openat2: Final = 437
 _SYS_mount_setattr: Final = 442
 
 
@@ -131,6 +138,31 @@ def setns(fd: int, nstype: int) -> None:
 def open_tree(dirfd: int, path: str, flags: int) -> int:
     """open_tree(2): the caller owns the descriptor, and a cloned tree goes when it is closed."""
     return _check(_libc.syscall(_SYS_open_tree, dirfd, os.fsencode(path), flags), path)
+
+
+class _OpenHow(ctypes.Structure):
+    """struct open_how, version 0 (24 bytes)."""
+
+    _fields_ = (
+        ("flags", ctypes.c_uint64),
+        ("mode", ctypes.c_uint64),
+        ("resolve", ctypes.c_uint64),
+    )
+
+
+def openat2(dirfd: int, path: str | bytes, flags: int, *, resolve: int, mode: int = 0) -> int:
+    """openat2(2), Linux 5.6: a descriptor that the caller closes; O_CLOEXEC is always set.
+
+    `mode` only with O_CREAT. Raises OSError: EXDEV for a path that RESOLVE_BENEATH or
+    RESOLVE_NO_XDEV forbids, ELOOP for a symlink that RESOLVE_NO_SYMLINKS does, EAGAIN where a
+    rename or mount meanwhile makes it unsure (try again), ENOSYS on an older kernel.
+    """
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    encoded = os.fsencode(path)
+    return _check(
+        _libc.syscall(_SYS_openat2, dirfd, encoded, ctypes.byref(how), ctypes.sizeof(how)),
+        os.fsdecode(path),
+    )
 
 
 def move_mount(from_dirfd: int, from_path: str, to_dirfd: int, to_path: str, flags: int) -> None:
