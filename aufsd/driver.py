@@ -18,7 +18,7 @@ import trio
 from aufsd import __version__, results
 from aufsd.active.in_use import Naming
 from aufsd.active.mounts import Mounts
-from aufsd.active.refs import Reference
+from aufsd.active.refs import Entry, Reference
 from aufsd.active.turn import Turn
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
@@ -239,16 +239,11 @@ class Driver:
         hold: Literal["manual", "process"],
     ) -> results.Got:
         """Count one reference, and mount on the first."""
-        if hold == "process" and not peer.start:
-            raise InvalidParams(
-                'hold="process" needs a process that the daemon can see, and this one has ended or '
-                'is in a pid namespace above the daemon\'s; use hold="manual"'
-            )
+        reference = _reference(peer, hold)
         if self.store.snapshots:
             await self.snapshots.settle(id)
         if self.store.parent.get(id, id) is None:
             await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
-        reference = Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
         try:
             entry = await self.unions.get(id, reference, label=mount_label)
         except LayerInUse as error:
@@ -259,6 +254,26 @@ class Driver:
                 # raises the reason, if it is that a branch is gone
                 await self.disk.run(self.chains.dialect, branch)
             raise
+        return self._got(id, entry)
+
+    def get_now(
+        self,
+        id: LayerId,
+        *,
+        peer: Peer,
+        mount_label: str,
+        hold: Literal["manual", "process"],
+    ) -> results.Got | None:
+        """What `get` does for a layer that is counted and mounted already; None for any other.
+
+        It never waits, and raises what `get` raises.
+        """
+        if id not in self.unions.table.entries:
+            return None
+        entry = self.unions.get_now(id, _reference(peer, hold), label=mount_label)
+        return None if entry is None else self._got(id, entry)
+
+    def _got(self, id: LayerId, entry: Entry) -> results.Got:
         return results.Got(
             path=self._path(id, union=entry.union),
             references=len(entry.references),
@@ -276,6 +291,11 @@ class Driver:
         if entry is None:
             return results.Put(0, False)
         return results.Put(len(entry.references), entry.union)
+
+    def put_now(self, id: LayerId, *, peer: Peer) -> results.Put | None:
+        """What `put` does while other references are left, without waiting; else None."""
+        entry = self.unions.put_now(id, pid=peer.pid)
+        return None if entry is None else results.Put(len(entry.references), entry.union)
 
     async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, whatever its count."""
@@ -398,3 +418,12 @@ class Driver:
     def _is_empty(self, id: LayerId) -> bool:
         with os.scandir(self.store.layout.content(id)) as entries:
             return next(entries, None) is None
+
+
+def _reference(peer: Peer, hold: Literal["manual", "process"]) -> Reference:
+    if hold == "process" and not peer.start:
+        raise InvalidParams(
+            'hold="process" needs a process that the daemon can see, and this one has ended or '
+            'is in a pid namespace above the daemon\'s; use hold="manual"'
+        )
+    return Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)

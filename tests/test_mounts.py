@@ -388,3 +388,28 @@ async def test_calls_of_one_turn_ask_the_kernel_once_and_later_ones_ask_again(
     assert len(entry.references) == 4
     assert mounts.counters.vanished_mounts == 1
     assert mountinfo.is_mount_point(mounts.store.layout.mount_point(TOP))
+
+
+async def test_what_is_counted_already_is_counted_without_waiting(mounts: Mounts) -> None:
+    assert mounts.get_now(TOP, MANUAL, label="") is None, "it is not mounted"
+    await mounts.get(TOP, MANUAL, label="")
+    second = mounts.get_now(TOP, MANUAL, label="")
+    assert second is not None
+    assert len(second.references) == 2
+    with pytest.raises(LabelConflict):
+        mounts.get_now(TOP, MANUAL, label="other")
+    left = mounts.put_now(TOP, pid=1)
+    assert left is not None
+    assert len(left.references) == 1
+    assert mounts.put_now(TOP, pid=1) is None, "the last one has to unmount"
+    assert len(mounts.table.entries[TOP].references) == 1
+    with pytest.raises(LayerNotFound):
+        mounts.get_now(LayerId("none"), MANUAL, label="")
+    assert mounts.put_now(LayerId("none"), pid=1) is None
+
+
+async def test_a_mount_that_vanished_is_not_counted_without_waiting(mounts: Mounts) -> None:
+    await mounts.get(TOP, MANUAL, label="")
+    syscalls.umount2(mounts.store.layout.mount_point(TOP), syscalls.MNT_DETACH)
+    assert mounts.get_now(TOP, MANUAL, label="") is None
+    assert len((await mounts.get(TOP, MANUAL, label="")).references) == 2

@@ -86,21 +86,11 @@ class Mounts:
         """
         table = self.table
         while True:
+            entry = self.get_now(id, reference, label=label)
+            if entry is not None:
+                return entry
             with table.locked():
-                self.store.require(id)
-                entry = table.entries.get(id) or table.never_mounted(id)
-                live = entry is not None and self._live(id, entry)
-                step = refs.on_get(entry, label=label, live=live)
                 waiting = table.moving(id)
-                if waiting is None and entry is not None:
-                    if step is OnGet.COUNT:
-                        return self._count(id, entry, reference)
-                    if step is OnGet.CONFLICT:
-                        raise LabelConflict(
-                            f"layer {id} is mounted with the label {entry.label!r}; put it first",
-                            id=id,
-                            label=entry.label,
-                        )
                 if waiting is None:
                     chain = self.store.chain(id)
                     waiting = table.moving(*chain)
@@ -112,6 +102,28 @@ class Mounts:
             return await self._mount(id, chain, reference, label)
         finally:
             table.end(id)
+
+    def get_now(self, id: LayerId, reference: Reference, *, label: str) -> Entry | None:
+        """Count one reference if that is all there is to do; None if a `get` has to wait.
+
+        Raises LayerNotFound, LayerDamaged, LabelConflict.
+        """
+        table = self.table
+        with table.locked():
+            self.store.require(id)
+            entry = table.entries.get(id) or table.never_mounted(id)
+            if entry is None or table.moving(id) is not None:
+                return None
+            step = refs.on_get(entry, label=label, live=self._live(id, entry))
+            if step is OnGet.COUNT:
+                return self._count(id, entry, reference)
+            if step is OnGet.CONFLICT:
+                raise LabelConflict(
+                    f"layer {id} is mounted with the label {entry.label!r}; put it first",
+                    id=id,
+                    label=entry.label,
+                )
+        return None
 
     async def _mount(
         self, id: LayerId, chain: tuple[LayerId, ...], reference: Reference, label: str
@@ -189,24 +201,37 @@ class Mounts:
         """
         table = self.table
         while True:
+            left = self.put_now(id, pid=pid)
+            if left is not None:
+                return left
             with table.locked():
                 entry = table.entries.get(id)
                 if not self.store.exists(id):
                     return None
                 live = entry is None and self._live(id, None)
-                step, at = refs.on_put(entry, pid=pid, live=live)
+                step, _ = refs.on_put(entry, pid=pid, live=live)
                 waiting = table.moving(id)
                 if waiting is None:
                     if step is OnPut.NOTHING:
                         return None
                     if step is OnPut.REFUSED:
                         raise table.in_use(id)
-                    if step is OnPut.COUNT and entry is not None and at is not None:
-                        return self._drop(id, entry, at)
                     table.begin(id)
                     break
             await waiting.wait()
         await self._take_down(id)
+        return None
+
+    def put_now(self, id: LayerId, *, pid: int) -> Entry | None:
+        """Drop one reference if others are left; None, and nothing is done, in any other case."""
+        table = self.table
+        with table.locked():
+            entry = table.entries.get(id)
+            if entry is None or table.moving(id) is not None or not self.store.exists(id):
+                return None
+            step, at = refs.on_put(entry, pid=pid, live=True)
+            if step is OnPut.COUNT and at is not None:
+                return self._drop(id, entry, at)
         return None
 
     def _drop(self, id: LayerId, entry: Entry, at: int) -> Entry:
