@@ -26,6 +26,7 @@ from aufsd.archive.requests import Limits
 from aufsd.config import Config, ConfigError
 from aufsd.driver import Driver
 from aufsd.kernel import probe
+from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.snapshots import Snapshots
@@ -40,7 +41,6 @@ from aufsd.service.notify import Notifier
 from aufsd.status import Overview
 from aufsd.store import recovery
 from aufsd.store.idmap import to_host
-from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
 from aufsd.store.recovery import Recovered
@@ -107,12 +107,6 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
     recorded = journal.read(book_path, store.layout.root)
     table = Table(store, Journal(book_path, store.layout.root, recorded))
     limits = Limits(bytes=config.max_layer_bytes, entries=config.max_layer_entries)
-    driver: Driver | None = None
-
-    async def prepare(chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
-        assert driver is not None, "nothing is mounted before the driver stands"
-        return await driver.chains.prepare(chain)
-
     try:
         async with (
             open_jobs(
@@ -127,7 +121,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 xattr_namespace=store.xattr_namespace,
                 held=(store.jobs_fd,),
             ) as jobs,
-            open_mounts(table, backend, prepare, recorded) as unions,
+            open_mounts(table, backend, recorded) as unions,
             trio.open_nursery() as nursery,
         ):
             backing = probe.ground(store.layout.probes).kind
@@ -140,7 +134,9 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 gauges.process(),
             )
             disk = Disk()
-            upkeep = Upkeep(store, unions, jobs, disk, opened.recovered)
+            upkeep = Upkeep(store, table, jobs, disk, opened.recovered)
+            chains = Chains(store, backend, table, disk, upkeep, config.convert)
+            snapshots = Snapshots(store, jobs, disk, table, config.selinux)
             driver = Driver(
                 store=store,
                 backend=backend,
@@ -149,8 +145,9 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 disk=disk,
                 overview=overview,
                 render_metrics=metrics.render,
-                chains=Chains(store, backend, unions, disk, upkeep, config.convert),
-                snapshots=Snapshots(store, jobs, disk, table, config.selinux),
+                access=Access(unions, chains, snapshots, disk),
+                chains=chains,
+                snapshots=snapshots,
                 erase=upkeep.erase,
                 upkeep=upkeep,
                 naming=Naming(store.layout, disk),

@@ -26,6 +26,7 @@ from aufsd.kernel import holders as kernel_holders
 from aufsd.kernel.peer import Peer
 from aufsd.layers import check as checks
 from aufsd.layers import fingerprints
+from aufsd.layers.access import Access
 from aufsd.layers.background import Bell, Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.snapshots import Snapshots
@@ -40,8 +41,9 @@ from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size
 from aufsd_client.errors import (
     InvalidParams,
+    LayerDamaged,
     LayerInUse,
-    MountFailed,
+    LayerNotFound,
     ParentNotFound,
     TooManyLayers,
 )
@@ -63,6 +65,7 @@ class Driver:
     disk: Disk
     overview: Overview
     render_metrics: Callable[[], results.Metrics]
+    access: Access
     chains: Chains
     # used where the backend makes no unions
     snapshots: Snapshots
@@ -191,8 +194,6 @@ class Driver:
 
     async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
         """Remove a layer that nothing stands on and nobody references."""
-        if not self.store.exists(id):
-            return results.Removed(False, "not-found")
         try:
             async with self.unions.removing(id, force=force):
                 self.chains.forget(id)
@@ -202,6 +203,9 @@ class Driver:
             references = error.data["references"]
             assert isinstance(references, int)
             return results.Removed(False, "in-use", references)
+        except LayerNotFound:
+            # removed by somebody else while this call waited
+            return results.Removed(False, "not-found")
         for failure in left:
             log.warning("content of a removed layer is still in its place", error=str(failure))
         self.erase.set()
@@ -209,9 +213,15 @@ class Driver:
 
     async def get_metadata(self, id: LayerId) -> results.Metadata:
         """Where everything of a layer is, as strings."""
+        self.store.require(id)
+        try:
+            dialect = await self.disk.run(self.chains.dialect, id)
+        except LayerDamaged:
+            # or removed meanwhile: asked again with nobody at it
+            async with self.unions.table.reading(lambda: ((id,),)):
+                dialect = await self.disk.run(self.chains.dialect, id)
         chain = self.store.chain(id)
         entry = self.unions.table.entries.get(id)
-        dialect = await self.disk.run(self.chains.dialect, id)
         union = len(chain) > 1 and self.backend.unions
         found = {
             "id": id,
@@ -240,19 +250,10 @@ class Driver:
     ) -> results.Got:
         """Count one reference, and mount on the first."""
         reference = _reference(peer, hold)
-        if self.store.snapshots:
-            await self.snapshots.settle(id)
-        if self.store.parent.get(id, id) is None:
-            await fingerprints.give_out(self.store, self.unions.table, self.disk, id)
         try:
-            entry = await self.unions.get(id, reference, label=mount_label)
+            entry = await self.access.get(id, reference, label=mount_label)
         except LayerInUse as error:
             await self.naming.name(error)
-            raise
-        except MountFailed:
-            for branch in self.store.chain(id):
-                # raises the reason, if it is that a branch is gone
-                await self.disk.run(self.chains.dialect, branch)
             raise
         return self._got(id, entry)
 
@@ -385,21 +386,24 @@ class Driver:
         self, id: LayerId, parent: LayerId | None
     ) -> AsyncIterator[tuple[tuple[Branch, ...], tuple[Branch, ...] | None]]:
         """The two chains of a comparison, claimed for reading; None for the layer's own parent."""
-        chain = self.store.chain(id)
-        self._require_parent(id, parent)
-        own = chain[1] if len(chain) > 1 else None
-        against = None if parent is None or parent == own else self.store.chain(parent)
-        if against is None and own is not None and self.store.snapshots:
-            # what a snapshot changed does not lie in it alone
-            against = chain[1:]
-        async with self.unions.table.reading((*chain, *(against or ()))):
+
+        def which() -> tuple[tuple[LayerId, ...], ...]:
+            chain = self.store.chain(id)
+            self._require_parent(id, parent)
+            own = chain[1] if len(chain) > 1 else None
+            if parent is not None and parent != own:
+                return chain, self.store.chain(parent)
+            if own is not None and self.store.snapshots:
+                # what a snapshot changed does not lie in it alone
+                return chain, chain[1:]
+            return (chain,)
+
+        async with self.unions.table.reading(which) as chains:
             # what mounted unions still keep outside of their writable branches (aufs: pseudo-links)
-            for one in (*chain, *(against or ())):
+            for one in {id: None for chain in chains for id in chain}:
                 await self.unions.flush(one)
-            yield (
-                await self.disk.run(self.chains.branches, chain),
-                None if against is None else await self.disk.run(self.chains.branches, against),
-            )
+            own, *against = [await self.disk.run(self.chains.branches, each) for each in chains]
+            yield own, against[0] if against else None
 
     def _require_parent(self, id: LayerId, parent: LayerId | None) -> None:
         if parent is not None and not self.store.exists(parent):

@@ -8,7 +8,7 @@ for, in the same task, with no await between.
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -38,9 +38,6 @@ log = structlog.get_logger(__name__)
 # a mount that stayed busy without a reference is tried again this often, in the background
 BUSY_RETRY = 30.0  # seconds
 
-# brings a chain into the backend's dialect; its branches whose `/` is opaque
-Prepare = Callable[[tuple[LayerId, ...]], Awaitable[frozenset[LayerId]]]
-
 
 @dataclass(slots=True)
 class Counters:
@@ -57,16 +54,11 @@ class Counters:
 
 @dataclass(slots=True)
 class Mounts:
-    """The mounts of one store; `open_mounts` makes it.
-
-    `prepare` is called with a chain before it is mounted, while its ids are settled: it may convert
-    branches (`converting`), and says which roots are opaque.
-    """
+    """The mounts of one store; `open_mounts` makes it. What a `get` does is in layers/access.py."""
 
     store: Store
     backend: Backend
     table: Table
-    prepare: Prepare
     nursery: trio.Nursery
     helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
@@ -78,31 +70,6 @@ class Mounts:
 
     # --- get ----------------------------------------------------------------------------------
 
-    async def get(self, id: LayerId, reference: Reference, *, label: str) -> Entry:
-        """Count one reference and mount on the first; the entry as it is then.
-
-        Raises LayerNotFound, LayerDamaged, LabelConflict, MountFailed, and what `prepare` raises.
-        Cancelled or failed: the count is as before, and nothing is left mounted.
-        """
-        table = self.table
-        while True:
-            entry = self.get_now(id, reference, label=label)
-            if entry is not None:
-                return entry
-            with table.locked():
-                waiting = table.moving(id)
-                if waiting is None:
-                    chain = self.store.chain(id)
-                    waiting = table.moving(*chain)
-                if waiting is None:
-                    table.begin(id)
-                    break
-            await waiting.wait()
-        try:
-            return await self._mount(id, chain, reference, label)
-        finally:
-            table.end(id)
-
     def get_now(self, id: LayerId, reference: Reference, *, label: str) -> Entry | None:
         """Count one reference if that is all there is to do; None if a `get` has to wait.
 
@@ -111,7 +78,7 @@ class Mounts:
         table = self.table
         with table.locked():
             self.store.require(id)
-            entry = table.entries.get(id) or table.never_mounted(id)
+            entry = table.entries.get(id)
             if entry is None or table.moving(id) is not None:
                 return None
             step = refs.on_get(entry, label=label, live=self._live(id, entry))
@@ -125,41 +92,47 @@ class Mounts:
                 )
         return None
 
-    async def _mount(
-        self, id: LayerId, chain: tuple[LayerId, ...], reference: Reference, label: str
-    ) -> Entry:
-        """Mount an id whose transition the caller holds, and count."""
+    def count_content(self, id: LayerId, reference: Reference, *, read_only: bool) -> Entry:
+        """Count the first reference to a layer whose content directory is what is given out."""
+        entry = Entry(State.MOUNTED, union=False, read_only=read_only, since=time.time())
+        return self._count(id, entry, reference)
+
+    @asynccontextmanager
+    async def mounting(self, id: LayerId, *, label: str, read_only: bool) -> AsyncIterator[Entry]:
+        """Around a mount of an id whose transition the caller holds: its entry meanwhile.
+
+        While it is in the table nobody changes what the layer stands on. Left by an exception or a
+        cancellation, the entry is as before.
+        """
         table = self.table
         before = table.entries.get(id)
         if before is not None:
             self.counters.vanished_mounts += 1
             log.warning("mount vanished", id=id, references=len(before.references))
-        mounting = refs.mounting(
-            before,
-            label=label,
-            read_only=bool(self.store.children_of(id)),
-            backend=self.backend.name,
-        )
-        table.enter(id, mounting)
+        entry = refs.mounting(before, label=label, read_only=read_only, backend=self.backend.name)
+        table.enter(id, entry)
         try:
-            opaque = await self.prepare(chain)
-            for parent in filter(table.entries.__contains__, chain[1:]):
-                # one that is mounted writable: what it changed shows here under all its names
-                await self.flush(parent)
-            union = table.union(id, mounting, opaque=opaque)
-            await self.thread.run(self._mount_in_thread, union)
+            yield entry
         except BaseException:
-            with table.locked():
-                self.counters.failed_mounts += 1
-                if before is None:
-                    table.leave(id)
-                else:
-                    table.enter(id, before)
+            self.counters.failed_mounts += 1
+            if before is None:
+                table.leave(id)
+            else:
+                table.enter(id, before)
             raise
-        with table.locked():
-            self.counters.mounts += 1
-            self.helpers.mounted(id)
-            return self._count(id, refs.mounted(mounting, since=time.time()), reference)
+
+    async def mount(
+        self, id: LayerId, entry: Entry, reference: Reference, *, opaque: frozenset[LayerId]
+    ) -> Entry:
+        """Mount what `mounting` gave an entry, and count; `opaque` as in Table.union.
+
+        Raises MountFailed and TooManyLayers, with nothing left mounted.
+        """
+        union = self.table.union(id, entry, opaque=opaque)
+        await self.thread.run(self._mount_in_thread, union)
+        self.counters.mounts += 1
+        self.helpers.mounted(id)
+        return self._count(id, refs.mounted(entry, since=time.time()), reference)
 
     def _mount_in_thread(self, union: Union) -> None:
         self.backend.clear(union.target)
@@ -174,8 +147,6 @@ class Mounts:
                 id=union.id,
                 errno="EBUSY",
             )
-        if not union.read_only:
-            self.store.unrecord(LayerId(union.id))
         self.backend.mount(union)
 
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
@@ -335,34 +306,6 @@ class Mounts:
         finally:
             table.end(id)
 
-    @asynccontextmanager
-    async def converting(self, id: LayerId, *, owned: bool) -> AsyncIterator[None]:
-        """Claim a branch for conversion on behalf of a mount that has begun.
-
-        Other layers that stand on it may be about to mount too: they wait here. One that another
-        backend than ours has mounted (before a restart) is refused with LayerInUse, and so is a
-        branch that is read. `owned`: the transition is the caller's already.
-        """
-        table = self.table
-
-        def refuse(id: LayerId) -> None:
-            if table.is_read(id):
-                raise table.in_use(id)
-            for other, entry in table.entries.items():
-                foreign = entry.union and entry.backend != self.backend.name
-                if foreign and id in self.store.chain(other):
-                    raise table.in_use(other)
-
-        if owned:
-            refuse(id)
-        else:
-            await table.claim(id, refuse)
-        try:
-            yield
-        finally:
-            if not owned:
-                table.end(id)
-
     async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, UnmountBusy | OSError]]:
         """Unmount every mount of the store, as the kernel has them; what was, and what was not."""
         done: list[LayerId] = []
@@ -424,12 +367,12 @@ class Mounts:
 
 @asynccontextmanager
 async def open_mounts(
-    table: Table, backend: Backend, prepare: Prepare, recorded: dict[LayerId, Entry]
+    table: Table, backend: Backend, recorded: dict[LayerId, Entry]
 ) -> AsyncIterator[Mounts]:
     """The mounts of a store, with their background tasks; what is mounted stays so after."""
     async with trio.open_nursery() as nursery:
         helpers = HelperWatch(backend, table, nursery)
-        mounts = Mounts(table.store, backend, table, prepare, nursery, helpers)
+        mounts = Mounts(table.store, backend, table, nursery, helpers)
         for note in await mounts.thread.run(replay, table, recorded, backend):
             log.warning(
                 "table and kernel did not agree", id=note.id, kind=note.kind, note=note.text

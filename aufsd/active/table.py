@@ -6,9 +6,8 @@ whoever meets it waits for that id only, then asks again. Which system calls an 
 the business of `mounts.py`.
 """
 
-import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -57,6 +56,8 @@ class Table:
     _moving: dict[LayerId, trio.Event] = field(default_factory=dict)
     # how many jobs read a layer now
     _readers: Counter[LayerId] = field(default_factory=Counter)
+    # set when nobody reads that layer any more
+    _unread: dict[LayerId, trio.Event] = field(default_factory=dict)
     # what calls that are made in one go share
     turn: Turn = field(init=False)
 
@@ -103,13 +104,6 @@ class Table:
     def enter(self, id: LayerId, entry: Entry) -> None:
         """Set an id's entry."""
         self.entries[id] = entry
-
-    def never_mounted(self, id: LayerId) -> Entry | None:
-        """The first entry of a layer whose content directory is its root file system; else None."""
-        if self.store.parent[id] is not None and not self.store.snapshots:
-            return None
-        frozen = self.store.snapshots and bool(self.store.children_of(id))
-        return Entry(State.MOUNTED, union=False, read_only=frozen, since=time.time())
 
     def leave(self, id: LayerId) -> None:
         """Take an id's entry out; harmless if there is none."""
@@ -204,14 +198,19 @@ class Table:
             self.end(id)
 
     @asynccontextmanager
-    async def reading(self, ids: Iterable[LayerId]) -> AsyncIterator[None]:
+    async def reading(
+        self, which: Callable[[], tuple[tuple[LayerId, ...], ...]]
+    ) -> AsyncIterator[tuple[tuple[LayerId, ...], ...]]:
         """Claim layers for reading: none of them is changed, converted or removed meanwhile.
 
-        Raises LayerNotFound, LayerDamaged.
+        `which` says what is to be claimed, as chains. It is asked again whenever one of them had to
+        be waited for, so that nobody reads along a chain that an earlier layer of the same id had.
+        Raises what `which` raises, LayerNotFound, LayerDamaged.
         """
-        wanted = tuple(dict.fromkeys(ids))
         while True:
             with self.locked():
+                chains = which()
+                wanted = tuple({id: None for chain in chains for id in chain})
                 waiting = self.moving(*wanted)
                 if waiting is None:
                     for id in wanted:
@@ -220,12 +219,19 @@ class Table:
                     break
             await waiting.wait()
         try:
-            yield
+            yield chains
         finally:
             for id in wanted:
                 self._readers[id] -= 1
                 if not self._readers[id]:
                     del self._readers[id]
+                    if id in self._unread:
+                        self._unread.pop(id).set()
+
+    async def unread(self, id: LayerId) -> None:
+        """Wait until no job reads a layer whose transition the caller holds: none begins to."""
+        while self._readers[id]:
+            await self._unread.setdefault(id, trio.Event()).wait()
 
     def is_read(self, id: LayerId) -> bool:
         """Whether a job reads the layer now."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import structlog
 import trio
 
-from aufsd.active.mounts import Mounts
+from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect
@@ -46,7 +46,7 @@ class Upkeep:
     """Works on the rooms, owns none. `recovered` is where what was finished is told."""
 
     store: Store
-    unions: Mounts
+    table: Table
     jobs: Jobs
     disk: Disk
     recovered: list[Recovered]
@@ -91,13 +91,13 @@ class Upkeep:
         except OSError as error:
             return [error]
         for id in half:
-            await self.unions.table.claim(id)
+            await self.table.claim(id)
             try:
                 # made anew, it is not ours to take away
                 if not self.store.exists(id):
                     left += await self.disk.run(self.store.finish_removal, id)
             finally:
-                self.unions.table.end(id)
+                self.table.end(id)
         return left
 
     # --- conversions --------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Upkeep:
     async def _finish_conversion(self, id: LayerId) -> None:
         if not self.store.exists(id):
             return
-        async with self.unions.table.changing(id):
+        async with self.table.changing(id):
             half = await self.disk.run(self._interrupted, id)
             if half is not None:
                 await self.jobs.convert(id, half)

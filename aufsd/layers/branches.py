@@ -5,7 +5,7 @@ from typing import Literal
 
 import structlog
 
-from aufsd.active.mounts import Mounts
+from aufsd.active.table import Table
 from aufsd.archive.requests import Branch
 from aufsd.layers.background import Upkeep
 from aufsd.store import dialect as dialects
@@ -25,7 +25,7 @@ class Chains:
 
     store: Store
     backend: Backend
-    unions: Mounts
+    table: Table
     disk: Disk
     upkeep: Upkeep
     policy: Literal["auto", "never"]
@@ -39,7 +39,9 @@ class Chains:
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         """Bring every branch of a chain that is about to be mounted into the backend's dialect.
 
-        Returns those whose `/` is opaque. Raises ConversionNeeded, LayerDamaged, LayerInUse.
+        The caller holds the transition of the first. A branch that is being read is waited for.
+        Returns those whose `/` is opaque. Raises ConversionNeeded, LayerDamaged; LayerInUse if
+        another backend than ours has the branch mounted (before a restart).
         """
         unknown = tuple(id for id in chain if id not in self._roots)
         if unknown:
@@ -58,9 +60,23 @@ class Chains:
                 id=id,
                 command=command,
             )
-        async with self.unions.converting(id, owned=owned):
+        # other layers that stand on it may be about to be mounted too: they wait here
+        if not owned:
+            await self.table.claim(id)
+        try:
+            await self.table.unread(id)
+            self._refuse_mounted_otherwise(id)
             if await self.upkeep.convert(id, wanted):
                 log.info("branch converted", id=id, dialect=str(wanted))
+        finally:
+            if not owned:
+                self.table.end(id)
+
+    def _refuse_mounted_otherwise(self, id: LayerId) -> None:
+        for other, entry in self.table.entries.items():
+            foreign = entry.union and entry.backend != self.backend.name
+            if foreign and id in self.store.chain(other):
+                raise self.table.in_use(other)
 
     # --- in a thread --------------------------------------------------------------------------
 

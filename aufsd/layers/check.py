@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
@@ -53,8 +54,11 @@ async def read_by_aufs(
 
     for id in ids:
         with suppress(LayerNotFound, LayerDamaged, FileNotFoundError, NotADirectoryError):
-            chain = store.chain(id)
-            async with table.reading(chain):
+            async with table.reading(partial(_whole_chain, store, id)) as (chain,):
                 problem = await jobs.read_by_aufs(await disk.run(branches, chain))
             found += [] if problem is None else [problem]
     return found
+
+
+def _whole_chain(store: Store, id: LayerId) -> tuple[tuple[LayerId, ...], ...]:
+    return (store.chain(id),)

@@ -1,7 +1,8 @@
-"""What applies recorded of a served store's layers: dropped in time, and compared by `check`."""
+"""What applies recorded of a served store's layers, held against their content by `check`."""
 
 from collections.abc import Sequence
 from contextlib import suppress
+from functools import partial
 
 from aufsd.active.table import Table
 from aufsd.archive.fingerprint import problem
@@ -13,20 +14,6 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
 from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, LimitExceeded
-
-
-async def give_out(store: Store, table: Table, disk: Disk, id: LayerId) -> None:
-    """Before a layer without parents is counted, whose content directory is given to be written to.
-
-    The caller counts it with no await in between: from then on nobody applies to it. A union is
-    looked after where it is mounted.
-    """
-    if id not in store.unrecorded:
-        await table.claim(id)
-        try:
-            await disk.run(store.unrecord, id)
-        finally:
-            table.end(id)
 
 
 async def compare(
@@ -41,7 +28,7 @@ async def compare(
     for id in ids:
         with suppress(LayerNotFound, LayerDamaged, OSError):
             if await _differs(store, disk, jobs, id):
-                async with table.reading((id,)):
+                async with table.reading(partial(_alone, id)):
                     differs = await _differs(store, disk, jobs, id)
                 found += [] if differs is None else [differs]
     return found
@@ -62,3 +49,7 @@ async def _differs(store: Store, disk: Disk, jobs: Jobs, id: LayerId) -> Problem
 
 def _look_up(store: Store, id: LayerId) -> tuple[str, Dialect]:
     return store.recorded(id), store.dialect(id)
+
+
+def _alone(id: LayerId) -> tuple[tuple[LayerId, ...], ...]:
+    return ((id,),)

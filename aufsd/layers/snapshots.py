@@ -108,16 +108,14 @@ class Snapshots:
         count = asked[label]
         return count > 1 and all(n < count for other, n in asked.items() if other != label)
 
-    async def settle(self, id: LayerId) -> None:
-        """Before the first reference: writable if nothing stands on the layer, else not.
+    async def make_ready(self, id: LayerId, *, read_only: bool) -> None:
+        """Before a layer that the caller has claimed is given out: writable, or not.
 
         What children changed is told by comparing them with their parent, so that has to stay.
         """
-        if id not in self.table.entries and id in self.store.parent:
-            children = bool(self.store.children_of(id))
-            await self.disk.run(contents.freeze, self._content(id), children)
-            if not children:
-                await self.disk.run(labelled.discard, self.store, id)
+        await self.disk.run(contents.freeze, self._content(id), read_only)
+        if not read_only:
+            await self.disk.run(labelled.discard, self.store, id)
 
     async def apply(self, id: LayerId, source: int, *, digest: bool) -> results.Streamed:
         """Unpack a tar into a layer that the caller has claimed; whiteouts are carried out.

@@ -1,0 +1,93 @@
+"""What a `get` gives: the one place where a layer's content is given out.
+
+Whoever is given a layer may write into it, unless other layers stand on it. So before the first
+reference counts, what an apply recorded of the content is taken back, and a subvolume of btrfs is
+thawed or frozen. All of it happens in the transition of that one id, which create, apply, remove
+and convert of the same id wait for, and which waits for them; the chain is read when that is held.
+"""
+
+from dataclasses import dataclass
+
+from aufsd.active.mounts import Mounts
+from aufsd.active.refs import Entry, Reference
+from aufsd.layers.branches import Chains
+from aufsd.layers.snapshots import Snapshots
+from aufsd.store.ids import LayerId
+from aufsd.threads import Disk
+from aufsd_client.errors import MountFailed
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Works on the rooms, owns none. `snapshots` is used where the store's layers are such."""
+
+    mounts: Mounts
+    chains: Chains
+    snapshots: Snapshots
+    disk: Disk
+
+    async def get(self, id: LayerId, reference: Reference, *, label: str) -> Entry:
+        """Count one reference, and give the layer out on the first; the entry as it is then.
+
+        Raises LayerNotFound, LayerDamaged, LabelConflict, MountFailed, ConversionNeeded, LayerInUse
+        (a branch in another dialect that a mount of another backend stands on). Cancelled or
+        failed: the count is as before, and nothing is left mounted.
+        """
+        table, store = self.mounts.table, self.mounts.store
+        while True:
+            entry = self.mounts.get_now(id, reference, label=label)
+            if entry is not None:
+                return entry
+            with table.locked():
+                waiting = table.moving(id)
+                if waiting is None:
+                    chain = store.chain(id)
+                    waiting = table.moving(*chain)
+                if waiting is None:
+                    table.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            return await self._give_out(chain, reference, label)
+        finally:
+            table.end(id)
+
+    async def _give_out(
+        self, chain: tuple[LayerId, ...], reference: Reference, label: str
+    ) -> Entry:
+        """Give out a layer whose transition the caller holds, and count."""
+        id, store = chain[0], self.mounts.store
+        # none comes while the transition is held, for create waits for that
+        read_only = bool(store.children_of(id))
+        if store.snapshots:
+            await self.snapshots.make_ready(id, read_only=read_only)
+            return self.mounts.count_content(id, reference, read_only=read_only)
+        if len(chain) == 1:
+            await self._unrecord(id)
+            return self.mounts.count_content(id, reference, read_only=False)
+        return await self._mount(chain, reference, label, read_only=read_only)
+
+    async def _mount(
+        self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, read_only: bool
+    ) -> Entry:
+        id, mounts = chain[0], self.mounts
+        async with mounts.mounting(id, label=label, read_only=read_only) as entry:
+            opaque = await self.chains.prepare(chain)
+            for parent in filter(mounts.table.entries.__contains__, chain[1:]):
+                # one that is mounted writable: what it changed shows here under all its names
+                await mounts.flush(parent)
+            if not read_only:
+                await self._unrecord(id)
+            try:
+                return await mounts.mount(id, entry, reference, opaque=opaque)
+            except MountFailed:
+                for branch in chain:
+                    # raises the reason, if it is that a branch is gone
+                    await self.disk.run(self.chains.dialect, branch)
+                raise
+
+    async def _unrecord(self, id: LayerId) -> None:
+        """Take back what an apply recorded; no thread where that is known to be done."""
+        store = self.mounts.store
+        if id not in store.unrecorded:
+            await self.disk.run(store.unrecord, id)
