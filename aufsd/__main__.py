@@ -97,7 +97,44 @@ def command_line() -> argparse.ArgumentParser:
         "--architecture", default="", help="with --oci: of the images (default: this machine's)"
     )
     export.set_defaults(run=_export)
+
+    rescue = commands.add_parser(
+        "rescue",
+        help="list what a data root of Docker's holds, and take its images and containers out",
+        description="Read Docker's data root without Docker: list its images and containers, or "
+        "write them as images under their own names and ids. Nothing is written to the data root.",
+    )
+    _rescue_arguments(rescue)
+    rescue.set_defaults(run=_rescue)
     return parser
+
+
+def _rescue_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", nargs="*", metavar="IMAGE", help="a name, an id, or its beginning")
+    parser.add_argument(
+        "--docker-root", default="/var/lib/docker", metavar="DIR", help="Docker's data root"
+    )
+    parser.add_argument("--driver", default="", help="the store to read, if there are several")
+    parser.add_argument("--list", action="store_true", help="say what is there; write nothing")
+    parser.add_argument("--json", action="store_true", help="say it as JSON")
+    parser.add_argument(
+        "--container",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also this container, as an image on its image's layers; may be given again",
+    )
+    parser.add_argument("--all", action="store_true", help="all images and all containers")
+    parser.add_argument("--oci", metavar="DIR", help="add the images to this OCI image layout")
+    parser.add_argument(
+        "--docker-archive", metavar="FILE", help="write the images as `docker save` does"
+    )
+    parser.add_argument("--gzip", action="store_true", help="with --oci: compress the layers")
+    parser.add_argument(
+        "--config",
+        help="the id maps of a remapped root, from here "
+        f"(default: {config.DEFAULT_FILE}); only what is not an original tar needs them",
+    )
 
 
 def _serve(flags: dict[str, object]) -> int:
@@ -215,6 +252,12 @@ def _export(flags: dict[str, object]) -> int:
     for name, digest in written.items():
         print(f"{name} {digest}")
     return 0
+
+
+def _rescue(flags: dict[str, object]) -> int:
+    from aufsd.rescue import command
+
+    return command.run(flags)
 
 
 def _warn(sentences: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from aufsd.archive import compare, fingerprint, readings, view
+from aufsd.archive import compare, fingerprint, measure, readings, view
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
 from aufsd.archive.requests import Branch, Settings
@@ -85,23 +85,7 @@ class Offline:
         chain = self.chain(id)
         if chain[0].dialect is Dialect.NONE:
             return self._compare(chain, chain[1:], out)
-        meter = Meter(_unheard)
-        with self._standing_in(chain[0]) as layer:
-            pack(Packer(Sink(out, meter, digest=False), self.settings, meter), layer)
-        return meter.warnings()
-
-    @contextmanager
-    def _standing_in(self, branch: Branch) -> Iterator[view.Layer]:
-        """A layer, with its root the current directory; where we were before at the end."""
-        place = view.root(self.diff, branch, self.settings.namespace)
-        before = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fchdir(place.fd)
-            yield place.layer
-        finally:
-            os.fchdir(before)
-            os.close(before)
-            place.close()
+        return write_branch(self.diff, chain[0], self.settings, out)
 
     def read_by_aufs(self, ids: Sequence[str]) -> list[Problem]:
         """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
@@ -131,8 +115,39 @@ class Offline:
 
     def _fingerprint(self, id: str) -> str:
         dialect = dialects.read_dialect(self.layout.content(LayerId(id)), self.settings.namespace)
-        with self._standing_in(Branch(id, dialect)) as layer:
+        with _standing_in(self.diff, Branch(id, dialect), self.settings) as layer:
             return fingerprint.fingerprint(layer, self.settings, Meter(_unheard))
+
+
+@contextmanager
+def _standing_in(diff: int, branch: Branch, settings: Settings) -> Iterator[view.Layer]:
+    """A branch, with its root the current directory; where we were before at the end."""
+    place = view.root(diff, branch, settings.namespace)
+    before = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fchdir(place.fd)
+        yield place.layer
+    finally:
+        os.fchdir(before)
+        os.close(before)
+        place.close()
+
+
+def write_branch(diff: int, branch: Branch, settings: Settings, out: int) -> list[str]:
+    """Write a branch's own content as a tar to the descriptor `out`; warnings.
+
+    `diff` is the directory that the branch lies in.
+    """
+    meter = Meter(_unheard)
+    with _standing_in(diff, branch, settings) as layer:
+        pack(Packer(Sink(out, meter, digest=False), settings, meter), layer)
+    return meter.warnings()
+
+
+def measure_branch(diff: int, branch: Branch, settings: Settings) -> int:
+    """Bytes of a branch's own regular files, each inode once."""
+    with _standing_in(diff, branch, settings):
+        return measure.measure(aufs=branch.dialect is Dialect.AUFS).bytes
 
 
 @contextmanager

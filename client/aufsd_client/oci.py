@@ -1,4 +1,4 @@
-"""An OCI image layout of layers: one image for each id, one blob for each layer of its chain.
+"""An OCI image layout: one blob for each layer, one manifest and configuration for each image.
 
 Knows nothing of where the layers come from. Standard library only. image-spec 1.0: image-layout.md,
 config.md, manifest.md; blobs are named by their sha256.
@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,12 +39,72 @@ class LayoutError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """A layer as a blob; `diff_id` is the digest of its tar, whatever the blob is packed with."""
 
-    id: str
     diff_id: str
     descriptor: dict[str, Any]
+
+
+@dataclass(slots=True)
+class Layout:
+    """An image layout that is being written to. Images are in its index from `commit` on."""
+
+    root: Path
+    compress: bool
+    _index: dict[str, Any]
+    _images: dict[str, dict[str, Any]]
+
+    def add_layer(self, write: Callable[[IO[bytes]], str | None]) -> Layer:
+        """Add the tar that `write(file)` writes to an empty file, and whose digest it may know.
+
+        Raises OSError, and what `write` raises.
+        """
+        with _fresh(self.root) as tar:
+            diff_id = write(tar) or _digest(tar)
+            if not self.compress:
+                return Layer(diff_id, _name(self.root, tar, diff_id, _LAYER))
+            with _fresh(self.root) as packed:
+                # neither a name nor a time: the same layer is the same blob
+                with gzip.GzipFile("", "wb", 6, packed, 0) as stream:
+                    tar.seek(0)
+                    shutil.copyfileobj(tar, stream, 1 << 20)
+                kind = f"{_LAYER}+gzip"
+                return Layer(diff_id, _name(self.root, packed, _digest(packed), kind))
+
+    def add_image(self, name: str, config: bytes, layers: Sequence[Layer]) -> str:
+        """Add an image of these layers, base first; the digest of its manifest."""
+        manifest = {
+            "schemaVersion": 2,
+            "mediaType": _MANIFEST,
+            "config": _blob(self.root, config, _CONFIG),
+            "layers": [layer.descriptor for layer in layers],
+        }
+        self._images[name] = _blob(self.root, _compact(manifest), _MANIFEST)
+        return str(self._images[name]["digest"])
+
+    def commit(self) -> None:
+        """Put the images into the index, in place of those that have their names already."""
+        kept = [
+            manifest
+            for manifest in self._index["manifests"]
+            if manifest.get("annotations", {}).get(_NAME) not in self._images
+        ]
+        named = [
+            manifest | {"annotations": {_NAME: name}}
+            for name, manifest in sorted(self._images.items())
+        ]
+        _replace(self.root / "index.json", self._index | {"manifests": [*kept, *named]})
+
+
+def open_layout(directory: str | os.PathLike[str], *, compress: bool = False) -> Layout:
+    """The layout at `directory`, which is made if it is empty or not there.
+
+    What it holds already stays. `compress`: layers are packed with gzip. Raises LayoutError,
+    OSError.
+    """
+    root = Path(directory)
+    return Layout(root, compress, _open(root), {})
 
 
 def write(
@@ -61,28 +122,36 @@ def write(
     stays, but for images of the same names. Returns the digests of the manifests, by name. Raises
     LayoutError, OSError and what `write_layer` raises: then the layout's index is as it was.
     """
-    root = Path(directory)
-    index = _open(root)
-    layers: dict[str, _Layer] = {}
-    manifests: dict[str, dict[str, Any]] = {}
+    layout = open_layout(directory, compress=compress)
+    layers: dict[str, Layer] = {}
+    digests = {}
     for name, chain in images.items():
         for id in chain:
             if id not in layers:
-                layers[id] = _layer(root, id, write_layer, compress=compress)
-        manifests[name] = _image(root, [layers[id] for id in chain], architecture or _here())
-    kept = [
-        manifest
-        for manifest in index["manifests"]
-        if manifest.get("annotations", {}).get(_NAME) not in manifests
-    ]
-    named = [
-        manifest | {"annotations": {_NAME: name}} for name, manifest in sorted(manifests.items())
-    ]
-    _replace(root / "index.json", index | {"manifests": [*kept, *named]})
-    return {name: manifest["digest"] for name, manifest in manifests.items()}
+                layers[id] = layout.add_layer(partial(write_layer, id))
+        found = [layers[id] for id in chain]
+        config = _plain(chain, found, architecture or this_machine())
+        digests[name] = layout.add_image(name, config, found)
+    layout.commit()
+    return digests
 
 
-def _here() -> str:
+def _plain(ids: Sequence[str], layers: Sequence[Layer], architecture: str) -> bytes:
+    """The configuration of an image of which only the layers are known."""
+    return _compact(
+        {
+            "created": _CREATED,
+            "architecture": architecture,
+            "os": "linux",
+            "config": {},
+            "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
+            "history": [{"created": _CREATED, "comment": f"layer {id}"} for id in ids],
+        }
+    )
+
+
+def this_machine() -> str:
+    """This machine's architecture, as images name it."""
     machine = os.uname().machine
     return _ARCHITECTURES.get(machine, machine)
 
@@ -105,41 +174,6 @@ def _open(root: Path) -> dict[str, Any]:
     return index
 
 
-def _layer(
-    root: Path, id: str, write_layer: Callable[[str, IO[bytes]], None], *, compress: bool
-) -> _Layer:
-    with _fresh(root) as tar:
-        write_layer(id, tar)
-        diff_id = _digest(tar)
-        if not compress:
-            return _Layer(id, diff_id, _name(root, tar, diff_id, _LAYER))
-        with _fresh(root) as packed:
-            # neither a name nor a time: the same layer is the same blob
-            with gzip.GzipFile("", "wb", 6, packed, 0) as stream:
-                tar.seek(0)
-                shutil.copyfileobj(tar, stream, 1 << 20)
-            return _Layer(id, diff_id, _name(root, packed, _digest(packed), f"{_LAYER}+gzip"))
-
-
-def _image(root: Path, layers: Sequence[_Layer], architecture: str) -> dict[str, Any]:
-    """Write an image's configuration and manifest; the manifest's descriptor."""
-    config: dict[str, Any] = {
-        "created": _CREATED,
-        "architecture": architecture,
-        "os": "linux",
-        "config": {},
-        "rootfs": {"type": "layers", "diff_ids": [layer.diff_id for layer in layers]},
-        "history": [{"created": _CREATED, "comment": f"layer {layer.id}"} for layer in layers],
-    }
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": _MANIFEST,
-        "config": _blob(root, config, _CONFIG),
-        "layers": [layer.descriptor for layer in layers],
-    }
-    return _blob(root, manifest, _MANIFEST)
-
-
 # --- blobs --------------------------------------------------------------------------------------
 
 
@@ -154,9 +188,13 @@ def _fresh(root: Path) -> Iterator[IO[bytes]]:
         Path(file.name).unlink(missing_ok=True)
 
 
-def _blob(root: Path, content: dict[str, Any], kind: str) -> dict[str, Any]:
+def _compact(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
+def _blob(root: Path, content: bytes, kind: str) -> dict[str, Any]:
     with _fresh(root) as file:
-        file.write(json.dumps(content, separators=(",", ":")).encode())
+        file.write(content)
         return _name(root, file, _digest(file), kind)
 
 
@@ -167,6 +205,7 @@ def _digest(file: IO[bytes]) -> str:
 
 def _name(root: Path, file: IO[bytes], digest: str, kind: str) -> dict[str, Any]:
     """Give a file the name of its digest; its descriptor."""
+    file.flush()
     os.fchmod(file.fileno(), 0o644)
     os.rename(file.name, root / "blobs" / digest.replace(":", "/"))
     return {"mediaType": kind, "digest": digest, "size": os.fstat(file.fileno()).st_size}
