@@ -18,6 +18,7 @@ LEVELS = {
     "aufsd.driver": 5,
     "aufsd.status": 4,
     "aufsd.layers": 4,
+    "aufsd.rescue": 4,
     "aufsd.active.mounts": 3,
     "aufsd.archive": 3,
     "aufsd.active": 2,

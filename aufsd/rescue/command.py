@@ -114,6 +114,7 @@ def _rescue(content: Content, ask: Asked) -> int:
         _say(sentence, 0)
     failed = len(refused)
     done: list[Written] = []
+    told: set[str] = set()
     with _target(ask) as target:
         for one in writing.write(content, wanted, target):
             if isinstance(one, str):
@@ -122,7 +123,10 @@ def _rescue(content: Content, ask: Asked) -> int:
                 continue
             done.append(one)
             for note in one.notes:
-                _say(f"warning: {one.what}: {note}", 0)
+                # once, though several images stand on the layer
+                if note not in told:
+                    _say(f"warning: {note}", 0)
+            told.update(one.notes)
             if not ask.json:
                 print(f"{' '.join(one.names) or '(no name)'} {one.id}", flush=True)
         target.commit()

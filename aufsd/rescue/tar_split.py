@@ -150,7 +150,7 @@ def _opened(piece: _Piece, content: int) -> IO[bytes]:
 
 def _shown(piece: _Piece) -> str:
     name = piece.name_raw.decode("utf-8", "backslashreplace") if piece.name_raw else piece.name
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in name.removeprefix("./"))
 
 
 # --- CRC-64 ---------------------------------------------------------------------------------------

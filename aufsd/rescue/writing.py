@@ -24,6 +24,8 @@ from aufsd_client import oci
 _STEP = 1 << 20
 # mtime of what is in an archive but no file of an image
 _EPOCH = 0
+# damaged files of a layer that are named
+_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,10 @@ class Content:
                 return source.diff, []
             out.seek(start)
             out.truncate()
-            notes = [f"layer {source.diff} is written anew: {note}" for note in notes]
+            said, unsaid = notes[:_NAMED], len(notes) - _NAMED
+            notes = [f"layer {source.diff} is written anew: {note}" for note in said]
+            if unsaid > 0:
+                notes.append(f"and {unsaid} more of that layer")
         found, warnings = self._anew(source, out)
         return found, [*notes, *warnings]
 
@@ -229,14 +234,19 @@ class DockerArchive:
         header = self.file.tell()
         self.file.write(bytes(tarfile.BLOCKSIZE))
         start = self.file.tell()
-        diff_id = write(self.file)
+        name = ""
+        try:
+            diff_id = write(self.file)
+            name = _layer_name(diff_id)
+        finally:
+            # one that is in here already, or that could not be written, leaves no hole
+            if not name or name in self._within:
+                self.file.seek(header)
+                self.file.truncate()
+        if name in self._within:
+            return diff_id
         self.file.seek(0, os.SEEK_END)
         size = self.file.tell() - start
-        name = _layer_name(diff_id)
-        if name in self._within:
-            self.file.seek(header)
-            self.file.truncate()
-            return diff_id
         self.file.write(bytes(-size % tarfile.BLOCKSIZE))
         self.file.seek(header)
         self.file.write(_header(name, size))
