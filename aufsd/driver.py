@@ -4,7 +4,6 @@ Ids and labels that arrive here are parsed. Every method either does all of what
 one of aufsd_client.errors and has done nothing; what cancellation leaves is said where it differs.
 """
 
-import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -303,9 +302,11 @@ class Driver:
         done, failed = await self.unions.cleanup()
         rows = []
         for id, failure in failed.items():
-            holders = (await self.holders(id)).holders
-            number = failure.errno if isinstance(failure, OSError) else errno.EBUSY
-            rows.append(results.FailedUnmount(id, errno.errorcode[number or 0], holders))
+            name = str(failure.data["errno"])
+            busy = name == "EBUSY"
+            holders = (await self.holders(id)).holders if busy else []
+            log.warning("cleanup left a mount", id=id, reason=failure.message)
+            rows.append(results.FailedUnmount(id, name, holders))
         return results.Cleanup(list(done), rows)
 
     async def holders(self, id: LayerId) -> results.Holders:

@@ -92,8 +92,8 @@ class Overview:
         busy = sorted(self.unions.table.busy())
         if not busy:
             return results.HealthCheck("mounts", "ok", "no mount stands without a reference")
-        named = ", ".join(busy[:5])
-        detail = f"{len(busy)} mounts are busy though no reference is left: {named}"
+        named = ", ".join(f"{id} ({self.unions.stays.get(id) or 'EBUSY'})" for id in busy[:5])
+        detail = f"{len(busy)} mounts stand though no reference is left: {named}"
         return results.HealthCheck("mounts", "degraded", detail)
 
     def _helpers(self) -> results.HealthCheck:

@@ -1,4 +1,7 @@
-"""What may be in use: an unmount is tried again for a moment, a refusal names who uses it."""
+"""What may be in use: an unmount is tried again for a moment, a refusal names who uses it.
+
+A union that cannot be unmounted without loss stays mounted, and the error says what would be lost.
+"""
 
 import errno
 from collections.abc import Callable, Sequence
@@ -7,16 +10,18 @@ from dataclasses import dataclass
 import trio
 
 from aufsd.kernel import holders as kernel_holders
+from aufsd.kernel import mountinfo
 from aufsd.results import Holder
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.threads import Disk, MountThread
-from aufsd.union.backend import Backend
-from aufsd_client.errors import LayerInUse, UnmountBusy
+from aufsd.union.backend import Backend, NotFlushed
+from aufsd_client.errors import LayerInUse, NoSpace, UnmountBusy
 
 # umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
 TRIES = 5
 PAUSE = 0.1  # seconds
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 # mounts whose users are looked for when a layer is refused: each time all of /proc is read
 _LOOKED_AT = 4
 # one at a time, so that whoever is refused again and again keeps no other thread busy
@@ -30,24 +35,36 @@ async def unmount(
     thread: MountThread,
     *,
     retrying: Callable[[], None],
+    flush: bool = True,
 ) -> None:
     """Unmount a layer's union in the mount thread; nothing to do where none is mounted.
 
-    `retrying` is told of each further try. Raises UnmountBusy, with the holders, and OSError.
-    Cancelled between two tries: it is mounted.
+    `retrying` is told of each further try. Without `flush` what is written in it need not last.
+    Raises NoSpace if it cannot be made to last for want of space, UnmountBusy with `errno` and the
+    holders if it stays for any other reason. Cancelled between two tries: it is mounted.
     """
     for attempt in range(1, TRIES + 1):
         try:
-            return await thread.run(backend.unmount, target)
+            return await thread.run(backend.unmount, target, flush=flush)
+        except NotFlushed as failed:
+            raise _would_lose(id, failed) from failed
         except OSError as error:
-            if error.errno in (errno.EINVAL, errno.ENOENT):
-                return None  # not mounted (any more), which is what was wanted
+            if error.errno in (errno.EINVAL, errno.ENOENT) and not _is_mount_point(target):
+                return None  # which is what was wanted
             if error.errno != errno.EBUSY:
-                raise
+                raise UnmountBusy(
+                    f"layer {id} stays mounted: {error.strerror}; mend that, then put or cleanup",
+                    id=id,
+                    errno=_name(error),
+                    holders=[],
+                ) from error
         if attempt < TRIES:
             retrying()
             await trio.sleep(PAUSE)
-    found = await thread.run(kernel_holders.holders, target)
+    try:
+        found = await thread.run(kernel_holders.holders, target)
+    except OSError:  # no descriptor left, for one
+        found = []
     named = ", ".join(f"{holder.comm} ({holder.pid})" for holder in found[:5])
     raise UnmountBusy(
         f"layer {id} stays mounted, it is busy: {named or 'nobody could be named'}; "
@@ -56,6 +73,55 @@ async def unmount(
         errno="EBUSY",
         holders=_named(found),
     )
+
+
+def _is_mount_point(target: str) -> bool:
+    """Whether anything is mounted there: EINVAL is also what a locked mount gives (umount(2))."""
+    try:
+        return mountinfo.is_mount_point(target)
+    except FileNotFoundError:
+        return False
+
+
+def _would_lose(id: LayerId, failed: NotFlushed) -> NoSpace | UnmountBusy:
+    """The error of a union that stays mounted because its branch does not have all of it."""
+    message = f"layer {id} stays mounted, or it would lose what was written: {_why(failed)}"
+    if failed.error.errno in _FULL:
+        return NoSpace(f"{message}; free space, then put or cleanup", **_data(id, failed))
+    message += "; mend the store's file system, then put or cleanup"
+    return UnmountBusy(message, **_data(id, failed), holders=[])
+
+
+def not_readable(id: LayerId, failed: NotFlushed) -> NoSpace | LayerInUse:
+    """The error of what reads a mounted layer's content, which is not whole yet.
+
+    NoSpace for want of space; LayerInUse with `errno` otherwise, for the mount itself can be read.
+    """
+    message = f"the content of layer {id}, which is mounted, is not whole: {_why(failed)}"
+    if failed.error.errno in _FULL:
+        return NoSpace(f"{message}; free space, then try again", **_data(id, failed))
+    message += "; mend the store's file system, or read the mount"
+    return LayerInUse(message, **_data(id, failed), layers=[id], references=0, holders=[])
+
+
+def _why(failed: NotFlushed) -> str:
+    if not failed.count:
+        return str(failed.error.strerror)
+    names = ", ".join(failed.names[:3]) + (", ..." if failed.count > 3 else "")
+    return f"{failed.count} hard links ({names}) cannot be made, {failed.error.strerror}"
+
+
+def _data(id: LayerId, failed: NotFlushed) -> dict[str, object]:
+    return {
+        "id": id,
+        "errno": _name(failed.error),
+        "names": list(failed.names),
+        "count": failed.count,
+    }
+
+
+def _name(error: OSError) -> str:
+    return errno.errorcode.get(error.errno or 0, str(error.errno))
 
 
 @dataclass(frozen=True, slots=True)

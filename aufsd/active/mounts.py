@@ -16,7 +16,7 @@ import structlog
 import trio
 
 from aufsd.active import refs
-from aufsd.active.in_use import unmount
+from aufsd.active.in_use import not_readable, unmount
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.active.replay import replay, rows_in_kernel
 from aufsd.active.table import Table
@@ -25,13 +25,8 @@ from aufsd.kernel import mountinfo
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import MountThread
-from aufsd.union.backend import Backend, Union
-from aufsd_client.errors import (
-    LabelConflict,
-    LayerHasChildren,
-    MountFailed,
-    UnmountBusy,
-)
+from aufsd.union.backend import Backend, NotFlushed, Union
+from aufsd_client.errors import AufsdError, LabelConflict, LayerHasChildren, MountFailed
 
 log = structlog.get_logger(__name__)
 
@@ -63,6 +58,8 @@ class Mounts:
     helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
     counters: Counters = field(default_factory=Counters)
+    # of those that stay mounted without a reference, with which errno the last try failed
+    stays: dict[LayerId, str] = field(default_factory=dict)
     processes: ProcessWatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -167,8 +164,9 @@ class Mounts:
     async def put(self, id: LayerId, *, pid: int) -> Entry | None:
         """Drop one reference and unmount after the last; the entry as it is then, None if none.
 
-        Raises LayerInUse if only other processes' references are left, UnmountBusy if the mount
-        stays busy: then no reference is left and the mount stands. Cancelled: likewise.
+        Raises LayerInUse if only other processes' references are left; UnmountBusy if the mount
+        stays busy, NoSpace if what was written in it cannot be kept: then no reference is left and
+        the mount stands. Cancelled: likewise.
         """
         table = self.table
         while True:
@@ -238,7 +236,7 @@ class Mounts:
         finally:
             self.table.end(id)
 
-    async def _unmount(self, id: LayerId) -> None:
+    async def _unmount(self, id: LayerId, *, flush: bool = True) -> None:
         """Unmount an id whose transition the caller holds, and drop its entry and references."""
         table = self.table
         with table.locked():
@@ -253,14 +251,18 @@ class Mounts:
             table.enter(id, refs.unmounting(entry))
         try:
             target = self.store.layout.mount_point(id)
-            await unmount(id, target, self.backend, self.thread, retrying=self._retrying)
-        except BaseException:
+            tries = self._retrying
+            await unmount(id, target, self.backend, self.thread, retrying=tries, flush=flush)
+        except BaseException as error:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
                 table.record(id)
+                data = error.data if isinstance(error, AufsdError) else {}
+                self.stays[id] = str(data.get("errno", ""))
             raise
         with table.locked():
             self.counters.unmounts += 1
+            self.stays.pop(id, None)
             self.helpers.unmounted(id)
             table.leave(id)
             table.record(id)
@@ -269,10 +271,16 @@ class Mounts:
         self.counters.busy_retries += 1
 
     async def flush(self, id: LayerId) -> None:
-        """Have a mounted layer's content complete by itself; nothing to do for any other."""
+        """Have a mounted layer's content complete by itself; nothing to do for any other.
+
+        Raises NoSpace, LayerInUse: it is not complete, and who reads it would not see all.
+        """
         entry = self.table.entries.get(id)
         if entry and entry.union and not entry.read_only and entry.backend == self.backend.name:
-            await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
+            try:
+                await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
+            except NotFlushed as failed:
+                raise not_readable(id, failed) from failed
 
     # --- what other operations need unmounted -------------------------------------------------
 
@@ -301,21 +309,22 @@ class Mounts:
         await table.claim(id, refuse)
         try:
             if id in table.entries or (id not in self.store.damaged and self._live(id, None)):
-                await self._unmount(id)
+                # its content goes next, and on a full disk that is how to get space
+                await self._unmount(id, flush=False)
             yield
         finally:
             table.end(id)
 
-    async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, UnmountBusy | OSError]]:
+    async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, AufsdError]]:
         """Unmount every mount of the store, as the kernel has them; what was, and what was not."""
         done: list[LayerId] = []
-        failed: dict[LayerId, UnmountBusy | OSError] = {}
+        failed: dict[LayerId, AufsdError] = {}
         for id in await self.thread.run(self._mounted_in_kernel):
             await self.table.claim(id)
             try:
                 await self._take_down(id)
                 done.append(id)
-            except (UnmountBusy, OSError) as error:
+            except AufsdError as error:
                 failed[id] = error
         return done, failed
 
@@ -331,7 +340,7 @@ class Mounts:
                 try:
                     await self._take_down(id)
                     log.info("busy mount unmounted", id=id)
-                except (UnmountBusy, OSError) as error:
+                except (AufsdError, OSError) as error:
                     log.debug("mount is still busy", id=id, error=str(error))
 
     # --- the kernel's side --------------------------------------------------------------------

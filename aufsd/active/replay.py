@@ -68,7 +68,7 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> li
             continue
         entry = _found(row)
         if entry.backend == backend.name and not backend.is_whole(table.union(id, entry)):
-            backend.unmount(row.mount_point)
+            backend.unmount(row.mount_point, flush=False)
             text = "mounted in part when the daemon was killed: unmounted"
             notes.append(Note(id, "partial", text))
             continue

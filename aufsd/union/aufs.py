@@ -107,9 +107,9 @@ class Aufs:
         """As Backend.flush: every pseudo-link becomes a real one."""
         plink.flush(target)
 
-    def unmount(self, target: str) -> None:
+    def unmount(self, target: str, *, flush: bool = True) -> None:
         """As Backend.unmount."""
-        plink.unmount(target)
+        plink.unmount(target, flush=flush)
 
     def is_mounted(self, target: str) -> bool:
         """As Backend.is_mounted."""

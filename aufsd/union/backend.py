@@ -5,6 +5,7 @@ or archives. Everything here is synchronous and may block: `mounts.py` calls it 
 and nothing of one backend runs twice at a time. `choice.py` finds one that this host can serve.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -40,6 +41,21 @@ class Verdict:
 
     reason: str
     incompatible: bool = False
+
+
+class NotFlushed(Exception):
+    """What a mounted union keeps outside of its writable branch cannot be written there.
+
+    Unmounted, it would lose that, so it stays mounted. `error` is what failed first. `names` are
+    the first of those that would show old content, `count` is how many there are; none if it failed
+    before any name.
+    """
+
+    def __init__(self, error: OSError, names: Sequence[str] = (), count: int = 0) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.names = tuple(names)
+        self.count = count
 
 
 class Backend(Protocol):
@@ -93,13 +109,16 @@ class Backend(Protocol):
     def flush(self, target: str) -> None:
         """Make the writable branch of a mounted union complete by itself, as `diff` reads it.
 
-        Harmless if nothing is mounted there. Raises OSError if the branch cannot be written.
+        Harmless if nothing is mounted there. Raises NotFlushed if the branch cannot be written, and
+        OSError.
         """
 
-    def unmount(self, target: str) -> None:
+    def unmount(self, target: str, *, flush: bool = True) -> None:
         """Flush, and unmount once, without MNT_DETACH.
 
-        Raises OSError as umount2(2) does, EBUSY among them; EINVAL means it was no mount point.
+        Without `flush` what the union keeps outside of its branch is lost: for content that is
+        removed next. Raises NotFlushed, and then it is mounted; OSError as umount2(2) does: EBUSY,
+        or EINVAL for what is no mount point.
         """
 
     def is_mounted(self, target: str) -> bool:

@@ -55,7 +55,7 @@ class Btrfs:
     def flush(self, target: str) -> None:
         """As Backend.flush: a subvolume is complete by itself."""
 
-    def unmount(self, target: str) -> None:
+    def unmount(self, target: str, *, flush: bool = True) -> None:
         """As Backend.unmount, for what somebody else mounted there."""
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
 

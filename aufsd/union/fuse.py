@@ -31,7 +31,7 @@ from aufsd.store.dialect import Dialect, XattrNamespace, is_opaque_root
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.union import exclusive, helper, plink, runner
-from aufsd.union.backend import Union, Verdict
+from aufsd.union.backend import NotFlushed, Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
 from aufsd.union.causes import refused
 from aufsd.union.helper import Helper
@@ -168,10 +168,12 @@ class Fuse:
         root = os.open(target, _DIRECTORY)
         try:
             syscalls.syncfs(root)
+        except OSError as error:
+            raise NotFlushed(error) from error
         finally:
             os.close(root)
 
-    def unmount(self, target: str) -> None:
+    def unmount(self, target: str, *, flush: bool = True) -> None:
         """As Backend.unmount, for a union of the last backend too: those outlive the daemon.
 
         Its helper's own xattrs are taken from the branch, and a dead union is taken away.
@@ -183,7 +185,7 @@ class Fuse:
         elif not self.clear(target):
             # unmounted behind our back, or never one of ours
             _let_go(work, self.namespace)
-            plink.unmount(target)
+            plink.unmount(target, flush=flush)
 
     def is_mounted(self, target: str) -> bool:
         """As Backend.is_mounted: false as well if its helper has died. Asks the helper nothing."""

@@ -112,9 +112,9 @@ class Overlay:
         """As Backend.flush: nothing here, but the last backend may have been aufs."""
         plink.flush(target)
 
-    def unmount(self, target: str) -> None:
+    def unmount(self, target: str, *, flush: bool = True) -> None:
         """As Backend.unmount, for a union of the last backend too: those outlive the daemon."""
-        plink.unmount(target)
+        plink.unmount(target, flush=flush)
         self.roots.pop(target, None)
 
     def is_mounted(self, target: str) -> bool:

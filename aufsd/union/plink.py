@@ -18,19 +18,19 @@ import os
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Final
-
-import structlog
 
 from aufsd.kernel import syscalls
 from aufsd.store.dialect import AUFS_NAME_MAX
-
-log = structlog.get_logger(__name__)
+from aufsd.union.backend import NotFlushed
 
 DIRECTORY: Final = ".wh..wh.plnk"
 # include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_WBR_FD, struct aufs_wbr_fd)
 _AUFS_CTL_WBR_FD: Final = 0x40084102
 _DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# how many names a failed flush names
+_NAMED: Final = 20
 _FILE: Final = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -38,7 +38,8 @@ def flush(target: str) -> int:
     """Link every name of the pseudo-linked files of the union at `target`; how many names.
 
     Nothing on anything but a writable aufs. Walks the whole union if there is a pseudo-link, and
-    stays in it: file systems mounted inside are left alone. Raises OSError, ENOSPC among them.
+    stays in it: file systems mounted inside are left alone. Raises NotFlushed, with all linked that
+    can be, and OSError if there is nothing at `target`.
     """
     if not _is_aufs(target):
         return 0
@@ -46,25 +47,21 @@ def flush(target: str) -> int:
         return _flush(root, branch)
 
 
-def unmount(target: str) -> None:
+def unmount(target: str, *, flush: bool = True) -> None:
     """Flush and umount2(2), once; then remove the pseudo-links, for each name is a real one now.
 
-    A flush that fails (no space) is logged and does not keep the union mounted: its pseudo-links
-    stay in the branch. Raises OSError as umount2(2) does.
+    Raises NotFlushed (a full disk, most likely): then it is not unmounted, because the names that
+    are not linked would go back to their old content. Raises OSError as umount2(2) does. Without
+    `flush` it is unmounted all the same, and its pseudo-links are left in the branch.
     """
-    if not _is_aufs(target):
+    if not flush or not _is_aufs(target):
         return syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
     with ExitStack() as kept:
         with _opened(target) as root:
             branch = kept.enter_context(_writable_branch(root))
-            flushed = True
-            try:
-                _flush(root, branch)
-            except OSError as error:
-                flushed = False
-                log.warning("hard links of a union are not flushed", path=target, error=str(error))
+            _flush(root, branch)
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
-        if flushed and branch is not None:
+        if branch is not None:
             with suppress(OSError):  # it is unmounted; the next union has nothing of them
                 _forget(branch)
     return None
@@ -111,13 +108,40 @@ def _writable_branch(root: int) -> Iterator[int | None]:
 
 
 def _flush(root: int, branch: int | None) -> int:
-    inodes = _pending(branch) if branch is not None else ()
-    found = 0
-    for directory, name in _names(root, inodes) if inodes else ():
-        with suppress(FileNotFoundError):  # a name that went meanwhile needs no link
-            _link(directory, name)
-            found += 1
-    return found
+    linked, failed = 0, _Failures()
+    try:
+        inodes = _pending(branch) if branch is not None else ()
+        for directory, name in _names(root, inodes) if inodes else ():
+            try:
+                _link(directory, name)
+            except FileNotFoundError:
+                continue  # a name that went meanwhile needs no link
+            except OSError as error:
+                # the others are linked all the same: fewer are lost if the machine stops
+                failed.add(error, root, directory, name)
+            else:
+                linked += 1
+    except OSError as error:
+        raise NotFlushed(failed.first or error, failed.names, failed.count) from error
+    if failed.first is not None:
+        raise NotFlushed(failed.first, failed.names, failed.count) from failed.first
+    return linked
+
+
+@dataclass(slots=True)
+class _Failures:
+    """The names that could not be linked: the first ones, how many, and why the first was not."""
+
+    first: OSError | None = None
+    names: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, error: OSError, root: int, directory: int, name: str) -> None:
+        self.first = self.first or error
+        self.count += 1
+        if len(self.names) < _NAMED:
+            above, top = (os.readlink(f"/proc/self/fd/{fd}") for fd in (directory, root))
+            self.names.append(f"{above.removeprefix(top)}/{name}")
 
 
 def _pending(branch: int) -> frozenset[int]:

@@ -40,7 +40,11 @@ _HINTS: dict[type[BaseException], tuple[str, ...]] = {
     errors.LayerInUse: ("`aufsctl mounts` shows who holds it, `aufsctl put {id}` drops one",),
     errors.LayerDamaged: ("`aufsctl check {id} --deep` says more",),
     errors.MountFailed: ("the kernel's log may say more: `dmesg | tail`",),
-    errors.UnmountBusy: ("end what uses it, then `aufsctl put {id}` again",),
+    errors.UnmountBusy: (
+        # with names, nobody uses it: they cannot be kept
+        "mend the store's file system, then `aufsctl put {id}` again; not kept: {names}",
+        "end what uses it, then `aufsctl put {id}` again",
+    ),
     errors.BackendUnsupported: ("`aufsd probe` shows what this host can do",),
     errors.LabelConflict: ("it is mounted with the label {label}",),
     errors.ConversionNeeded: ("run `{command}`",),
