@@ -50,7 +50,7 @@ from aufsd_client.errors import (
 log = structlog.get_logger(__name__)
 
 API = 1
-FEATURES = ("batches", "descriptors", "digests", "hold-process", "naive-diff")
+FEATURES = ("batches", "descriptors", "diff-id", "digests", "hold-process", "naive-diff")
 
 
 @dataclass(slots=True)

@@ -105,12 +105,13 @@ class Put(Struct, frozen=True):
 
 
 class Streamed(Struct, frozen=True):
-    """Answer of `diff` and `apply_diff`."""
+    """Answer of `diff` and `apply_diff`: digests of the stream, and of the tar that it holds."""
 
     size: int
     entries: int
     warnings: list[str]
     digest: str | UnsetType = UNSET
+    diff_id: str | UnsetType = UNSET
 
 
 class Size(Struct, frozen=True):

@@ -175,7 +175,8 @@ def _diff(work: requests.Diff, fds: list[int], settings: Settings, meter: Meter)
     else:
         now, then = _views(settings, root, work.chain, work.against)
         compare.pack(packer, now, then, settings)
-    return _packed(meter, meter.bytes, sink.digest())
+    # what goes out is not compressed
+    return _packed(meter, meter.bytes, sink.digest(), sink.digest())
 
 
 def _apply(
@@ -204,14 +205,20 @@ def _apply(
     found = fingerprint.of_new(layer, settings, unpacker.memory)
     if settings.sync == "filesystem":
         syscalls.syncfs(_here())
-    return _packed(meter, size, source.digest(), found)
+    return _packed(meter, size, source.digest(), source.diff_id(), found)
 
 
-def _packed(meter: Meter, size: int, digest: str | None, fingerprint: str = "") -> requests.Packed:
-    return requests.Packed(
-        Streamed(size, meter.entries, meter.warnings(), UNSET if digest is None else digest),
-        fingerprint,
+def _packed(
+    meter: Meter, size: int, digest: str | None, diff_id: str | None, fingerprint: str = ""
+) -> requests.Packed:
+    streamed = Streamed(
+        size,
+        meter.entries,
+        meter.warnings(),
+        UNSET if digest is None else digest,
+        UNSET if diff_id is None else diff_id,
     )
+    return requests.Packed(streamed, fingerprint)
 
 
 def _own(settings: Settings, root: int, branch: Branch) -> view.Layer:

@@ -43,13 +43,15 @@ class Source:
 
     __slots__ = (
         *("_at", "_decoder", "_end", "_fd", "_hash", "_memory", "_meter", "_mover"),
-        *("_raw", "_raw_at", "_view", "offset"),
+        *("_raw", "_raw_at", "_tar_hash", "_view", "offset"),
     )
 
     def __init__(self, fd: int, meter: Meter, *, digest: bool) -> None:
         self._fd = fd
         self._meter = meter
         self._hash = hashlib.sha256() if digest else None
+        # of what a decoder makes of it; without one it is the same
+        self._tar_hash = self._hash
         # pages that a small archive does not reach are never made, as those of a bytearray are
         self._memory = mmap.mmap(-1, _WINDOW + _STEP)
         self._view = memoryview(self._memory)
@@ -166,6 +168,10 @@ class Source:
         """`sha256:HEX` of the descriptor's bytes up to here, if asked for."""
         return f"sha256:{self._hash.hexdigest()}" if self._hash else None
 
+    def diff_id(self) -> str | None:
+        """The same of the tar that they hold: what an image's configuration calls its diff id."""
+        return f"sha256:{self._tar_hash.hexdigest()}" if self._tar_hash else None
+
     # --- where they come from -----------------------------------------------------------------
 
     def _detect(self) -> None:
@@ -182,6 +188,7 @@ class Source:
         self._raw = self._view[: self._end].tobytes()
         self._at = self._end = 0
         self._mover = None
+        self._tar_hash = hashlib.sha256() if self._hash else None
         self._decoder = decoder(self._raw_bytes)
 
     def _gather(self, count: int) -> None:
@@ -205,6 +212,8 @@ class Source:
             data = self._decoder.next()
         except (zstd.ZstdError, deflate.GzipError) as error:
             raise BadArchive(str(error), offset=self.offset) from None
+        if self._tar_hash:
+            self._tar_hash.update(data)
         self._view[self._end : self._end + len(data)] = data
         self._end += len(data)
 

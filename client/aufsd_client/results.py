@@ -122,12 +122,16 @@ class Put:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """A tar that went out or in. `digest` is sha256:HEX where it was asked for."""
+    """A tar that went out or in, with sha256:HEX of it where that was asked for.
+
+    `digest` is of the bytes as they were sent, `diff_id` of the tar as it is uncompressed.
+    """
 
     size: int
     entries: int
     warnings: list[str]
     digest: str = ""
+    diff_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ import tarfile
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +278,30 @@ def test_a_global_header_is_passed_over() -> None:
 def test_the_last_record_of_a_key_counts() -> None:
     stream = pax(b"10 path=a\n10 path=b\n") + header("x") + bytes(1024)
     assert [m.name for m in read(stream)[0]] == [b"b"]
+
+
+PACKINGS: dict[str, Callable[[bytes], bytes]] = {
+    "none": bytes,
+    "gzip": gzip.compress,
+    "zstd": zstandard.compress,
+}
+
+
+@pytest.mark.mounts
+@pytest.mark.parametrize("packing", PACKINGS)
+async def test_the_diff_id_is_that_of_the_tar_whatever_it_is_packed_with(
+    shelf: Shelf, tmp_path: Path, packing: str
+) -> None:
+    shelf.add("a")
+    stream = tar(entry("big", random.Random(2).randbytes(700_001)), entry("small", b"x"))
+    sent = PACKINGS[packing](stream)
+    (tmp_path / "sent").write_bytes(sent)
+    with (tmp_path / "sent").open("rb") as source:
+        found = await shelf.jobs.apply(
+            shelf.chain("a"), str(shelf.path("a")), source.fileno(), digest=True
+        )
+    assert found.digest == "sha256:" + hashlib.sha256(sent).hexdigest()
+    assert found.diff_id == "sha256:" + hashlib.sha256(stream).hexdigest()
 
 
 # --- descriptors --------------------------------------------------------------------------------

@@ -71,6 +71,8 @@ def show_stream(found: results.Streamed, *, stderr: bool = False) -> None:
     """What there is to say of a tar that was moved."""
     warn(found.warnings)
     digest = f", {found.digest}" if found.digest else ""
+    if found.diff_id != found.digest:
+        digest += f", uncompressed {found.diff_id}"
     entries = show.plural(found.entries, "entry")
     show.line(f"{entries}, {show.size(found.size)}{digest}", stderr=stderr)
 
