@@ -44,6 +44,7 @@ from aufsd.store.idmap import to_host
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
 from aufsd.store.recovery import Recovered
+from aufsd.tasks import Task, Tasks
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.choice import choose
@@ -100,7 +101,9 @@ def open_root(config: Config) -> Opened:
 
 
 @asynccontextmanager
-async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> AsyncIterator[Driver]:
+async def open_driver(
+    opened: Opened, config: Config, metrics: Metrics, tasks: Tasks
+) -> AsyncIterator[Driver]:
     """The driver over an opened store, with its background tasks, until the block is left."""
     store, backend = opened.store, opened.backend
     book_path = f"{config.state_dir}/mounts.journal"
@@ -121,11 +124,11 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 xattr_namespace=store.xattr_namespace,
                 held=(store.jobs_fd,),
             ) as jobs,
-            open_mounts(table, backend, recorded) as unions,
+            open_mounts(table, backend, recorded, tasks) as unions,
             trio.open_nursery() as nursery,
         ):
             backing = probe.ground(store.layout.probes).kind
-            overview = Overview(store, backend, unions, jobs, backing, opened.warnings)
+            overview = Overview(store, backend, unions, jobs, backing, tasks, opened.warnings)
             metrics.watch(
                 gauges.build(backend.name),
                 gauges.store(store, overview, opened.recovered),
@@ -134,7 +137,7 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
                 gauges.process(),
             )
             disk = Disk()
-            upkeep = Upkeep(store, table, jobs, disk, opened.recovered)
+            upkeep = Upkeep(store, table, jobs, disk, opened.recovered, tasks)
             chains = Chains(store, backend, table, disk, upkeep, config.convert)
             snapshots = Snapshots(store, jobs, disk, table, config.selinux)
             driver = Driver(
@@ -164,32 +167,52 @@ async def open_driver(opened: Opened, config: Config, metrics: Metrics) -> Async
 def serve(config: Config, reload: Callable[[], Config]) -> int:
     """Run the daemon until it is told to stop; its exit status. `reload` reads the file again.
 
-    Raises what `open_root` raises, and OSError for sockets that cannot be had.
+    Raises what `open_root` raises, OSError for sockets that cannot be had, and KeyboardInterrupt
+    for a SIGINT while the store is opened.
     """
+    # one that comes before it can be heard waits (a reload, a terminal that is closed)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     logging.configure(config.log_level, json=_json(config))
     # descriptors of the caller's working directory and umask must not decide anything
     os.umask(0o022)
     os.chdir("/")
-    notifier = Notifier()
-    notifier.tell(f"STATUS=opening the store at {config.root}")
-    opened = open_root(config)
-    try:
-        trio.run(_serve, opened, config, reload, notifier)
-    finally:
-        opened.store.close()
+    with Notifier() as notifier:
+        notifier.tell(f"STATUS=opening the store at {config.root}")
+        opened = open_root(config)
+        try:
+            trio.run(_run, opened, config, reload, notifier)
+        finally:
+            # it is told to stop already, and there is nothing left to hasten
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            opened.store.close()
     return 0
 
 
-async def _serve(
+async def _run(
     opened: Opened, config: Config, reload: Callable[[], Config], notifier: Notifier
 ) -> None:
+    """Hear signals from before the first task begins until after the last has ended."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        await _serve(opened, config, reload, notifier, received)
+
+
+async def _serve(
+    opened: Opened,
+    config: Config,
+    reload: Callable[[], Config],
+    notifier: Notifier,
+    received: AsyncIterator[int],
+) -> None:
     metrics = Metrics()
+    tasks = Tasks()
     shutdown = trio.Event()
     sockets = _listen(config)
     try:
         scrapes = _listen_for_scrapes(config)
         async with (
-            open_driver(opened, config, metrics) as driver,
+            open_driver(opened, config, metrics, tasks) as driver,
             trio.open_nursery() as background,
         ):
             async with trio.open_nursery() as serving:
@@ -204,14 +227,21 @@ async def _serve(
                 running: Server = await serving.start(serve_api)
                 metrics.watch(gauges.edge(running.statistics))
                 if scrapes is not None:
-                    background.start_soon(exporter.serve, scrapes, metrics.render)
-                state = State(driver, running, shutdown)
-                await background.start(_signals, config, reload, state, notifier)
-                notifier.tell("READY=1", f"STATUS={state}")
-                background.start_soon(notify.report, notifier, driver.unions.breathe, state.__str__)
+                    task = tasks.add("scrapes", "scrapes are answered")
+                    background.start_soon(exporter.serve, scrapes, metrics.render, task)
+                signals = Signals(config, reload, State(driver, running, shutdown), notifier)
+                task = tasks.add("configuration", "the configuration that was last read holds")
+                background.start_soon(signals.heed, received, task)
+                notifier.tell("READY=1", f"STATUS={signals.state}")
+                if notifier.listening:
+                    task = tasks.add("notify", "the service manager hears the daemon")
+                    told = partial(str, signals.state)
+                    background.start_soon(
+                        notify.report, notifier, driver.unions.breathe, told, task
+                    )
                 log.info("ready", backend=driver.backend.name, layers=len(driver.store.parent))
                 await shutdown.wait()
-                notifier.tell("STOPPING=1", f"STATUS={state}")
+                notifier.tell("STOPPING=1", f"STATUS={signals.state}")
             background.cancel_scope.cancel()
     finally:
         for listener in sockets:
@@ -252,37 +282,54 @@ RELOADED = frozenset(
 )
 
 
-async def _signals(
-    config: Config,
-    reload: Callable[[], Config],
-    state: State,
-    notifier: Notifier,
-    task_status: trio.TaskStatus[None],
-) -> None:
-    """SIGTERM and SIGINT drain and stop; SIGHUP reads the configuration again. Endless."""
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
-        task_status.started()
+@dataclass(slots=True)
+class Signals:
+    """What a signal has the daemon do. `config` is what it was started with."""
+
+    config: Config
+    reload: Callable[[], Config]
+    state: State
+    notifier: Notifier
+
+    async def heed(self, received: AsyncIterator[int], task: Task) -> None:
+        """SIGTERM and SIGINT drain and stop; SIGHUP reads the configuration again. Endless."""
         async for number in received:
-            if number != signal.SIGHUP:
-                state.shutdown.set()
-                continue
-            notifier.reloading()
-            try:
-                found = reload()
-            except ConfigError as error:
-                log.error("configuration is not reloaded", error=str(error))
-                state.note = f"the new configuration was not taken: {error}"
+            if number == signal.SIGHUP:
+                self.notifier.reloading()
+                self._reload(task)
+                self.notifier.tell("READY=1", f"STATUS={self.state}")
+            elif self.state.shutdown.is_set():
+                log.info("stopping already; running calls are cut off after drain_timeout")
             else:
-                state.running.settings = _settings(found)
-                logging.configure(found.log_level, json=_json(found))
-                waiting = [
-                    key
-                    for key in found.__struct_fields__
-                    if key not in RELOADED and getattr(found, key) != getattr(config, key)
-                ]
-                state.note = f"a restart is needed for {', '.join(waiting)}" if waiting else ""
-                log.info("configuration reloaded", restart_needed_for=waiting)
-            notifier.tell("READY=1", f"STATUS={state}")
+                self.state.shutdown.set()
+
+    def _reload(self, task: Task) -> None:
+        """Take the file as it is now, or stay with what holds and say why."""
+        self.state.note = ""
+        try:
+            found = self.reload()
+            settings = _settings(found)
+        except Exception as error:
+            # a file is an operator's: no fault in it, nor in us while we read it, ends the daemon
+            expected = isinstance(error, ConfigError)
+            log.error(
+                "configuration is not reloaded",
+                error=str(error),
+                exc_info=None if expected else error,
+            )
+            task.failing[None] = f"the new configuration was not taken: {error}"
+            return
+        task.failing.clear()
+        self.state.running.settings = settings
+        logging.configure(found.log_level, json=_json(found))
+        waiting = [
+            key
+            for key in found.__struct_fields__
+            if key not in RELOADED and getattr(found, key) != getattr(self.config, key)
+        ]
+        if waiting:
+            self.state.note = f"a restart is needed for {', '.join(waiting)}"
+        log.info("configuration reloaded", restart_needed_for=waiting)
 
 
 def _listen_for_scrapes(config: Config) -> socket.socket | None:

@@ -26,7 +26,7 @@ from aufsd.kernel.peer import Peer
 from aufsd.layers import check as checks
 from aufsd.layers import fingerprints
 from aufsd.layers.access import Access
-from aufsd.layers.background import Bell, Upkeep
+from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.snapshots import Snapshots
 from aufsd.status import Overview
@@ -35,6 +35,7 @@ from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.tasks import Bell
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size

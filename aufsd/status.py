@@ -8,6 +8,7 @@ from aufsd import results
 from aufsd.active.mounts import Mounts
 from aufsd.archive.jobs import Jobs
 from aufsd.store.layers import Store
+from aufsd.tasks import Tasks
 from aufsd.union.backend import Backend
 
 # below this share of free blocks or inodes the store is degraded; without any it is failing
@@ -23,6 +24,7 @@ class Overview:
     unions: Mounts
     jobs: Jobs
     backing: str
+    tasks: Tasks
     # what start-up could not put right, in words; `health` shows it until the next start
     notes: list[str] = field(default_factory=list)
 
@@ -69,6 +71,7 @@ class Overview:
             self._quarantine(),
             self._journal(),
             self._start(),
+            *self.tasks.checks(),
         ]
         worst = max((check.status for check in checks), key=_SEVERITY.index)
         return results.Health(worst, checks)

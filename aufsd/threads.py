@@ -8,6 +8,8 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import ParamSpec, TypeVar
 
@@ -56,7 +58,7 @@ class MountThread:
         # thread with a working directory of its own besides (union/runner.py)
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # eventfds that no call waits for now
-        self._bells: list[int] = []
+        self._bells: list[_Eventfd] = []
         self._thread: threading.Thread | None = None
         # for metrics: calls that ended, and the seconds that they waited and took
         self.calls = 0
@@ -83,12 +85,11 @@ class MountThread:
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name="mounts", daemon=True)
-            self._thread.start()
-        # The thread rings an eventfd, which wakes the very task that waits: by the token of Trio
-        # a task of its own would be woken first, and the loop go round once more for ours, which
-        # is a third of the hop
-        bell = self._bells.pop() if self._bells else os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            thread = threading.Thread(target=self._serve, name="mounts", daemon=True)
+            # RuntimeError where the host gives no thread: the next call tries again
+            thread.start()
+            self._thread = thread
+        bell = self._bell()
         asked = time.monotonic()
         # who takes it out has decided: the thread calls the function, or the task is cancelled
         turn = [True]
@@ -103,46 +104,87 @@ class MountThread:
             self.calls += 1
             self.wait_seconds += began - asked
             self.busy_seconds += time.monotonic() - began
-            _ring(bell)
+            bell.ring()
 
         self._jobs.put(job)
         try:
-            await trio.lowlevel.wait_readable(bell)
+            await bell.wait()
         except trio.Cancelled:
             if _taken(turn):
-                self._bells.append(bell)
+                self._keep(bell)
                 raise
             with trio.CancelScope(shield=True):
-                await trio.lowlevel.wait_readable(bell)
-        os.eventfd_read(bell)
-        if len(self._bells) < BELLS_KEPT:
-            self._bells.append(bell)
-        else:
-            os.close(bell)
+                await bell.wait()
+        self._keep(bell)
         return results[0].unwrap()
+
+    def _bell(self) -> "_Eventfd | _Message":
+        if self._bells:
+            return self._bells.pop()
+        try:
+            return _Eventfd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+        except OSError:
+            # no descriptor is left, or no memory: the mounts of a host do not wait for that
+            return _Message(trio.lowlevel.current_trio_token(), trio.Event())
+
+    def _keep(self, bell: "_Eventfd | _Message") -> None:
+        if isinstance(bell, _Eventfd):
+            if len(self._bells) < BELLS_KEPT:
+                self._bells.append(bell)
+            else:
+                os.close(bell.fd)
 
     def close(self) -> None:
         """Let the thread end when it has done what it was given; no call may wait for it."""
         self._jobs.put(None)
         self._thread = None
         while self._bells:
-            os.close(self._bells.pop())
+            os.close(self._bells.pop().fd)
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
 
 
-def _ring(bell: int) -> None:
-    """Wake the task that waits for this eventfd, whatever happens."""
-    while True:
-        try:
-            os.eventfd_write(bell, 1)
-        except OSError:
-            # eventfd(2) has none for this; a task that waits for good would be worse than a pause
-            time.sleep(0.01)
-        else:
-            return
+@dataclass(frozen=True, slots=True)
+class _Eventfd:
+    """Wakes the very task that waits.
+
+    By the token of Trio a task of its own would be woken first, and the loop go round once more
+    for ours, which is a third of the hop.
+    """
+
+    fd: int
+
+    async def wait(self) -> None:
+        await trio.lowlevel.wait_readable(self.fd)
+        os.eventfd_read(self.fd)
+
+    def ring(self) -> None:
+        while True:
+            try:
+                os.eventfd_write(self.fd, 1)
+            except OSError:
+                # eventfd(2) has none for this; a task that waits for good is worse than a pause
+                time.sleep(0.01)
+            else:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class _Message:
+    """The slower way, which needs no descriptor."""
+
+    token: trio.lowlevel.TrioToken
+    event: trio.Event
+
+    async def wait(self) -> None:
+        await self.event.wait()
+
+    def ring(self) -> None:
+        # the loop has ended: then nobody waits
+        with suppress(trio.RunFinishedError):
+            self.token.run_sync_soon(self.event.set)
 
 
 def _taken(turn: list[bool]) -> bool:

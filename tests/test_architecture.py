@@ -26,6 +26,7 @@ LEVELS = {
     "aufsd.store": 1,
     "aufsd.kernel": 1,
     "aufsd.config": 1,
+    "aufsd.tasks": 1,
     "aufsd.threads": 1,
     "aufsd.active.refs": 0,
     "aufsd.kernel.peer": 0,
@@ -41,7 +42,8 @@ ROOMS = {
     "ctypes": ("aufsd.kernel.",),
     "jsonrpcserver": ("aufsd.rpc.dispatch",),
     "trio": (
-        *("aufsd.__main__", "aufsd.daemon", "aufsd.driver", "aufsd.threads"),
+        *("aufsd.__main__", "aufsd.daemon", "aufsd.driver"),
+        *("aufsd.tasks", "aufsd.threads"),
         *("aufsd.active.", "aufsd.layers.", "aufsd.archive.jobs", "aufsd.rpc.", "aufsd.service."),
         "aufsd_client.trio",
     ),

@@ -124,3 +124,24 @@ def test_lines_are_not_mixed_up_when_they_go_out_in_pieces() -> None:
     assert found.decode().splitlines() == wanted
     os.close(r)
     os.close(w)
+
+
+def test_what_is_held_is_not_lost_when_the_log_is_set_up_anew() -> None:
+    """As a reload does, while nobody reads the pipe."""
+    ours, theirs = os.pipe2(os.O_NONBLOCK)
+    writer = log.configure(json=True, fd=theirs)
+    logger = structlog.get_logger("x")
+    written = 0
+    while not writer.held:
+        logger.info("line", number=written)
+        written += 1
+    log.configure("debug", json=True, fd=theirs).flush()
+    logger.debug("the last")
+    read = b""
+    while b"the last" not in read:
+        read += os.read(ours, 1 << 16)
+        log.configure(json=True, fd=theirs).flush()
+    found = [json.loads(line) for line in read.splitlines()]
+    assert [line["number"] for line in found[:-1]] == list(range(written))
+    os.close(ours)
+    os.close(theirs)

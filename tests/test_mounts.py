@@ -28,6 +28,7 @@ from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
+from aufsd.tasks import Tasks
 from aufsd.threads import Disk
 from aufsd.union import overlay
 from aufsd_client.errors import (
@@ -52,7 +53,7 @@ async def get(mounts: Mounts, id: LayerId, reference: Reference, *, label: str) 
     store, table, disk = mounts.store, mounts.table, Disk()
     one = trio.CapacityLimiter(1)
     jobs = Jobs(store.layout, Settings(), 0, one, one, ForkServer("/nowhere"))
-    upkeep = Upkeep(store, table, jobs, disk, [])
+    upkeep = Upkeep(store, table, jobs, disk, [], Tasks())
     chains = Chains(store, mounts.backend, table, disk, upkeep, "never")
     snapshots = Snapshots(store, jobs, disk, table, selinux=False)
     return await Access(mounts, chains, snapshots, disk).get(id, reference, label=label)
@@ -70,7 +71,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Mounts]:
         assert isinstance(backend, overlay.Overlay), backend
         recorded = journal.read(book, store.layout.root)
         table = Table(store, Journal(book, store.layout.root, recorded))
-        async with open_mounts(table, backend, recorded) as mounts:
+        async with open_mounts(table, backend, recorded, Tasks()) as mounts:
             yield mounts
         table.journal.close()
     finally:

@@ -1,12 +1,13 @@
 """Work in the mount thread: its result comes back, and a cancellation never loses one."""
 
+import resource
 import threading
 
 import pytest
 import trio
 import trio.testing
 
-from aufsd.threads import MountThread
+from aufsd.threads import BELLS_KEPT, MountThread
 
 
 async def test_results_and_errors_come_back_in_order() -> None:
@@ -69,4 +70,35 @@ async def test_what_was_cancelled_in_the_queue_is_never_called() -> None:
         go_on.set()
     await thread.run(called.append, "next")
     assert called == ["next"]
+    thread.close()
+
+
+async def test_without_a_descriptor_left_it_does_its_work_all_the_same() -> None:
+    thread = MountThread()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    at_once, go_on = BELLS_KEPT + 3, threading.Event()
+    answers = []
+
+    def work(number: int) -> int:
+        go_on.wait()
+        return number
+
+    async def call(number: int) -> None:
+        answers.append(await thread.run(work, number))
+
+    # below what is open already, no more can be
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+    try:
+        async with trio.open_nursery() as nursery:
+            for number in range(at_once):
+                nursery.start_soon(call, number)
+            await trio.testing.wait_all_tasks_blocked()
+            go_on.set()
+        # a cancelled one is never called here either
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await thread.run(answers.append, -1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sorted(answers) == list(range(at_once))
     thread.close()

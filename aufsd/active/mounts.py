@@ -24,6 +24,7 @@ from aufsd.active.watch import HelperWatch, ProcessWatch
 from aufsd.kernel import mountinfo
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.tasks import Tasks
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, NotFlushed, Union
 from aufsd_client.errors import AufsdError, LabelConflict, LayerHasChildren, MountFailed
@@ -63,7 +64,7 @@ class Mounts:
     processes: ProcessWatch = field(init=False)
 
     def __post_init__(self) -> None:
-        self.processes = ProcessWatch(self.table, self.nursery, self._put_all)
+        self.processes = ProcessWatch(self.table, self.nursery, self.helpers.task, self._put_all)
 
     # --- get ----------------------------------------------------------------------------------
 
@@ -329,19 +330,18 @@ class Mounts:
         return done, failed
 
     async def retry_busy(self) -> None:
-        """Try again, now and then, to unmount what stayed busy with no reference left. Endless."""
-        while True:
-            await trio.sleep(BUSY_RETRY)
-            for id in self.table.busy():
-                # it may have been got or moved while another one was tried
-                if self.table.moving(id) or id not in self.table.busy():
-                    continue
-                self.table.begin(id)
-                try:
-                    await self._take_down(id)
-                    log.info("busy mount unmounted", id=id)
-                except (AufsdError, OSError) as error:
-                    log.debug("mount is still busy", id=id, error=str(error))
+        """Try again, after a while, to unmount what stayed busy with no reference left."""
+        await trio.sleep(BUSY_RETRY)
+        for id in self.table.busy():
+            # it may have been got or moved while another one was tried
+            if self.table.moving(id) or id not in self.table.busy():
+                continue
+            self.table.begin(id)
+            try:
+                await self._take_down(id)
+                log.info("busy mount unmounted", id=id)
+            except (AufsdError, OSError) as error:
+                log.debug("mount is still busy", id=id, error=str(error))
 
     # --- the kernel's side --------------------------------------------------------------------
 
@@ -376,11 +376,12 @@ class Mounts:
 
 @asynccontextmanager
 async def open_mounts(
-    table: Table, backend: Backend, recorded: dict[LayerId, Entry]
+    table: Table, backend: Backend, recorded: dict[LayerId, Entry], tasks: Tasks
 ) -> AsyncIterator[Mounts]:
     """The mounts of a store, with their background tasks; what is mounted stays so after."""
     async with trio.open_nursery() as nursery:
-        helpers = HelperWatch(backend, table, nursery)
+        watches = tasks.add("watches", "the end of each process that counts is noticed")
+        helpers = HelperWatch(backend, table, nursery, watches)
         mounts = Mounts(table.store, backend, table, nursery, helpers)
         for note in await mounts.thread.run(replay, table, recorded, backend):
             log.warning(
@@ -392,7 +393,8 @@ async def open_mounts(
             for reference in entry.references:
                 if reference.hold == "process":
                     mounts.processes.holds(reference)
-        nursery.start_soon(mounts.retry_busy)
+        retries = tasks.add("retries", "unmounts that stayed busy are tried again")
+        nursery.start_soon(retries.repeat, mounts.retry_busy)
         try:
             yield mounts
         finally:

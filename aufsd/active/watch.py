@@ -6,6 +6,7 @@ names it. The references of a process go with it.
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 import trio
@@ -14,6 +15,7 @@ from aufsd.active.processes import ended
 from aufsd.active.refs import Reference, State
 from aufsd.active.table import Table
 from aufsd.store.ids import LayerId
+from aufsd.tasks import Task
 from aufsd.union.backend import Backend
 from aufsd_client.errors import AufsdError
 
@@ -27,6 +29,7 @@ class HelperWatch:
     backend: Backend
     table: Table
     nursery: trio.Nursery
+    task: Task
     dead: set[LayerId] = field(default_factory=set)
     deaths: int = 0
     _watched: set[tuple[LayerId, int, int]] = field(default_factory=set)
@@ -37,7 +40,8 @@ class HelperWatch:
         found = self.backend.helper(self._target(id))
         if found is not None and (id, *found) not in self._watched:
             self._watched.add((id, *found))
-            self.nursery.start_soon(self._watch, id, *found)
+            watch = partial(self._watch, id, *found)
+            self.nursery.start_soon(self.task.until_done, watch, (id, *found))
 
     def unmounted(self, id: LayerId) -> None:
         """It is not any more."""
@@ -67,6 +71,7 @@ class ProcessWatch:
 
     table: Table
     nursery: trio.Nursery
+    task: Task
     put_all: Callable[[LayerId, int, int], Awaitable[None]]
     # how many of them have ended
     ends: int = 0
@@ -80,12 +85,16 @@ class ProcessWatch:
             self.nursery.start_soon(self._watch, *key)
 
     async def _watch(self, pid: int, start: int) -> None:
-        await ended(pid, start)
+        await self.task.until_done(partial(ended, pid, start), (pid, start))
         self._watched.discard((pid, start))
         self.ends += 1
         for id in self.table.holding(pid, start):
             log.info("process ended, its references are put", id=id, pid=pid)
-            try:
-                await self.put_all(id, pid, start)
-            except (AufsdError, OSError) as error:
-                log.warning("put for an ended process failed", id=id, pid=pid, error=str(error))
+            await self.task.until_done(partial(self._put, id, pid, start), (id, pid, start))
+
+    async def _put(self, id: LayerId, pid: int, start: int) -> None:
+        try:
+            await self.put_all(id, pid, start)
+        except (AufsdError, OSError) as error:
+            # its references are gone all the same; the mount is tried again with the busy ones
+            log.warning("put for an ended process failed", id=id, pid=pid, error=str(error))

@@ -1,10 +1,10 @@
 """What goes on in the background: removed content is deleted, what was cut off is finished.
 
-Nothing here is waited for by a call, and nothing that fails here ends the daemon: it is logged, and
-tried again later.
+Nothing here is waited for by a call. What fails is tried again (aufsd/tasks.py).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 import trio
@@ -16,29 +16,11 @@ from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.recovery import Recovered
+from aufsd.tasks import Bell, Tasks
 from aufsd.threads import Disk
 from aufsd_client.errors import AufsdError
 
 log = structlog.get_logger(__name__)
-
-# what could not be done is tried again after so long, and each time after twice that
-SOONEST, LATEST = 0.25, 60.0  # seconds
-
-
-@dataclass(slots=True)
-class Bell:
-    """An event for a task that does all there is to do, each time that it is set."""
-
-    _event: trio.Event = field(default_factory=trio.Event)
-
-    def set(self) -> None:
-        """There is something to do. Returns at once."""
-        self._event.set()
-
-    async def wait(self) -> None:
-        """Wait until it is set, and wait for the next time from then on."""
-        await self._event.wait()
-        self._event = trio.Event()
 
 
 @dataclass(slots=True)
@@ -50,6 +32,7 @@ class Upkeep:
     jobs: Jobs
     disk: Disk
     recovered: list[Recovered]
+    tasks: Tasks
     # layers with a conversion that is half done
     half_converted: set[LayerId] = field(default_factory=set)
     erase: Bell = field(default_factory=Bell)
@@ -57,31 +40,21 @@ class Upkeep:
 
     async def run(self) -> None:
         """Do what there is to do, at start and whenever it is asked for. Endless."""
+        removals = self.tasks.add("removals", "all removed content is deleted")
+        conversions = self.tasks.add("conversions", "no conversion is left half done")
         self.erase.set()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._delete)
-            nursery.start_soon(self._finish_conversions)
+            nursery.start_soon(partial(removals.repeat, self._delete, wake=self.erase.wait))
+            await conversions.until_done(self._look_for_conversions)
+            await conversions.repeat(self._finish_conversions, wake=self._conversion.wait)
 
     # --- deletion -----------------------------------------------------------------------------
 
     async def _delete(self) -> None:
-        pause = SOONEST
-        while True:
-            await self.erase.wait()
-            left = await self._finish_removals()
-            left += await self.disk.run(self.store.erase_removed)
-            for error in left:
-                log.warning("removed content could not be deleted", error=str(error))
-            pause = await self._again(self.erase, pause, failed=bool(left))
-
-    async def _again(self, bell: Bell, pause: float, *, failed: bool) -> float:
-        """Wait before what failed is tried again, unless it is asked for; the next pause."""
-        if not failed:
-            return SOONEST
-        with trio.move_on_after(pause):
-            await bell.wait()
-        bell.set()
-        return min(2 * pause, LATEST)
+        left = await self._finish_removals()
+        left += await self.disk.run(self.store.erase_removed)
+        if left:
+            raise ExceptionGroup("removed content could not be deleted", left)
 
     async def _finish_removals(self) -> list[OSError]:
         """Move away what is left of layers whose removal was committed."""
@@ -129,21 +102,22 @@ class Upkeep:
             self.half_converted.add(id)
             self._conversion.set()
 
-    async def _finish_conversions(self) -> None:
+    async def _look_for_conversions(self) -> None:
         self.half_converted |= await self.disk.run(self._all_interrupted)
         self._conversion.set()
-        pause = SOONEST
-        while True:
-            await self._conversion.wait()
-            for id in sorted(self.half_converted):
-                try:
-                    await self._finish_conversion(id)
-                except (AufsdError, OSError) as error:
-                    # in use, most likely: then it is read correctly, and was finished for a mount
-                    log.warning("a conversion is still half done", id=id, error=str(error))
-                else:
-                    self.half_converted.discard(id)
-            pause = await self._again(self._conversion, pause, failed=bool(self.half_converted))
+
+    async def _finish_conversions(self) -> None:
+        failures: list[Exception] = []
+        for id in sorted(self.half_converted):
+            try:
+                await self._finish_conversion(id)
+            except (AufsdError, OSError) as error:
+                # in use, most likely: then it is read correctly, and was finished for a mount
+                failures.append(error)
+            else:
+                self.half_converted.discard(id)
+        if failures:
+            raise ExceptionGroup("conversions are half done", failures)
 
     async def _finish_conversion(self, id: LayerId) -> None:
         if not self.store.exists(id):

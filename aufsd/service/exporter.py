@@ -6,21 +6,20 @@ connect, as to the monitoring socket, and sees what everybody sees there.
 
 import errno
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 
-import structlog
 import trio
 
 from aufsd import results
-
-log = structlog.get_logger(__name__)
+from aufsd.tasks import Task
 
 # at a time; more wait in the kernel's queue
 _CONNECTIONS = 8
 _REQUEST = 8192  # bytes of a request at most
 _WITHIN = 5.0  # seconds for one connection
-_EXHAUSTED_PAUSE = 0.1  # seconds
+_EXHAUSTED_PAUSE = 1.0  # seconds
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 
 
@@ -43,40 +42,62 @@ def bind(address: str, port: int) -> socket.socket:
     return sock
 
 
-async def serve(sock: socket.socket, render: Callable[[], results.Metrics]) -> None:
-    """Answer scrapes until cancelled; closes the socket then."""
+async def serve(sock: socket.socket, render: Callable[[], results.Metrics], task: Task) -> None:
+    """Answer scrapes until cancelled; closes the socket then. `task` is told what goes wrong."""
     slots = trio.Semaphore(_CONNECTIONS)
     with trio.socket.from_stdlib_socket(sock) as listener:
         async with trio.open_nursery() as nursery:
-            while True:
+
+            async def accept() -> None:
                 await slots.acquire()
                 try:
                     peer, _ = await listener.accept()
-                except OSError as error:
-                    # anything else is of the one connection that is gone again (accept(2))
+                except BaseException:
                     slots.release()
-                    if error.errno in _EXHAUSTED:
-                        log.error("cannot accept scrapes", error=error.strerror)
-                        await trio.sleep(_EXHAUSTED_PAUSE)
-                else:
-                    nursery.start_soon(_converse, trio.SocketStream(peer), render, slots)
+                    raise
+                nursery.start_soon(_converse, trio.SocketStream(peer), render, slots, task)
+
+            await task.repeat(partial(_passing, accept), latest=_EXHAUSTED_PAUSE)
+
+
+async def _passing(accept: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await accept()
+    except OSError as error:
+        # anything else is of the one connection that is gone again (accept(2))
+        if error.errno in _EXHAUSTED:
+            raise
 
 
 async def _converse(
-    stream: trio.SocketStream, render: Callable[[], results.Metrics], slots: trio.Semaphore
+    stream: trio.SocketStream,
+    render: Callable[[], results.Metrics],
+    slots: trio.Semaphore,
+    task: Task,
 ) -> None:
     try:
-        async with stream:
-            with trio.move_on_after(_WITHIN), suppress(trio.BrokenResourceError):
-                head = await _head(stream)
-                if head:
-                    await stream.send_all(_answer(head, render))
-                    # a close with something unread would take the answer away (tcp(7): RST)
-                    await stream.send_eof()
-                    while await stream.receive_some(_REQUEST):
-                        pass
+        # until the next scrape that goes well
+        await task.tried(partial(_exchange, stream, render), "scrape")
     finally:
         slots.release()
+
+
+async def _exchange(stream: trio.SocketStream, render: Callable[[], results.Metrics]) -> None:
+    async with stream:
+        with trio.move_on_after(_WITHIN), suppress(trio.BrokenResourceError):
+            head = await _head(stream)
+            if head:
+                try:
+                    answer = _answer(head, render)
+                except Exception:
+                    text = "the metrics could not be read; the log of aufsd says why\n"
+                    await stream.send_all(_response("500 Internal Server Error", text))
+                    raise
+                await stream.send_all(answer)
+                # a close with something unread would take the answer away (tcp(7): RST)
+                await stream.send_eof()
+                while await stream.receive_some(_REQUEST):
+                    pass
 
 
 async def _head(stream: trio.SocketStream) -> bytes:

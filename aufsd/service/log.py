@@ -39,7 +39,7 @@ class Writer:
     """
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
+        self.fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
         self._held = bytearray()
@@ -63,11 +63,16 @@ class Writer:
         if not self._together:
             self.flush()
 
+    @property
+    def held(self) -> int:
+        """How many bytes are held for later."""
+        return len(self._held)
+
     def flush(self) -> None:
         """Write what is held, as far as that needs no waiting."""
         while self._held and self._poll.poll(0):
             try:
-                del self._held[: os.write(self._fd, self._held[:_WRITE])]
+                del self._held[: os.write(self.fd, self._held[:_WRITE])]
             except BlockingIOError:
                 return
             except OSError:
@@ -116,7 +121,9 @@ _renderers: list[Any] = []
 def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -> Writer:
     """Set up the log; may be called again. `json` None: unless `fd` is a terminal."""
     _sink.level = _LEVELS[level]
-    _sink.writer = Writer(fd)
+    # what is still held goes out where it was meant to
+    if fd != _sink.writer.fd:
+        _sink.writer = Writer(fd)
     if json is None:
         json = not os.isatty(fd)
     if not json:

@@ -122,9 +122,18 @@ class Metrics:
         yield "# TYPE aufsd_call_seconds histogram"
         for histogram in self._seconds.values():
             yield from histogram.lines()
+        unread = 0
         for source in self._sources:
-            for family in source():
+            try:
+                families = list(source())
+            except OSError:
+                # no descriptor is left for /proc, say: the rest is worth more for that
+                unread += 1
+                continue
+            for family in families:
                 yield from _family(family)
+        text = "Groups of these metrics that could not be read this time"
+        yield from _family(gauge("aufsd_metrics_unread", text, unread))
 
 
 def _family(family: Family) -> Iterator[str]:

@@ -3,9 +3,13 @@
 import os
 import socket
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
 from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 import trio
+
+from aufsd.tasks import Task
 
 # the status text is told anew at least so often
 _PAUSE = 10.0  # seconds
@@ -14,7 +18,8 @@ _PAUSE = 10.0  # seconds
 class Notifier:
     """Tells the service manager. `watchdog`: the interval that it expects, in seconds, or None.
 
-    Takes its variables out of the environment, so that no child speaks for the daemon.
+    Takes its variables out of the environment, so that no child speaks for the daemon. Its socket
+    is made at once, so that it can speak when no descriptor is left; it stays open for good.
     """
 
     def __init__(self) -> None:
@@ -23,47 +28,90 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         own = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         interval = os.environ.pop("WATCHDOG_USEC", "")
-        self.watchdog = int(interval) / 1e6 if own and interval.isdigit() else None
+        digits = interval.isascii() and interval.isdigit()
+        self.watchdog = int(interval) / 1e6 if own and digits and int(interval) else None
+        # the last state of the service, while it has not arrived
+        self._unsent: list[str] = []
+        self._peer: socket.socket | None = None
+        if self._address:
+            self._peer = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._peer.setblocking(False)
 
     @property
     def listening(self) -> bool:
         """Whether there is a manager to tell."""
-        return bool(self._address)
+        return self._peer is not None
 
     def tell(self, *lines: str) -> None:
-        """Send assignments such as READY=1. A datagram to a socket in memory does not block."""
-        if not self._address:
+        """Send assignments such as READY=1, and what could not be sent before.
+
+        A manager that takes nothing must not stop the daemon: it is told by the next message.
+        """
+        with suppress(OSError):
+            self.send(*lines)
+
+    def send(self, *lines: str) -> None:
+        """As `tell`, but raises OSError if the manager takes nothing. Does not block."""
+        if self._peer is None:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as peer:
-            peer.setblocking(False)
-            try:
-                peer.sendto("\n".join(lines).encode("utf-8", "replace"), self._address)
-            except OSError:
-                # a manager that does not listen must not stop the daemon
-                return
+        states = [line for line in lines if not line.startswith(("STATUS=", "WATCHDOG="))]
+        text = "\n".join((*(() if states else self._unsent), *lines))
+        try:
+            self._peer.sendto(text.encode("utf-8", "replace").replace(b"\0", b"?"), self._address)
+        except OSError as error:
+            # the status and the watchdog are told again anyway
+            self._unsent = states or self._unsent
+            raise OSError(error.errno, error.strerror, self._address) from None
+        self._unsent = []
 
     def reloading(self) -> None:
         """RELOADING=1 with the time that systemd 253 and later want beside it."""
         now = clock_gettime_ns(CLOCK_MONOTONIC) // 1000
         self.tell("RELOADING=1", f"MONOTONIC_USEC={now}")
 
+    def __enter__(self) -> "Notifier":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Say nothing any more."""
+        if self._peer is not None:
+            self._peer.close()
+            self._peer = None
+
 
 async def report(
-    notifier: Notifier, answers: Callable[[], Awaitable[None]], state: Callable[[], str]
+    notifier: Notifier,
+    answers: Callable[[], Awaitable[None]],
+    state: Callable[[], str],
+    task: Task,
 ) -> None:
     """Keep the status text true, and feed the watchdog for as long as `answers` returns in time.
 
     A daemon that cannot do its work is not fed, and the manager restarts it: mounts outlive that.
     Endless; returns at once where nobody listens.
     """
-    if not notifier.listening:
-        return
-    within = notifier.watchdog / 2 if notifier.watchdog else _PAUSE
-    while True:
-        with trio.move_on_after(within) as waiting:
-            await answers()
+    if notifier.listening:
+        within = notifier.watchdog / 2 if notifier.watchdog else _PAUSE
+        once = partial(_report_once, notifier, answers, state, within)
+        await task.repeat(once, latest=min(within / 2, _PAUSE))
+
+
+async def _report_once(
+    notifier: Notifier,
+    answers: Callable[[], Awaitable[None]],
+    state: Callable[[], str],
+    within: float,
+) -> None:
+    with trio.move_on_after(within) as waiting:
+        await answers()
+    try:
         if waiting.cancelled_caught:
-            notifier.tell(f"STATUS=the mount thread has not answered for {within:g} s; {state()}")
+            notifier.send(f"STATUS=the mount thread has not answered for {within:g} s; {state()}")
         else:
-            notifier.tell("WATCHDOG=1", f"STATUS={state()}")
-            await trio.sleep(min(within / 2, _PAUSE))
+            notifier.send("WATCHDOG=1", f"STATUS={state()}")
+    except (FileNotFoundError, ConnectionRefusedError):
+        # who started us has heard READY and gone; one that wants a watchdog fed has not
+        if notifier.watchdog:
+            raise
+    if not waiting.cancelled_caught:
+        await trio.sleep(min(within / 2, _PAUSE))

@@ -16,6 +16,7 @@ from aufsd.kernel import mountinfo
 from aufsd.kernel.peer import Peer
 from aufsd.service.metrics import Metrics
 from aufsd.store.ids import LayerId
+from aufsd.tasks import Tasks
 from tests.archives import tar
 
 pytestmark = pytest.mark.service
@@ -32,7 +33,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Driver]:
     config = Config(root=str(root), state_dir=str(state), backend="overlay")
     store = open_root(config)
     try:
-        async with open_driver(store, config, Metrics()) as driver:
+        async with open_driver(store, config, Metrics(), Tasks()) as driver:
             await create(driver, BASE, None)
             await create(driver, TOP, BASE)
             await apply(driver, tmp_path, b"old")

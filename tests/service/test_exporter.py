@@ -1,5 +1,7 @@
 """metrics_listen: as much of HTTP as a scrape needs, on the loopback."""
 
+import errno
+import resource
 import socket
 import urllib.request
 from pathlib import Path
@@ -13,6 +15,7 @@ from aufsd import config, results
 from aufsd.config import Config, ConfigError
 from aufsd.service import exporter
 from aufsd.service.metrics import CONTENT_TYPE
+from aufsd.tasks import Task
 from tests.daemon import Daemon, daemon
 
 METRICS = results.Metrics(CONTENT_TYPE, "aufsd_layers 3\n")
@@ -23,7 +26,7 @@ async def ask(request: bytes) -> bytes:
     sock = exporter.bind("127.0.0.1", 0)
     port = sock.getsockname()[1]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(exporter.serve, sock, lambda: METRICS)
+        nursery.start_soon(exporter.serve, sock, lambda: METRICS, Task("scrapes", ""))
         async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
             for byte in request:
                 await stream.send_all(bytes([byte]))
@@ -70,13 +73,62 @@ async def test_who_says_nothing_keeps_nobody_waiting_for_long(
     sock = exporter.bind("127.0.0.1", 0)
     address = sock.getsockname()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(exporter.serve, sock, lambda: METRICS)
+        nursery.start_soon(exporter.serve, sock, lambda: METRICS, Task("scrapes", ""))
         silent = [await trio.open_tcp_stream(*address) for _ in range(20)]
         # the last of them is let in after those before it have been cut off
         for stream in silent:
             assert await stream.receive_some() == b""
             await stream.aclose()
         nursery.cancel_scope.cancel()
+
+
+async def test_a_scrape_that_fails_is_answered_told_and_ends_nothing() -> None:
+    sock = exporter.bind("127.0.0.1", 0)
+    address = sock.getsockname()
+    task = Task("scrapes", "scrapes are answered")
+    failures: list[Exception] = [ValueError("no figure"), OSError(errno.EMFILE, "too many")]
+    seen = []
+
+    def render() -> results.Metrics:
+        if failures:
+            raise failures.pop()
+        return METRICS
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(exporter.serve, sock, render, task)
+        for _ in range(3):
+            async with await trio.open_tcp_stream(*address) as stream:
+                await stream.send_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+                answer = b"".join([data async for data in stream])
+            await trio.testing.wait_all_tasks_blocked()
+            seen.append((answer.split(b"\r\n")[0], task.check().detail))
+        nursery.cancel_scope.cancel()
+    assert seen == [
+        (b"HTTP/1.1 500 Internal Server Error", "too many (EMFILE)"),
+        (b"HTTP/1.1 500 Internal Server Error", "ValueError: no figure"),
+        (b"HTTP/1.1 200 OK", "scrapes are answered"),
+    ]
+
+
+async def test_without_a_descriptor_left_scrapes_wait_until_there_is_one() -> None:
+    sock = exporter.bind("127.0.0.1", 0)
+    address = sock.getsockname()
+    task = Task("scrapes", "")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    async with trio.open_nursery() as nursery:
+        async with await trio.open_tcp_stream(*address) as stream:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                nursery.start_soon(exporter.serve, sock, lambda: METRICS, task)
+                while not task.failing:
+                    await trio.sleep(0.01)
+                assert task.check().detail == "Too many open files (EMFILE)"
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            await stream.send_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+            assert (await stream.receive_some()).startswith(b"HTTP/1.1 200 OK")
+        nursery.cancel_scope.cancel()
+    assert not task.failing
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1:9433", "127.1.2.3:1", "[::1]:9433", "::1:9433"])

@@ -1,10 +1,12 @@
 """The service manager's protocols, spoken to a socket that stands for it."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,15 @@ import trio.testing
 from aufsd.service import notify
 from aufsd.service.activation import inherited
 from aufsd.service.notify import Notifier
+from aufsd.tasks import Task
 from tests.daemon import Daemon
+
+
+@pytest.fixture
+def notifiers() -> Iterator[Callable[[], Notifier]]:
+    """Makes notifiers, and closes them at the end."""
+    with ExitStack() as made:
+        yield lambda: made.enter_context(Notifier())
 
 
 @pytest.fixture
@@ -36,44 +46,93 @@ def told(manager: socket.socket) -> list[str]:
             return found
 
 
-def test_a_message_is_one_datagram(manager: socket.socket) -> None:
-    Notifier().tell("READY=1", "STATUS=äöü")
+def test_a_message_is_one_datagram(
+    notifiers: Callable[[], Notifier], manager: socket.socket
+) -> None:
+    notifiers().tell("READY=1", "STATUS=äöü")
     assert told(manager) == ["READY=1\nSTATUS=äöü"]
 
 
-def test_an_abstract_socket_is_meant_by_a_leading_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_abstract_socket_is_meant_by_a_leading_at(
+    notifiers: Callable[[], Notifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = f"aufsd-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as manager:
         manager.bind(f"\0{name}")
         monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}")
-        Notifier().tell("READY=1")
+        notifiers().tell("READY=1")
         assert told(manager) == ["READY=1"]
 
 
 def test_no_child_speaks_for_the_daemon(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+    notifiers: Callable[[], Notifier], manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
-    assert Notifier().watchdog == 3.0
+    assert notifiers().watchdog == 3.0
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
 
 
-def test_the_watchdog_of_another_process_is_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_watchdog_of_another_process_is_not_ours(
+    notifiers: Callable[[], Notifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "3000000")
     monkeypatch.setenv("WATCHDOG_PID", str(os.getppid()))
-    assert Notifier().watchdog is None
+    assert notifiers().watchdog is None
 
 
 def test_a_manager_that_is_gone_does_not_matter(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch
+    notifiers: Callable[[], Notifier], manager: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    notifier = Notifier()
+    notifier = notifiers()
     manager.close()
     notifier.tell("READY=1")
 
 
-def test_a_reload_says_when_it_began(manager: socket.socket) -> None:
-    Notifier().reloading()
+async def test_what_the_manager_did_not_take_is_told_with_the_next_message(
+    notifiers: Callable[[], Notifier],
+    manager: socket.socket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "20000000")
+    notifier = notifiers()
+    task = Task("notify", "")
+    (tmp_path / "notify").rename(tmp_path / "elsewhere")
+    notifier.tell("READY=1", "STATUS=1 layer")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            notify.report, notifier, trio.lowlevel.checkpoint, lambda: "2 layers", task
+        )
+        await trio.sleep(60)
+        assert task.check().status == "degraded"
+        assert f"{tmp_path}/notify: No such file" in task.check().detail
+        (tmp_path / "elsewhere").rename(tmp_path / "notify")
+        await trio.sleep(30)
+        assert task.check().status == "ok"
+        nursery.cancel_scope.cancel()
+    first, *others = told(manager)
+    assert first == "READY=1\nWATCHDOG=1\nSTATUS=2 layers"
+    assert set(others) == {"WATCHDOG=1\nSTATUS=2 layers"}
+
+
+def test_a_manager_is_told_also_when_no_descriptor_is_left(
+    notifiers: Callable[[], Notifier], manager: socket.socket
+) -> None:
+    notifier = notifiers()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        notifier.tell("READY=1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert told(manager) == ["READY=1"]
+
+
+def test_a_reload_says_when_it_began(
+    notifiers: Callable[[], Notifier], manager: socket.socket
+) -> None:
+    notifiers().reloading()
     (message,) = told(manager)
     first, second = message.split("\n")
     assert first == "RELOADING=1"
@@ -81,10 +140,13 @@ def test_a_reload_says_when_it_began(manager: socket.socket) -> None:
 
 
 async def test_the_watchdog_is_fed_while_the_daemon_answers_and_not_when_it_does_not(
-    manager: socket.socket, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+    notifiers: Callable[[], Notifier],
+    manager: socket.socket,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     monkeypatch.setenv("WATCHDOG_USEC", "8000000")
-    notifier = Notifier()
+    notifier = notifiers()
     stuck = False
 
     async def answers() -> None:
@@ -92,7 +154,7 @@ async def test_the_watchdog_is_fed_while_the_daemon_answers_and_not_when_it_does
             await trio.sleep_forever()
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(notify.report, notifier, answers, lambda: "3 layers")
+        nursery.start_soon(notify.report, notifier, answers, lambda: "3 layers", Task("notify", ""))
         await trio.sleep(8)
         fed = told(manager)
         # systemd wants it at least once in the interval; sd_watchdog_enabled(3): in half of it
@@ -110,22 +172,30 @@ async def test_the_watchdog_is_fed_while_the_daemon_answers_and_not_when_it_does
 
 
 async def test_where_no_watchdog_is_wanted_the_status_is_told_all_the_same(
-    manager: socket.socket, autojump_clock: trio.testing.MockClock
+    notifiers: Callable[[], Notifier],
+    manager: socket.socket,
+    autojump_clock: trio.testing.MockClock,
 ) -> None:
     status = iter(f"{n} layers" for n in range(100))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(
-            notify.report, Notifier(), trio.lowlevel.checkpoint, lambda: next(status)
+            notify.report,
+            notifiers(),
+            trio.lowlevel.checkpoint,
+            lambda: next(status),
+            Task("notify", ""),
         )
         await trio.sleep(25)
         nursery.cancel_scope.cancel()
     assert "WATCHDOG=1\nSTATUS=2 layers" in told(manager)
 
 
-async def test_where_nobody_listens_nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_nobody_listens_nothing_is_done(
+    notifiers: Callable[[], Notifier], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
-    await notify.report(Notifier(), trio.sleep_forever, str)
+    await notify.report(notifiers(), trio.sleep_forever, str, Task("notify", ""))
 
 
 # --- sockets that are passed ----------------------------------------------------------------------
