@@ -14,7 +14,7 @@ from typing import Literal
 import structlog
 import trio
 
-from aufsd import __version__, results
+from aufsd import __version__, listing, results
 from aufsd.active.in_use import Naming
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry, Reference
@@ -51,7 +51,15 @@ from aufsd_client.errors import (
 log = structlog.get_logger(__name__)
 
 API = 1
-FEATURES = ("batches", "descriptors", "diff-id", "digests", "hold-process", "naive-diff")
+FEATURES = (
+    "batches",
+    "descriptors",
+    "diff-id",
+    "digests",
+    "hold-process",
+    "naive-diff",
+    "named-holds",
+)
 
 
 @dataclass(slots=True)
@@ -104,46 +112,11 @@ class Driver:
 
     def layers(self, *, after: str, limit: int) -> results.Layers:
         """The layers by id, one page."""
-        ids = sorted(id for id in (*self.store.parent, *self.store.damaged) if id > after)
-        page = ids[:limit]
-        more = page[-1] if len(ids) > limit else ""
-        return results.Layers([self._row(id) for id in page], more)
-
-    def _row(self, id: LayerId) -> results.LayerRow:
-        entry = self.unions.table.entries.get(id)
-        return results.LayerRow(
-            id=id,
-            parent=self.store.parent.get(id) or "",
-            depth=0 if id in self.store.damaged else len(self.store.chain(id)),
-            references=len(entry.references) if entry else 0,
-            mounted=bool(entry and entry.union),
-        )
+        return listing.layers(self.store, self.unions.table.entries, after=after, limit=limit)
 
     def mounts(self) -> results.MountTable:
         """The active-mount table."""
-        return results.MountTable(
-            [
-                results.MountRow(
-                    id=id,
-                    path=self._path(id, union=entry.union),
-                    backend=entry.backend,
-                    references=len(entry.references),
-                    mounted=entry.union,
-                    read_only=entry.read_only,
-                    label=entry.label,
-                    since=entry.since,
-                    holders=[
-                        results.Reference(ref.pid, ref.uid, ref.comm, ref.hold, ref.since)
-                        for ref in entry.references
-                    ],
-                )
-                for id, entry in sorted(self.unions.table.entries.items())
-            ]
-        )
-
-    def _path(self, id: LayerId, *, union: bool) -> str:
-        layout = self.store.layout
-        return layout.mount_point(id) if union else layout.content(id)
+        return listing.mounts(self.store.layout, self.unions.table.entries)
 
     # --- layers -------------------------------------------------------------------------------
 
@@ -227,7 +200,7 @@ class Driver:
             "id": id,
             "parents": " ".join(chain[1:]),
             "content": self.store.layout.content(id),
-            "path": self._path(id, union=union),
+            "path": listing.path(self.store.layout, id, union=union),
             "backend": self.backend.name,
             "dialect": str(dialect),
             "references": str(len(entry.references) if entry else 0),
@@ -247,15 +220,16 @@ class Driver:
         peer: Peer,
         mount_label: str,
         hold: Literal["manual", "process"],
+        name: str = "",
     ) -> results.Got:
-        """Count one reference, and mount on the first."""
-        reference = _reference(peer, hold)
+        """Count one reference, and mount on the first; under a name once and no more."""
+        reference = _reference(peer, hold, name)
         try:
             entry = await self.access.get(id, reference, label=mount_label)
         except LayerInUse as error:
             await self.naming.name(error)
             raise
-        return self._got(id, entry)
+        return self._got(id, entry, reference)
 
     def get_now(
         self,
@@ -264,6 +238,7 @@ class Driver:
         peer: Peer,
         mount_label: str,
         hold: Literal["manual", "process"],
+        name: str = "",
     ) -> results.Got | None:
         """What `get` does for a layer that is counted and mounted already; None for any other.
 
@@ -271,32 +246,35 @@ class Driver:
         """
         if id not in self.unions.table.entries:
             return None
-        entry = self.unions.get_now(id, _reference(peer, hold), label=mount_label)
-        return None if entry is None else self._got(id, entry)
+        reference = _reference(peer, hold, name)
+        entry = self.unions.get_now(id, reference, label=mount_label)
+        return None if entry is None else self._got(id, entry, reference)
 
-    def _got(self, id: LayerId, entry: Entry) -> results.Got:
+    def _got(self, id: LayerId, entry: Entry, reference: Reference) -> results.Got:
         return results.Got(
-            path=self._path(id, union=entry.union),
+            path=listing.path(self.store.layout, id, union=entry.union),
             references=len(entry.references),
             mounted=entry.union,
             read_only=entry.read_only,
+            # whoever counts one more puts it at the end
+            new=entry.references[-1] is reference,
         )
 
-    async def put(self, id: LayerId, *, peer: Peer) -> results.Put:
-        """Drop one reference, and unmount after the last."""
+    async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put:
+        """Drop one reference, that of the name if one is given, and unmount after the last."""
         try:
-            entry = await self.unions.put(id, pid=peer.pid)
+            entry, dropped = await self.unions.put(id, pid=peer.pid, name=name)
         except LayerInUse as error:
             await self.naming.name(error)
             raise
         if entry is None:
-            return results.Put(0, False)
-        return results.Put(len(entry.references), entry.union)
+            return results.Put(0, False, dropped)
+        return results.Put(len(entry.references), entry.union, dropped)
 
-    def put_now(self, id: LayerId, *, peer: Peer) -> results.Put | None:
+    def put_now(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put | None:
         """What `put` does while other references are left, without waiting; else None."""
-        entry = self.unions.put_now(id, pid=peer.pid)
-        return None if entry is None else results.Put(len(entry.references), entry.union)
+        entry = self.unions.put_now(id, pid=peer.pid, name=name)
+        return None if entry is None else results.Put(len(entry.references), entry.union, True)
 
     async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, whatever its count."""
@@ -426,10 +404,14 @@ class Driver:
             return next(entries, None) is None
 
 
-def _reference(peer: Peer, hold: Literal["manual", "process"]) -> Reference:
+def _reference(peer: Peer, hold: Literal["manual", "process"], name: str) -> Reference:
+    if name and hold == "process":
+        raise InvalidParams(
+            'a reference with a name outlives its process, so hold="process" does not go with it'
+        )
     if hold == "process" and not peer.start:
         raise InvalidParams(
             'hold="process" needs a process that the daemon can see, and this one has ended or '
             'is in a pid namespace above the daemon\'s; use hold="manual"'
         )
-    return Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start)
+    return Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start, name)

@@ -89,19 +89,21 @@ class Removed(Struct, frozen=True):
 
 
 class Got(Struct, frozen=True):
-    """Answer of `get`."""
+    """Answer of `get`. `new`: one reference more; not for a name that has one already."""
 
     path: str
     references: int
     mounted: bool
     read_only: bool
+    new: bool
 
 
 class Put(Struct, frozen=True):
-    """Answer of `put`."""
+    """Answer of `put`. `dropped`: one reference less."""
 
     references: int
     mounted: bool
+    dropped: bool
 
 
 class Streamed(Struct, frozen=True):
@@ -195,6 +197,7 @@ class Reference(Struct, frozen=True):
     comm: str
     hold: Literal["manual", "process"]
     since: float
+    name: str
 
 
 class MountRow(Struct, frozen=True):

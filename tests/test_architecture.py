@@ -17,6 +17,7 @@ LEVELS = {
     "aufsd.service": 6,
     "aufsd.driver": 5,
     "aufsd.status": 4,
+    "aufsd.listing": 4,
     "aufsd.layers": 4,
     "aufsd.rescue": 4,
     "aufsd.active.mounts": 3,

@@ -119,27 +119,27 @@ async def test_the_first_get_mounts_and_the_last_put_unmounts(mounts: Mounts) ->
         assert is_mounted(mounts, TOP)
     assert Path(mounts.store.layout.mount_point(TOP), "lower").read_text() == "x"
     for expected in (2, 1):
-        left = await mounts.put(TOP, pid=1)
+        left = (await mounts.put(TOP, pid=1)).entry
         assert left is not None
         assert len(left.references) == expected
         assert is_mounted(mounts, TOP)
-    assert await mounts.put(TOP, pid=1) is None
+    assert (await mounts.put(TOP, pid=1)).entry is None
     assert not is_mounted(mounts, TOP)
-    assert await mounts.put(TOP, pid=1) is None  # one too many is harmless
+    assert (await mounts.put(TOP, pid=1)).entry is None  # one too many is harmless
 
 
 async def test_a_layer_without_parents_counts_and_is_not_mounted(mounts: Mounts) -> None:
     entry = await get(mounts, BASE, MANUAL, label="")
     assert not entry.union
     assert not is_mounted(mounts, BASE)
-    assert await mounts.put(BASE, pid=1) is None
+    assert (await mounts.put(BASE, pid=1)).entry is None
     assert BASE not in mounts.table.entries
 
 
 async def test_an_unknown_layer_is_no_path(mounts: Mounts) -> None:
     with pytest.raises(LayerNotFound):
         await get(mounts, LayerId("nosuch"), MANUAL, label="")
-    assert await mounts.put(LayerId("nosuch"), pid=1) is None
+    assert (await mounts.put(LayerId("nosuch"), pid=1)).entry is None
 
 
 async def test_a_mount_that_fails_leaves_no_count_and_no_mount(mounts: Mounts) -> None:
@@ -177,7 +177,7 @@ async def test_an_unmount_from_outside_is_noticed_and_the_references_stand(mount
     assert is_mounted(mounts, TOP)
     syscalls.umount2(mounts.store.layout.mount_point(TOP))
     await mounts.put(TOP, pid=1)
-    assert await mounts.put(TOP, pid=1) is None
+    assert (await mounts.put(TOP, pid=1)).entry is None
 
 
 async def test_something_foreign_on_the_mount_point_is_not_taken_for_the_union(
@@ -215,7 +215,7 @@ async def test_a_busy_mount_stays_without_a_reference_and_its_holder_is_named(
         assert isinstance(holders, list)
         assert {"pid": holder.pid, "comm": "sleep", "uses": ["cwd"]} in holders
         holder.kill()
-    assert await mounts.put(TOP, pid=1) is None
+    assert (await mounts.put(TOP, pid=1)).entry is None
     assert not is_mounted(mounts, TOP)
 
 
@@ -225,7 +225,7 @@ async def test_a_busy_mount_can_be_got_again(mounts: Mounts) -> None:
         with pytest.raises(UnmountBusy):
             await mounts.put(TOP, pid=1)
         assert len((await get(mounts, TOP, MANUAL, label="")).references) == 1
-    assert await mounts.put(TOP, pid=1) is None
+    assert (await mounts.put(TOP, pid=1)).entry is None
 
 
 async def test_another_label_while_it_is_mounted_is_refused(mounts: Mounts) -> None:
@@ -374,8 +374,8 @@ async def test_counts_and_mounts_survive_a_restart(tmp_path: Path) -> None:
         assert LayerId("gone") not in third.table.entries
         assert count(third, LayerId("new")) == 1
         await third.put(TOP, pid=1)
-        assert await third.put(TOP, pid=1) is None
-        assert await third.put(LayerId("new"), pid=1) is None
+        assert (await third.put(TOP, pid=1)).entry is None
+        assert (await third.put(LayerId("new"), pid=1)).entry is None
         assert mountinfo.mounted_under(layout.mnt) == []
 
 

@@ -128,6 +128,31 @@ def test_a_layer_without_parents_only_counts() -> None:
     assert refs.on_put(entry, pid=9, live=True) == (OnPut.UNMOUNT, 0)
 
 
+NAMED = Reference(1, 0, "x", "manual", 1.0, 1, "engine")
+
+
+def test_a_name_counts_once() -> None:
+    entry = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    assert not refs.counts(entry, Reference(2, 0, "y", "manual", 2.0, 2, "engine"))
+    assert refs.counts(entry, Reference(1, 0, "x", "manual", 2.0, 1, "another"))
+    assert refs.counts(entry, reference(1))
+
+
+def test_a_put_by_name_drops_that_one_or_nothing() -> None:
+    entry = Entry(State.MOUNTED, union=True, references=(reference(1), NAMED, reference(2)))
+    assert refs.on_put(entry, pid=9, live=True, name="engine") == (OnPut.COUNT, 1)
+    assert refs.on_put(entry, pid=1, live=True, name="other") == (OnPut.NOTHING, None)
+    alone = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    assert refs.on_put(alone, pid=9, live=True, name="engine") == (OnPut.UNMOUNT, 0)
+    # also of what nobody counted: that somebody has it mounted is not this name's business
+    assert refs.on_put(None, pid=9, live=True, name="engine") == (OnPut.NOTHING, None)
+
+
+def test_a_put_without_a_name_leaves_those_that_have_one() -> None:
+    entry = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    assert refs.on_put(entry, pid=1, live=True) == (OnPut.REFUSED, None)
+
+
 def test_dropping_one_of_two_equal_references_leaves_one() -> None:
     entry = Entry(State.MOUNTED, union=True, references=(reference(1), reference(1)))
     step, at = refs.on_put(entry, pid=9, live=True)

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -46,6 +47,13 @@ class Counters:
     vanished_mounts: int = 0
     # at the start: where the journal and the kernel did not agree, by kind
     differences: Counter[str] = field(default_factory=Counter)
+
+
+class Dropped(NamedTuple):
+    """What a `put` left: the entry, None if there is none; and whether a reference went."""
+
+    entry: Entry | None
+    dropped: bool
 
 
 @dataclass(slots=True)
@@ -150,56 +158,58 @@ class Mounts:
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
         # then the journal has it; one that was just mounted is not there yet
         recorded = self.table.entries.get(id) is entry
-        entry = refs.counted(entry, reference)
+        more = refs.counts(entry, reference)
+        if more:
+            entry = refs.counted(entry, reference)
         self.table.enter(id, entry)
-        if recorded:
-            self.table.journal.counted(id, reference, self.table.entries)
-        else:
+        if not recorded:
             self.table.record(id)
+        elif more:
+            self.table.journal.counted(id, reference, self.table.entries)
         if reference.hold == "process":
             self.processes.holds(reference)
         return entry
 
     # --- put ----------------------------------------------------------------------------------
 
-    async def put(self, id: LayerId, *, pid: int) -> Entry | None:
-        """Drop one reference and unmount after the last; the entry as it is then, None if none.
+    async def put(self, id: LayerId, *, pid: int, name: str = "") -> Dropped:
+        """Drop one reference and unmount after the last.
 
-        Raises LayerInUse if only other processes' references are left; UnmountBusy if the mount
-        stays busy, NoSpace if what was written in it cannot be kept: then no reference is left and
-        the mount stands. Cancelled: likewise.
+        Raises LayerInUse if only other processes' references, or those with a name, are left;
+        UnmountBusy if the mount stays busy, NoSpace if what was written in it cannot be kept: then
+        no reference is left and the mount stands. Cancelled: likewise.
         """
         table = self.table
         while True:
-            left = self.put_now(id, pid=pid)
+            left = self.put_now(id, pid=pid, name=name)
             if left is not None:
-                return left
+                return Dropped(left, True)
             with table.locked():
                 entry = table.entries.get(id)
                 if not self.store.exists(id):
-                    return None
+                    return Dropped(None, False)
                 live = entry is None and self._live(id, None)
-                step, _ = refs.on_put(entry, pid=pid, live=live)
+                step, at = refs.on_put(entry, pid=pid, live=live, name=name)
                 waiting = table.moving(id)
                 if waiting is None:
                     if step is OnPut.NOTHING:
-                        return None
+                        return Dropped(entry, False)
                     if step is OnPut.REFUSED:
                         raise table.in_use(id)
                     table.begin(id)
                     break
             await waiting.wait()
         await self._take_down(id)
-        return None
+        return Dropped(None, at is not None)
 
-    def put_now(self, id: LayerId, *, pid: int) -> Entry | None:
+    def put_now(self, id: LayerId, *, pid: int, name: str = "") -> Entry | None:
         """Drop one reference if others are left; None, and nothing is done, in any other case."""
         table = self.table
         with table.locked():
             entry = table.entries.get(id)
             if entry is None or table.moving(id) is not None or not self.store.exists(id):
                 return None
-            step, at = refs.on_put(entry, pid=pid, live=True)
+            step, at = refs.on_put(entry, pid=pid, live=True, name=name)
             if step is OnPut.COUNT and at is not None:
                 return self._drop(id, entry, at)
         return None

@@ -30,7 +30,8 @@ class Reference(Struct, frozen=True):
     """One `get` that has not been put.
 
     `start` is the process's start time in clock ticks since boot (proc_pid_stat(5), field 22):
-    with the pid it names a process for good. `since` is seconds since the epoch.
+    with the pid it names a process for good. `since` is seconds since the epoch. A layer has one
+    reference of a `name` at the most; "" is no name.
     """
 
     pid: int
@@ -39,6 +40,7 @@ class Reference(Struct, frozen=True):
     hold: Hold
     since: float
     start: int
+    name: str = ""
 
     def is_of(self, pid: int, start: int) -> bool:
         """Whether this reference ends with that process."""
@@ -73,7 +75,7 @@ class OnPut(Enum):
     NOTHING = "no reference, and nothing mounted"
     COUNT = "drop one reference, others stay"
     UNMOUNT = "drop the last one and unmount"
-    REFUSED = "only other processes' references are left"
+    REFUSED = "only references of other processes, or with a name, are left"
 
 
 def on_get(entry: Entry | None, *, label: str, live: bool) -> OnGet:
@@ -102,21 +104,32 @@ def mounted(entry: Entry, *, since: float) -> Entry:
     return replace(entry, state=State.MOUNTED, since=since)
 
 
+def counts(entry: Entry, reference: Reference) -> bool:
+    """Whether the reference is one more; not if the entry has one of its name already."""
+    return not reference.name or _position_of(entry, reference.name) is None
+
+
 def counted(entry: Entry, reference: Reference) -> Entry:
     """One reference more."""
     return replace(entry, references=(*entry.references, reference))
 
 
-def on_put(entry: Entry | None, *, pid: int, live: bool) -> tuple[OnPut, int | None]:
-    """What to do, and where the reference that goes stands in the entry: the caller's own `process`
-    one, else a manual one. `live` is asked of an id without an entry: whether it is mounted now.
+def on_put(
+    entry: Entry | None, *, pid: int, live: bool, name: str = ""
+) -> tuple[OnPut, int | None]:
+    """What to do, and where the reference that goes stands in the entry: that of the name, if one
+    is given; else the caller's own `process` one, else a manual one without a name.
+
+    `live` is asked of an id without an entry: whether it is mounted now.
     """
     if entry is None:
         # nothing is counted; what the kernel still has mounted there is taken down all the same
-        return (OnPut.UNMOUNT, None) if live else (OnPut.NOTHING, None)
+        return (OnPut.UNMOUNT, None) if live and not name else (OnPut.NOTHING, None)
     if entry.state is not State.MOUNTED:
         return OnPut.WAIT, None
-    at = _position_to_drop(entry, pid)
+    at = _position_of(entry, name) if name else _position_to_drop(entry, pid)
+    if at is None and name:
+        return OnPut.NOTHING, None
     if at is None and entry.references:
         return OnPut.REFUSED, None
     if len(entry.references) > 1:
@@ -130,7 +143,14 @@ def _position_to_drop(entry: Entry, pid: int) -> int | None:
             return at
     # from the end, where with many references the first one looked at will do
     for at in range(len(entry.references) - 1, -1, -1):
-        if entry.references[at].hold == "manual":
+        if entry.references[at].hold == "manual" and not entry.references[at].name:
+            return at
+    return None
+
+
+def _position_of(entry: Entry, name: str) -> int | None:
+    for at, reference in enumerate(entry.references):
+        if reference.name == name:
             return at
     return None
 

@@ -14,7 +14,7 @@ from aufsd import results
 from aufsd.rpc import discover
 from aufsd.rpc.calls import Call, Method, method
 from aufsd.store.dialect import Dialect
-from aufsd.store.ids import LayerId, parse_id, parse_label
+from aufsd.store.ids import LayerId, parse_id, parse_label, parse_name
 
 # more than this many rows are never put into one answer; `next` leads on
 MAX_PAGE = 10_000
@@ -116,16 +116,24 @@ async def get(
     id: str,
     mount_label: str = "",
     hold: Literal["manual", "process"] = "manual",
+    name: str = "",
 ) -> results.Got:
-    """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you."""
+    """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you.
+
+    Under a `name` a reference counts once, and is there until it is put under it.
+    """
     return await call.driver.get(
-        parse_id(id), peer=call.peer, mount_label=parse_label(mount_label), hold=hold
+        parse_id(id),
+        peer=call.peer,
+        mount_label=parse_label(mount_label),
+        hold=hold,
+        name=parse_name(name),
     )
 
 
-async def put(call: Call, /, *, id: str) -> results.Put:
-    """Drop one reference to a layer; the last one unmounts it."""
-    return await call.driver.put(parse_id(id), peer=call.peer)
+async def put(call: Call, /, *, id: str, name: str = "") -> results.Put:
+    """Drop one reference to a layer, that of the `name` if given; the last one unmounts it."""
+    return await call.driver.put(parse_id(id), peer=call.peer, name=parse_name(name))
 
 
 async def cleanup(call: Call, /) -> results.Cleanup:

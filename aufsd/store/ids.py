@@ -3,7 +3,7 @@
 import re
 from typing import NewType
 
-from aufsd_client.errors import InvalidLabel, InvalidLayerId
+from aufsd_client.errors import InvalidLabel, InvalidLayerId, InvalidParams
 
 LayerId = NewType("LayerId", str)
 
@@ -37,4 +37,14 @@ def parse_label(text: str) -> str:
             "not a mount label: an SELinux context of at most 255 bytes without control "
             "characters, quotes or a backslash"
         )
+    return text
+
+
+def parse_name(text: str) -> str:
+    """The name of a reference, 1 to 255 bytes that can be printed, or "" for none; InvalidParams.
+
+    It goes into the log and into tables as it is.
+    """
+    if len(text.encode("utf-8", "surrogatepass")) > 255 or not text.isprintable():
+        raise InvalidParams("not a name of a reference: at most 255 bytes of printable UTF-8")
     return text

@@ -75,14 +75,22 @@ def remove(id: str, *, force: bool = False) -> Request[results.Removed]:
     return Request(results.Removed, "remove", {"id": id, "force": force})
 
 
-def get(id: str, *, mount_label: str = "", hold: Hold = "manual") -> Request[results.Got]:
-    """Count a reference, and mount on the first. LayerNotFound, MountFailed, LabelConflict."""
-    return Request(results.Got, "get", {"id": id, "mount_label": mount_label, "hold": hold})
+def get(
+    id: str, *, mount_label: str = "", hold: Hold = "manual", name: str = ""
+) -> Request[results.Got]:
+    """Count a reference, and mount on the first. LayerNotFound, MountFailed, LabelConflict.
+
+    Under a `name` it counts once, however often it is asked for.
+    """
+    params: dict[str, object] = {"id": id, "mount_label": mount_label, "hold": hold}
+    # a daemon without named-holds knows no such parameter
+    return Request(results.Got, "get", params | ({"name": name} if name else {}))
 
 
-def put(id: str) -> Request[results.Put]:
-    """Drop a reference; the last one unmounts. UnmountBusy."""
-    return Request(results.Put, "put", {"id": id})
+def put(id: str, *, name: str = "") -> Request[results.Put]:
+    """Drop a reference, that of `name` if one is given; the last one unmounts. UnmountBusy."""
+    params: dict[str, object] = {"id": id}
+    return Request(results.Put, "put", params | ({"name": name} if name else {}))
 
 
 def diff(id: str, *, parent: str = "", digest: bool = False) -> Request[results.Streamed]:

@@ -104,20 +104,25 @@ class Removed:
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """Where the layer is, and how often it is referenced now."""
+    """Where the layer is, and how often it is referenced now.
+
+    `new` is false if the call's name had a reference already.
+    """
 
     path: str
     references: int
     mounted: bool
     read_only: bool
+    new: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """What is left after a `put`."""
+    """What is left after a `put`, and whether it dropped a reference."""
 
     references: int
     mounted: bool
+    dropped: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +239,7 @@ class Reference:
     comm: str
     hold: Literal["manual", "process"]
     since: float
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ ANSWERS: dict[str, tuple[Callable[[Client], object], object]] = {
     "remove": (lambda c: c.remove("a"), results.Removed(True)),
     "remove nothing": (lambda c: c.remove("b"), results.Removed(False, "not-found", 0)),
     "get": (lambda c: c.get("a", hold="process"), results.Got("/mnt/a", 1, True, False)),
-    "put": (lambda c: c.put("a"), results.Put(0, False)),
+    "put": (lambda c: c.put("a"), results.Put(0, False, True)),
     "diff_size": (lambda c: c.diff_size("a"), results.Size(len(TAR))),
     "changes": (
         lambda c: c.changes("a", limit=1),

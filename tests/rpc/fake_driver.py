@@ -104,7 +104,7 @@ class FakeDriver:
         return results.Layers(rows, rows[-1].id if len(ids) > limit else "")
 
     def mounts(self) -> results.MountTable:
-        held = [results.Reference(1, 0, "init", "manual", 1.5)]
+        held = [results.Reference(1, 0, "init", "manual", 1.5, "")]
         return results.MountTable(
             [
                 results.MountRow(id, f"/mnt/{id}", "fake", n, True, False, "", 1.5, held)
@@ -139,19 +139,25 @@ class FakeDriver:
         return results.Removed(True)
 
     async def get(
-        self, id: LayerId, *, peer: Peer, mount_label: str, hold: Literal["manual", "process"]
+        self,
+        id: LayerId,
+        *,
+        peer: Peer,
+        mount_label: str,
+        hold: Literal["manual", "process"],
+        name: str = "",
     ) -> results.Got:
         self.peers.append(peer)
         self._require(id)
         await self._work("get", id)
         self.counts[id] = self.counts.get(id, 0) + 1
         self.turn.change(f"get {id}")
-        return results.Got(f"/mnt/{id}", self.counts[id], True, False)
+        return results.Got(f"/mnt/{id}", self.counts[id], True, False, True)
 
-    async def put(self, id: LayerId, *, peer: Peer) -> results.Put:
+    async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put:
         await self._work("put", id)
         self.counts[id] = max(0, self.counts.get(id, 0) - 1)
-        return results.Put(self.counts[id], self.counts[id] > 0)
+        return results.Put(self.counts[id], self.counts[id] > 0, True)
 
     async def diff(
         self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
