@@ -1,7 +1,8 @@
-"""A small file system, which a test can fill to the last name and give room again."""
+"""A small file system: a test can fill it to the last name and give room again, or break it."""
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -41,3 +42,29 @@ def full(path: str | Path, *, but: int = 0) -> Iterator[None]:
 
 def _allow(top: str, names: int) -> None:
     syscalls.mount("none", top, "", syscalls.MS_REMOUNT, f"nr_inodes={names}")
+
+
+@contextmanager
+def broken_at_will(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """An ext4 of its own on a loop device, and what breaks it: read-only, for good."""
+    image, disk = directory / "image", directory / "disk"
+    disk.mkdir()
+    with image.open("xb") as file:
+        file.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, disk], check=True)
+    device = os.path.basename(os.path.realpath(f"/sys/dev/block/{_numbers(disk)}"))
+
+    def break_it() -> None:
+        # Documentation/ABI/testing/sysfs-fs-ext4
+        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("broken by a test")
+
+    try:
+        yield disk, break_it
+    finally:
+        syscalls.umount2(str(disk), syscalls.MNT_DETACH)
+
+
+def _numbers(path: Path) -> str:
+    device = os.stat(path).st_dev
+    return f"{os.major(device)}:{os.minor(device)}"

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import trio
+from msgspec import to_builtins
 
 from aufsd.kernel import holders as kernel_holders
 from aufsd.kernel import mountinfo
-from aufsd.results import Holder
+from aufsd.results import Holder, Holders
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.threads import Disk, MountThread
@@ -62,17 +63,27 @@ async def unmount(
             retrying()
             await trio.sleep(PAUSE)
     try:
-        found = await thread.run(kernel_holders.holders, target)
+        found = await thread.run(kernel_holders.look, target, busy=True)
     except OSError:  # no descriptor left, for one
-        found = []
-    named = ", ".join(f"{holder.comm} ({holder.pid})" for holder in found[:5])
+        found = Holders([])
     raise UnmountBusy(
-        f"layer {id} stays mounted, it is busy: {named or 'nobody could be named'}; "
-        f"end what uses it, then put or cleanup",
+        f"layer {id} stays mounted, it is busy: {_words(found)}; end what uses it, then put or "
+        "cleanup",
         id=id,
         errno="EBUSY",
-        holders=_named(found),
+        holders=_named(found.holders),
+        kernel=found.kernel,
     )
+
+
+def _words(found: Holders) -> str:
+    seen = [f"{each.comm} ({each.pid})" for each in found.holders if each.uses]
+    if seen or found.kernel:
+        return ", ".join((seen + found.kernel)[:5])
+    if not found.holders:
+        return "nobody could be named"
+    perhaps = ", ".join(f"{each.comm} ({each.pid})" for each in found.holders[:5])
+    return f"perhaps by a descriptor on its way to {perhaps}"
 
 
 def _is_mount_point(target: str) -> bool:
@@ -95,12 +106,12 @@ def _would_lose(id: LayerId, failed: NotFlushed) -> NoSpace | UnmountBusy:
 def not_readable(id: LayerId, failed: NotFlushed) -> NoSpace | LayerInUse:
     """The error of what reads a mounted layer's content, which is not whole yet.
 
-    NoSpace for want of space; LayerInUse with `errno` otherwise, for the mount itself can be read.
+    NoSpace for want of space, LayerInUse with `errno` otherwise.
     """
     message = f"the content of layer {id}, which is mounted, is not whole: {_why(failed)}"
     if failed.error.errno in _FULL:
         return NoSpace(f"{message}; free space, then try again", **_data(id, failed))
-    message += "; mend the store's file system, or read the mount"
+    message += "; mend the store's file system, then try again"
     return LayerInUse(message, **_data(id, failed), layers=[id], references=0, holders=[])
 
 
@@ -160,4 +171,4 @@ def _users(targets: Sequence[str]) -> list[dict[str, object]]:
 
 
 def _named(found: Sequence[Holder]) -> list[dict[str, object]]:
-    return [{"pid": each.pid, "comm": each.comm, "uses": each.uses} for each in found]
+    return [to_builtins(each) for each in found]

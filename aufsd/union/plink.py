@@ -108,9 +108,11 @@ def _writable_branch(root: int) -> Iterator[int | None]:
 
 
 def _flush(root: int, branch: int | None) -> int:
+    if branch is None:
+        return 0
     linked, failed = 0, _Failures()
     try:
-        inodes = _pending(branch) if branch is not None else ()
+        inodes = _pending(branch)
         for directory, name in _names(root, inodes) if inodes else ():
             try:
                 _link(directory, name)
@@ -122,8 +124,11 @@ def _flush(root: int, branch: int | None) -> int:
             else:
                 linked += 1
     except OSError as error:
-        raise NotFlushed(failed.first or error, failed.names, failed.count) from error
+        failed.first = failed.first or error
     if failed.first is not None:
+        if os.fstatvfs(branch).f_flag & os.ST_RDONLY:
+            # au_pin() in fs/aufs/i_op.c makes EBUSY of it
+            failed.first = OSError(errno.EROFS, os.strerror(errno.EROFS))
         raise NotFlushed(failed.first, failed.names, failed.count) from failed.first
     return linked
 

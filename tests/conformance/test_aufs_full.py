@@ -14,7 +14,7 @@ from aufsd.union.backend import NotFlushed, Union
 from aufsd.union.choice import PROBES
 from aufsd.union.overlay import Overlay
 from tests.conformance.layers import Layers, open_layers
-from tests.small import full, small
+from tests.small import broken_at_will, full, small
 
 pytestmark = [pytest.mark.mounts, pytest.mark.aufs]
 
@@ -97,6 +97,22 @@ def test_a_flush_that_fails_says_so(
     assert caught.value.error.errno == number
     layers.backend.flush(written.target)
     assert {Path(written.top, name).read_text() for name in NAMES} == {"new"}
+
+
+def test_nothing_is_unmounted_when_the_file_system_broke(tmp_path: Path) -> None:
+    """ext4 turns itself read-only after an error."""
+    with broken_at_will(tmp_path) as (disk, break_it), open_layers("aufs", f"{disk}/store") as made:
+        base = made.add({"first": "old"})
+        os.link(f"{made.content(base)}/first", f"{made.content(base)}/second")
+        union = made.mount(made.add(), base)
+        Path(union.target, "first").write_text("new")
+        break_it()
+        with pytest.raises(NotFlushed) as caught:
+            made.backend.unmount(union.target)
+        assert (caught.value.error.errno, caught.value.names) == (errno.EROFS, ("/second",))
+        assert made.backend.is_mounted(union.target)
+        # what there is can be copied out
+        assert Path(union.target, "first").read_text() == "new"
 
 
 def test_as_many_links_are_made_as_there_is_room_for(layers: Layers, written: Union) -> None:
