@@ -292,7 +292,8 @@ class Driver:
         """Who keeps the layer's mount busy."""
         self.store.require(id)
         target = self.store.layout.mount_point(id)
-        return results.Holders(await self.disk.run(kernel_holders.holders, target))
+        busy = id in self.unions.table.busy()
+        return await self.disk.run(kernel_holders.look, target, busy=busy)
 
     # --- content ------------------------------------------------------------------------------
 

@@ -144,17 +144,25 @@ class Metadata(Struct, frozen=True):
 
 
 class Holder(Struct, frozen=True):
-    """A process that keeps a mount busy, and by what."""
+    """A process that keeps a mount busy, and by what.
+
+    `sockets` are paths in it that the process has sockets bound to. `hidden`, then the only use, is
+    how many descriptors the kernel keeps for the process outside of its table: sent to a socket and
+    not received, or registered with io_uring. One of them may be of this mount.
+    """
 
     pid: int
     comm: str
     uses: list[Literal["cwd", "root", "exe", "fd", "map", "mount-namespace"]]
+    sockets: list[str] | UnsetType = UNSET
+    hidden: int | UnsetType = UNSET
 
 
 class Holders(Struct, frozen=True):
-    """Answer of `holders`."""
+    """Answer of `holders`. `kernel`: what holds the mount and is no process, in words."""
 
     holders: list[Holder]
+    kernel: list[str] = []
 
 
 class FailedUnmount(Struct, frozen=True):

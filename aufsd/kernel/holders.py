@@ -1,22 +1,27 @@
 """Who keeps a mount busy: the processes, in every mount namespace, and by what.
 
-Only /proc is read, and no file system that a process happens to stand on is asked anything that
-could make us wait for a dead server: moby dropped its call of lsof because that hung hosts
-(eac66b67be). Everything looked at may vanish meanwhile; what is gone holds nothing.
+Only /proc and /sys are read, and no file system that a process happens to stand on is asked
+anything that could make us wait for a dead server: moby dropped its call of lsof because that hung
+hosts (eac66b67be). Everything looked at may vanish meanwhile; what is gone holds nothing.
 """
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from msgspec import UNSET
+
 from aufsd.kernel import mountinfo
 from aufsd.kernel.mountinfo import Mount
-from aufsd.results import Holder
+from aufsd.results import Holder, Holders
 
 Use = Literal["cwd", "root", "exe", "fd", "map", "mount-namespace"]
 _LINKS: Final[tuple[Use, ...]] = ("cwd", "root", "exe")
+_IN_FLIGHT: Final = re.compile(r"^scm_fds:\s*(\d+)", re.MULTILINE)
+_REGISTERED: Final = re.compile(r"^ *\d+: (?!<none>)", re.MULTILINE)
 # file systems on which to follow a link of /proc may mean to wait for a server
 _REMOTE: Final = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "fuse")
 
@@ -28,6 +33,28 @@ class _Namespace:
     first: int
     mounts: Sequence[Mount]
     copies: frozenset[int]
+
+    def below(self) -> tuple[str, ...]:
+        """What paths in the union begin with here."""
+        return tuple(f"{row.mount_point}/" for row in self.mounts if row.id in self.copies)
+
+
+@dataclass(frozen=True, slots=True)
+class _Process:
+    """One that may be looked into. `task`: itself, or a thread if its first one has ended."""
+
+    pid: int
+    task: int
+    space: _Namespace
+
+
+def look(target: str, *, busy: bool) -> Holders:
+    """All that is known of who keeps the mount at `target` busy.
+
+    `busy`: it was just found to be. Then, if nobody is seen to use it, who may is named: `hidden`.
+    """
+    found, kernel = holders(target), in_kernel(target)
+    return Holders(found or (may_hold() if busy and not kernel else []), kernel)
 
 
 def holders(target: str) -> list[Holder]:
@@ -42,56 +69,130 @@ def holders(target: str) -> list[Holder]:
         return []
     # the device number of a union is its superblock's own, so it finds every copy
     own = os.readlink("/proc/self/ns/mnt")
-    pids = sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
     spaces: dict[str, _Namespace] = {own: _namespace(0, own_mounts, row.device)}
-    member: dict[int, _Namespace] = {}
-    for pid in pids:
-        with suppress(OSError):
-            link = os.readlink(f"/proc/{pid}/ns/mnt")
-            if link not in spaces:
-                spaces[link] = _namespace(pid, mountinfo.read(pid), row.device)
-            member[pid] = spaces[link]
+    processes: list[_Process] = []
+    for pid in _pids():
+        for task in _tasks(pid):
+            with suppress(OSError):
+                link = os.readlink(f"/proc/{task}/ns/mnt")
+                if link not in spaces:
+                    spaces[link] = _namespace(pid, mountinfo.read(task), row.device)
+                processes.append(_Process(pid, task, spaces[link]))
+                break
     copies = frozenset().union(*(space.copies for space in spaces.values()))
+    sockets = _bound(processes)
     found: list[Holder] = []
-    for pid, space in member.items():
+    for process in processes:
         with suppress(OSError):
-            uses = list(_uses(pid, space, copies, row.device))
+            bound = _bound_sockets(process, sockets)
+            uses = list(_uses(process, copies, row.device))
+            if bound and "fd" not in uses:
+                uses.append("fd")
             if uses:
-                found.append(Holder(pid, _read(f"/proc/{pid}/comm").rstrip("\n"), uses))
+                found.append(Holder(process.pid, _comm(process.pid), uses, bound or UNSET))
     return found
+
+
+def may_hold() -> list[Holder]:
+    """The processes for which the kernel keeps descriptors that it does not show, by pid.
+
+    Sent to one of their sockets and not received (SCM_RIGHTS), or registered with io_uring. What
+    they lead to the kernel does not tell; such a one is what is left where `holders` finds nobody.
+    """
+    found: list[Holder] = []
+    for pid in _pids():
+        hidden = sum(_hidden(text) for text in _fdinfo(pid))
+        if hidden:
+            with suppress(OSError):
+                found.append(Holder(pid, _comm(pid), [], hidden=hidden))
+    return found
+
+
+def in_kernel(target: str) -> list[str]:
+    """What holds the mount at `target` and is no process, in words.
+
+    A file system mounted inside, in our mount namespace; a loop device of a file in it; swap.
+    """
+    below = f"{target}/"
+    found = [
+        f"{row.fstype} mounted at {row.mount_point}"
+        for row in mountinfo.read()
+        if row.mount_point.startswith(below)
+    ]
+    with suppress(OSError):
+        for name in sorted(os.listdir("/sys/block")):
+            with suppress(OSError):
+                # the path of a deleted file has " (deleted)" behind it
+                path = _read(f"/sys/block/{name}/loop/backing_file").rstrip("\n")
+                if path.startswith(below):
+                    found.append(f"/dev/{name} on {path}")
+    with suppress(OSError):
+        for line in _read("/proc/swaps").splitlines()[1:]:
+            path = mountinfo.unescape(os.fsencode(line.split()[0]))
+            if path.startswith(below):
+                found.append(f"swap on {path}")
+    return found
+
+
+def _pids() -> list[int]:
+    return sorted(int(name) for name in os.listdir("/proc") if name.isdecimal())
+
+
+def _tasks(pid: int) -> Iterator[int]:
+    """The process itself, then its other threads: /proc shows nothing of a first one that ended.
+
+    /proc/TID is there for every thread, though it is not listed.
+    """
+    yield pid
+    with suppress(OSError):
+        yield from (tid for tid in map(int, os.listdir(f"/proc/{pid}/task")) if tid != pid)
 
 
 def _namespace(first: int, mounts: Sequence[Mount], device: int) -> _Namespace:
     return _Namespace(first, mounts, frozenset(row.id for row in mounts if row.device == device))
 
 
-def _uses(pid: int, space: _Namespace, copies: Collection[int], device: int) -> Iterator[Use]:
+def _uses(process: _Process, copies: Collection[int], device: int) -> Iterator[Use]:
+    space, task = process.space, process.task
     for link in _LINKS:
-        with suppress(OSError):
-            if _link_leads_in(f"/proc/{pid}/{link}", space, copies):
-                yield link
-    if _has_open(pid, copies):
+        if any(_link_leads_in(path, space, copies) for path in _links(process, link)):
+            yield link
+    if any(_mount_id(text) in copies for text in _fdinfo(task)):
         yield "fd"
-    if _has_mapped(pid, space, device):
+    if _has_mapped(task, space, device):
         yield "map"
-    if pid == space.first and space.copies:
+    if process.pid == space.first and space.copies:
         yield "mount-namespace"
+
+
+def _links(process: _Process, link: Use) -> Iterator[str]:
+    """Where the link of the process is, and those of threads that have another (CLONE_FS)."""
+    seen: set[str] = set()
+    for task in _tasks(process.pid) if link != "exe" else (process.task,):
+        with suppress(OSError):
+            path = f"/proc/{task}/{link}"
+            leads = os.readlink(path)
+            if leads not in seen:
+                seen.add(leads)
+                yield path
 
 
 def _link_leads_in(link: str, space: _Namespace, copies: Collection[int]) -> bool:
     """Whether cwd, root or exe lies in one of the mounts, by the mount id of a descriptor on it.
 
-    st_dev would not do: overlayfs gives files of a lower branch on another file system a number of
-    that branch's own (ovl_map_dev_ino()).
+    False of what cannot be opened. st_dev would not do: overlayfs gives files of a lower branch on
+    another file system a number of that branch's own (ovl_map_dev_ino()).
     """
-    mount = _mount_of(os.readlink(link), space.mounts)
-    if mount is not None and mount.fstype.partition(".")[0] in _REMOTE:
-        return False
-    fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
-    try:
-        return _mount_id(_read(f"/proc/self/fdinfo/{fd}")) in copies
-    finally:
-        os.close(fd)
+    with suppress(OSError):
+        mount = _mount_of(os.readlink(link), space.mounts)
+        if mount is not None and mount.fstype.partition(".")[0] in _REMOTE:
+            return False
+        fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return _mount_id(_read(f"/proc/self/fdinfo/{fd}")) in copies
+        finally:
+            os.close(fd)
+    return False
 
 
 def _mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
@@ -106,13 +207,57 @@ def _mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
     return best
 
 
-def _has_open(pid: int, copies: Collection[int]) -> bool:
+def _fdinfo(task: int) -> Iterator[str]:
+    """What the kernel says of each open descriptor."""
     with suppress(OSError):
-        for fd in os.listdir(f"/proc/{pid}/fdinfo"):
+        for fd in os.listdir(f"/proc/{task}/fdinfo"):
             with suppress(OSError):
-                if _mount_id(_read(f"/proc/{pid}/fdinfo/{fd}")) in copies:
-                    return True
-    return False
+                yield _read(f"/proc/{task}/fdinfo/{fd}")
+
+
+def _hidden(fdinfo: str) -> int:
+    """How many descriptors a socket or an io_uring keeps, by its fdinfo.
+
+    unix_show_fdinfo() in net/unix/af_unix.c (Linux 5.6), io_uring/fdinfo.c
+    """
+    sent = _IN_FLIGHT.search(fdinfo)
+    _, _, rest = fdinfo.partition("\nUserFiles:")
+    registered = _REGISTERED.findall(rest.partition("\nUserBufs:")[0])
+    return (int(sent[1]) if sent else 0) + len(registered)
+
+
+def _bound(processes: Sequence[_Process]) -> dict[str, str]:
+    """The Unix sockets that are bound to a path in the union: that path, by their inode number.
+
+    A socket holds the mount that its name was made in (unix_bind_bsd()), whatever becomes of the
+    name. The kernel shows the path as bind(2) was given it: one that does not begin at the root is
+    not found, nor one that another mount namespace has elsewhere.
+    """
+    texts: dict[str, list[list[str]]] = {}
+    found: dict[str, str] = {}
+    for process in processes:
+        with suppress(OSError):
+            link = os.readlink(f"/proc/{process.task}/ns/net")
+            if link not in texts:
+                # Num: RefCount Protocol Flags Type St Inode Path
+                lines = _read(f"/proc/{process.task}/net/unix").split("\n")[1:]
+                rows = (line.split(None, 7) for line in lines)
+                texts[link] = [row for row in rows if len(row) == 8 and row[7].startswith("/")]
+            below = process.space.below()
+            found |= {row[6]: row[7] for row in texts[link] if row[7].startswith(below)}
+    return found
+
+
+def _bound_sockets(process: _Process, sockets: Mapping[str, str]) -> list[str]:
+    """The paths of those that the process has open."""
+    found = set()
+    for fd in os.listdir(f"/proc/{process.task}/fd") if sockets else ():
+        with suppress(OSError):
+            # "socket:[INODE]"
+            inode = os.readlink(f"/proc/{process.task}/fd/{fd}").removeprefix("socket:[")[:-1]
+            if inode in sockets:
+                found.add(sockets[inode])
+    return sorted(found)
 
 
 def _mount_id(fdinfo: str) -> int:
@@ -121,17 +266,17 @@ def _mount_id(fdinfo: str) -> int:
     return int(rest.partition("\n")[0]) if found else -1
 
 
-def _has_mapped(pid: int, space: _Namespace, device: int) -> bool:
+def _has_mapped(task: int, space: _Namespace, device: int) -> bool:
     """Whether a mapped file shows the union's device or a path in it.
 
     Before Linux 6.6 a map shows the device of the branch's file, but the path in the union all the
     same. A process in uninterruptible sleep may hold the lock that reading its maps waits for.
     """
-    points = tuple(f"{row.mount_point}/" for row in space.mounts if row.id in space.copies)
+    below = space.below()
     with suppress(OSError):
-        if _read(f"/proc/{pid}/stat").rpartition(")")[2].split()[0] == "D":
+        if _read(f"/proc/{task}/stat").rpartition(")")[2].split()[0] == "D":
             return False
-        for line in _read(f"/proc/{pid}/maps").splitlines():
+        for line in _read(f"/proc/{task}/maps").splitlines():
             # "7f00-7f01 r--p 00000000 00:2a 1234   /path/of the/file (deleted)"
             _, _, _, number, inode, *path = line.split(None, 5)
             if inode == "0":
@@ -139,9 +284,13 @@ def _has_mapped(pid: int, space: _Namespace, device: int) -> bool:
             major, minor = number.split(":")
             if os.makedev(int(major, 16), int(minor, 16)) == device:
                 return True
-            if path and path[0].startswith(points):
+            if path and path[0].startswith(below):
                 return True
     return False
+
+
+def _comm(pid: int) -> str:
+    return _read(f"/proc/{pid}/comm").rstrip("\n")
 
 
 def _read(path: str) -> str:

@@ -83,7 +83,12 @@ def _dict_reader(item: Callable[[object], object]) -> Callable[[object], object]
 def _object_reader(kind: Any) -> Callable[[object], object]:
     hints = typing.get_type_hints(kind)
     readers = [
-        (field.name, _reader(hints[field.name]), field.default is MISSING) for field in fields(kind)
+        (
+            field.name,
+            _reader(hints[field.name]),
+            field.default is MISSING and field.default_factory is MISSING,
+        )
+        for field in fields(kind)
     ]
 
     def read(value: object) -> object:

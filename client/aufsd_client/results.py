@@ -7,7 +7,7 @@ are seconds since the epoch, sizes are bytes. Standard library only.
 import base64
 import binascii
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from aufsd_client.wire import BadReply
@@ -180,18 +180,26 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """A process that keeps a mount busy, and by what."""
+    """A process that keeps a mount busy, and by what.
+
+    `sockets` are paths in it that the process has sockets bound to. `hidden`: the process perhaps
+    keeps it busy, by one of so many descriptors that were sent to it and that it has not received,
+    or that it has registered with io_uring.
+    """
 
     pid: int
     comm: str
     uses: list[str]
+    sockets: list[str] = field(default_factory=list)
+    hidden: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Holders:
-    """Who keeps a mount busy."""
+    """Who keeps a mount busy. `kernel`: what does and is no process, in words."""
 
     holders: list[Holder]
+    kernel: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Who uses a layer is named wherever a call is refused; a process's references end with it."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import trio
 
 from aufsd.active import mounts
 from aufsd.active.processes import ended
+from aufsd.kernel import syscalls
 from aufsd.kernel.peer import process
 from aufsd_client import Client, errors
 from tests.archives import tar
@@ -124,6 +126,47 @@ def test_an_unmount_that_stays_busy_names_who_maps_a_file(
         holder.kill()
     assert client.put("top").mounted is False
     assert client.health().status == "ok"
+
+
+def test_a_socket_bound_in_a_mount_is_named_with_its_path(client: Client, mounted: str) -> None:
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(f"{mounted}/socket")
+        with pytest.raises(errors.UnmountBusy, match=rf"\({os.getpid()}\)") as caught:
+            client.put("top")
+        assert caught.value.data["holders"] == [
+            {
+                "pid": os.getpid(),
+                "comm": Path("/proc/self/comm").read_text().rstrip(),
+                "uses": ["fd"],
+                "sockets": [f"{mounted}/socket"],
+            }
+        ]
+        (holder,) = client.holders("top").holders
+        assert holder.sockets == [f"{mounted}/socket"]
+    assert not client.put("top").mounted
+
+
+def test_a_descriptor_in_flight_and_what_the_kernel_has_are_told(
+    client: Client, mounted: str
+) -> None:
+    Path(mounted, "file").touch()
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        with open(f"{mounted}/file", "rb") as file:
+            socket.send_fds(sender, [b"x"], [file.fileno()])
+        with pytest.raises(errors.UnmountBusy, match="perhaps by a descriptor on its way to"):
+            client.put("top")
+        found = [each for each in client.holders("top").holders if each.pid == os.getpid()]
+        assert [(each.uses, each.hidden) for each in found] == [([], 1)]
+    os.mkdir(f"{mounted}/inside")
+    syscalls.mount("none", f"{mounted}/inside", "tmpfs", 0)
+    try:
+        with pytest.raises(errors.UnmountBusy, match=f"tmpfs mounted at {mounted}/inside"):
+            client.put("top")
+        assert client.holders("top").kernel == [f"tmpfs mounted at {mounted}/inside"]
+    finally:
+        syscalls.umount2(f"{mounted}/inside")
+    assert not client.put("top").mounted
 
 
 async def test_a_busy_mount_goes_in_the_background_once_it_can(

@@ -156,8 +156,16 @@ def holders(session: Session, id: str) -> None:
     """The processes that keep a layer's mount busy."""
     found = session.ask(calls.holders(id))
     if session.human:
-        rows = ((str(each.pid), each.comm, ", ".join(each.uses)) for each in found.holders)
+        rows = [(str(each.pid), each.comm, _uses(each)) for each in found.holders]
+        rows += [("-", "kernel", each) for each in found.kernel]
         show.table(["PID", "COMMAND", "USES"], rows, empty=f"no process uses the mount of {id}")
+
+
+def _uses(holder: results.Holder) -> str:
+    words = [*holder.uses, *(f"socket {path}" for path in holder.sockets)]
+    if holder.hidden:
+        words.append(f"perhaps: {holder.hidden} descriptors in flight or in io_uring")
+    return ", ".join(words)
 
 
 COMMANDS = (exists, create, remove, get, put, get_metadata, list_, mounts, holders)
