@@ -1,12 +1,17 @@
 # aufsd: the commands of this checkout. `make help` lists them.
-# Everything is installed into a virtual environment in .venv; nothing outside the checkout changes,
-# but for Debian's packages that `make demo` and the tests can use, where root runs them.
+# Everything is installed into a virtual environment in .venv. Nothing outside of the checkout changes,
+# except that the demo and the tests install the Debian packages that they use, where root runs them
+# and apt is there; `make APT= test` installs none. tests/packages.py is the list.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+APT ?= apt-get
+# how many tests run at a time; pytest-xdist's auto is one for each core
+WORKERS ?= auto
+export APT VENV
 
-.PHONY: help demo test test-crash lint format bench test-vm man install install-files clean
+.PHONY: help demo test test-all test-crash lint format bench test-vm man install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -14,6 +19,7 @@ help: ## list these commands
 $(VENV)/installed: pyproject.toml client/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "aufsd needs Python 3.11 or later: make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m tests.packages setup
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 		|| { echo "this Python has no venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -21,13 +27,23 @@ $(VENV)/installed: pyproject.toml client/pyproject.toml
 	@touch $@
 
 demo: $(VENV)/installed ## load a root file system, stack two layers, mount, change, export, compare
+	@$(BIN)/python -m tests.packages demo
 	$(BIN)/python demo/demo.py
 
-test: lint ## linters, then every test that this machine can run; says which tiers are off
-	$(BIN)/python -m pytest
+# a machine with many cores may have little memory for as many daemons
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
+test: lint ## linters, then every test that this machine can run; says which tiers are off, and why
+	@$(BIN)/python -m tests.packages tests
+	$(PYTEST)
+
+test-all: lint ## the same with a larger sample of crashes: what the gate runs
+	@$(BIN)/python -m tests.packages tests
+	AUFSD_CRASH=more $(PYTEST)
 
 test-crash: $(VENV)/installed ## kill the daemon, and break it, at every system call of every operation
-	AUFSD_CRASH=all $(BIN)/python -m pytest tests/crash
+	@$(BIN)/python -m tests.packages tests
+	AUFSD_CRASH=all $(PYTEST) tests/crash
 
 lint: $(VENV)/installed ## ruff and mypy --strict
 	$(BIN)/ruff check .

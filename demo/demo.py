@@ -178,7 +178,7 @@ def root_tar(work: Path) -> Path:
         say(f"the base: a Debian {SUITE} root, built by an earlier run")
         return CACHE
     real_root = Path("/proc/self/uid_map").read_text().split() == ["0", "0", "4294967295"]
-    if real_root and os.geteuid() == 0 and have_debootstrap():
+    if real_root and os.geteuid() == 0 and shutil.which("debootstrap"):
         say(f"the base: a Debian {SUITE} root, built by debootstrap (a minute, once)")
         root = work / "debian"
         done = subprocess.run(
@@ -201,16 +201,6 @@ def root_tar(work: Path) -> Path:
     # every owner 0: an unprivileged namespace has that one id
     tar_up(tar, Path("/"), "--owner=0", "--group=0", names=("usr/share", "usr/bin", "bin"))
     return tar
-
-
-def have_debootstrap() -> bool:
-    """Whether debootstrap is there, after trying to install it."""
-    if shutil.which("debootstrap") is None and shutil.which("apt-get"):
-        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-        command = ["apt-get", "install", "-y", "--no-install-recommends", "debootstrap"]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            subprocess.run(command, capture_output=True, env=environment, timeout=120, check=False)
-    return shutil.which("debootstrap") is not None
 
 
 def tar_up(out: Path, root: Path, *options: str, names: tuple[str, ...] = (".",)) -> None:

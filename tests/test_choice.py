@@ -13,7 +13,7 @@ from aufsd.kernel import probe, syscalls
 from aufsd.store.layout import Layout
 from aufsd.union.choice import PROBES, choose, survey
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
-from tests.conftest import OFF
+from tests.tiers import OFF
 
 pytestmark = pytest.mark.mounts
 HAS_AUFS = "aufs" in probe.filesystems()

@@ -25,6 +25,7 @@ from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
+from aufsd_client.errors import LayerNotFound
 
 P = ParamSpec("P")
 
@@ -46,10 +47,10 @@ def check(
     """
     if id is not None:
         store.require(id)
-        return list(_layer(store, id, deep=deep, repair=repair))
+        return _of_one(store, id, deep=deep, repair=repair)
     found = list(whole(store, repair=repair))
     for known in sorted((*store.parent, *store.damaged)):
-        found += _layer(store, known, deep=deep, repair=repair)
+        found += _of_one(store, known, deep=deep, repair=repair)
     names = {*os.listdir(store.layout.diff), *os.listdir(store.layout.mnt)}
     for name in sorted(names):
         found += _orphan(store, name, repair=repair)
@@ -73,7 +74,7 @@ def again(
 ) -> list[Problem]:
     """Look once more at one name, which nobody changes meanwhile."""
     if is_id(name) and store.exists(LayerId(name)):
-        found = list(_layer(store, LayerId(name), deep=deep, repair=repair))
+        found = _of_one(store, LayerId(name), deep=deep, repair=repair)
         return [*found, *(each for each in _uncounted(store, mounted) if each.id == name)]
     return list(_orphan(store, name, repair=repair))
 
@@ -92,6 +93,16 @@ def _modes(store: Store, *, repair: bool) -> Iterator[Problem]:
             done = repair and _done(_set_mode, path, store.gid)
             detail = f"{path} is {stat.filemode(found.st_mode)} {found.st_uid}:{found.st_gid}"
             yield Problem("", "wrong-mode", f"{detail}, should be 0710 0:{store.gid}", done)
+
+
+def _of_one(store: Store, id: LayerId, *, deep: bool, repair: bool) -> list[Problem]:
+    """What is wrong with one layer. One that goes meanwhile, or cannot be read, ends no check."""
+    try:
+        return list(_layer(store, id, deep=deep, repair=repair))
+    except LayerNotFound:
+        return [Problem(id, "unreadable", "it was removed while it was looked at", False)]
+    except OSError as error:
+        return [Problem(id, "unreadable", f"{error.filename or id}: {error.strerror}", False)]
 
 
 def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[Problem]:

@@ -19,7 +19,7 @@ from aufsd.results import Streamed
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd.store.layout import Layout
-from tests.conftest import ROOT_IN_HOST
+from tests.tiers import ROOT_IN_HOST
 
 NAMESPACE: Literal["trusted", "user"] = "trusted" if ROOT_IN_HOST else "user"
 

@@ -1,7 +1,6 @@
 """POSIX ACLs as text in PAX records, as other tars write them."""
 
 import os
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -24,7 +23,7 @@ def as_the_kernel_has_it(path: Path, text: str) -> bytes:
 
 
 @needs_root
-@pytest.mark.skipif(shutil.which("setfacl") is None, reason="no setfacl")
+@pytest.mark.acl
 @pytest.mark.parametrize(
     "text",
     [
@@ -103,21 +102,23 @@ async def test_acls_in_text_are_dropped_with_a_warning_unless_asked_for(shelf: S
     assert (at / "y").read_bytes() == b"y"
 
 
+@pytest.mark.acl
 @pytest.mark.mounts
 @needs_root
 @pytest.mark.parametrize(
     "command",
     [
-        ["tar", "--format=posix", "--acls", "--numeric-owner", "-cf"],
-        ["bsdtar", "--format=pax", "--acls", "--numeric-owner", "-cf"],
+        pytest.param(["tar", "--format=posix", "--acls", "--numeric-owner", "-cf"], id="tar"),
+        pytest.param(
+            ["bsdtar", "--format=pax", "--acls", "--numeric-owner", "-cf"],
+            id="bsdtar",
+            marks=pytest.mark.bsdtar,
+        ),
     ],
-    ids=["tar", "bsdtar"],
 )
 async def test_acls_of_other_tars_come_in(
     tmp_path: Path, server: ForkServer, command: list[str]
 ) -> None:
-    if shutil.which(command[0]) is None or shutil.which("setfacl") is None:
-        pytest.skip(f"no {command[0]}, or no setfacl")
     tree = tmp_path / "tree"
     (tree / "d").mkdir(parents=True)
     (tree / "d" / "x").touch()

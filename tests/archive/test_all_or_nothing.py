@@ -174,6 +174,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     syscalls.umount2(str(ground), syscalls.MNT_DETACH)
 
 
+@pytest.mark.ext4
 @pytest.mark.parametrize(
     "stream",
     [

@@ -255,7 +255,7 @@ async def test_progress_is_told_while_a_job_runs(shelf: Shelf) -> None:
 
 
 @needs_root
-@pytest.mark.parametrize("fs", ["tmpfs", "ext4"])
+@pytest.mark.parametrize("fs", ["tmpfs", pytest.param("ext4", marks=pytest.mark.ext4)])
 async def test_a_full_disk_is_no_space(tmp_path: Path, server: ForkServer, fs: str) -> None:
     root = tmp_path / "store"
     root.mkdir()

@@ -15,7 +15,7 @@ from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
 from tests.archive.shelf import NAMESPACE, Shelf, open_shelf
 from tests.archive.tars import CHARACTER, directory, entry, listing, tar
-from tests.conftest import ROOT_IN_HOST
+from tests.tiers import ROOT_IN_HOST
 
 pytestmark = pytest.mark.mounts
 

@@ -7,6 +7,7 @@ tests/data/docker-aufs/README.md says how it was made. `views` is what aufs itse
 import base64
 import hashlib
 import json
+import lzma
 import os
 import stat
 import subprocess
@@ -33,8 +34,9 @@ def label(id: str) -> str:
 
 def unpack(directory: Path) -> Path:
     """The store as it was in /var/lib/docker; its root."""
-    command = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xpf"]
-    subprocess.run([*command, DATA / "aufs-root.tar.xz", "-C", directory], check=True)
+    command = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xpf", "-"]
+    with lzma.open(DATA / "aufs-root.tar.xz") as file:
+        subprocess.run([*command, "-C", directory], input=file.read(), check=True)
     return directory / "aufs"
 
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import runpy
-import shutil
 import signal
 import socket
 import subprocess
@@ -231,7 +230,7 @@ def test_the_textfile_of_a_stopped_daemon_says_so_and_nothing_else(
 # --- Prometheus and Grafana -----------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.promtool
 @pytest.mark.parametrize("what", ["check rules aufsd.rules.yml", "test rules aufsd.rules.test.yml"])
 def test_promtool_passes_the_alerts(what: str) -> None:
     done = subprocess.run(
@@ -240,7 +239,7 @@ def test_promtool_passes_the_alerts(what: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+@pytest.mark.promtool
 @pytest.mark.service
 def test_promtool_finds_no_fault_in_the_metrics(client: Client) -> None:
     client.create("base")
