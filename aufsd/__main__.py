@@ -8,13 +8,15 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Literal, cast
 
 import structlog
 
 from aufsd import __version__, config
 from aufsd.config import ConfigError
-from aufsd_client import oci
+from aufsd_client import oci, standard
 from aufsd_client.errors import (
     AufsdError,
     BackendUnsupported,
@@ -24,17 +26,22 @@ from aufsd_client.errors import (
 )
 
 USAGE, REFUSED, NO_BACKEND = 2, 3, 4
+# as a shell says it of a program that SIGINT ended
+INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
-    parser = command_line()
-    flags = vars(parser.parse_args(argv))
-    run = flags.pop("run")
+    standard.complete()
     try:
-        status = run(flags)
-        assert isinstance(status, int)
-        return status
+        try:
+            status = _run(argv)
+        except SystemExit as left:
+            # argparse has said what is wrong, or shown its help
+            status = left.code if isinstance(left.code, int) else USAGE
+        standard.flush()
+    except KeyboardInterrupt:
+        return _say("interrupted", INTERRUPTED)
     except ConfigError as error:
         return _say(str(error), USAGE)
     except (IncompatibleFilesystem, StoreLocked, StoreNotAdopted) as error:
@@ -46,12 +53,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except oci.LayoutError as error:
         return _say(str(error), 1)
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
+        where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
         return _say(f"{where}{error.strerror or error}", 1)
+    return status
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    flags = vars(command_line().parse_args(argv))
+    run = flags.pop("run")
+    status = run(flags)
+    assert isinstance(status, int)
+    return status
 
 
 def _say(sentence: str, status: int) -> int:
-    print(f"aufsd: {sentence}", file=sys.stderr)
+    # who has closed standard error has asked not to be told
+    with suppress(OSError):
+        print(f"aufsd: {sentence}", file=sys.stderr)
     return status
 
 
@@ -138,12 +156,25 @@ def _rescue_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(flags: dict[str, object]) -> int:
+    if os.geteuid() != 0:
+        return _say(
+            "only root can mount: run it as root, or as root of a user namespace of your own "
+            "(unshare -Urm aufsd serve ...)",
+            1,
+        )
     file = flags.pop("config")
-    found = config.load(None if file is None else str(file), flags)
+    try:
+        # the daemon leaves it, and reads the file again later
+        base = os.getcwd()
+    except FileNotFoundError:
+        # which a relative path will be told
+        base = None
+    read = partial(config.load, None if file is None else str(file), flags, base)
+    found = read()
     # the event loop and the archive rooms cost a third of a second to import: not for --help
     from aufsd import daemon
 
-    return daemon.serve(found, lambda: config.load(None if file is None else str(file), flags))
+    return daemon.serve(found, read)
 
 
 def _probe(flags: dict[str, object]) -> int:
@@ -195,8 +226,10 @@ def _check(flags: dict[str, object]) -> int:
     from aufsd.store import check, opening
 
     root = os.path.realpath(str(flags["root"]))
-    if not os.path.isdir(f"{root}/layers"):
-        raise ConfigError(f"{root}: no store lies there")
+    try:
+        os.stat(f"{root}/layers/.")
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{root}: no store lies there") from None
     namespace: Literal["trusted", "user"] = "user" if probe.in_user_namespace() else "trusted"
     store = opening.open_store(root, adopt=bool(flags["adopt"]), xattr_namespace=namespace)
     try:
@@ -222,6 +255,8 @@ def _export(flags: dict[str, object]) -> int:
     ids, directory = cast("list[str]", flags["id"]), cast("str | None", flags["oci"])
     if directory is None and len(ids) > 1:
         raise ConfigError("several layers make several images: with --oci only")
+    if directory is None and (flags["gzip"] or flags["architecture"]):
+        raise ConfigError("--gzip and --architecture are for images: with --oci only")
     if directory is None and sys.stdout.isatty():
         raise ConfigError("a tar is not for a terminal: redirect standard output")
     file = cast("str | None", flags["config"])

@@ -5,18 +5,28 @@ key or a bad value is one sentence and exit status 2, before anything is touched
 """
 
 import argparse
+import difflib
 import grp
 import ipaddress
 import os
 import pwd
-from pathlib import Path
-from typing import Any, Literal, get_args
+import stat
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast, get_args
 
 import msgspec
 
 from aufsd.store.idmap import IdMap
 
 DEFAULT_FILE = "/etc/aufsd/aufsd.toml"
+
+
+# of a file, and of a value in a message
+_FILE_MAX = 1 << 20  # bytes
+_SHOWN = 60  # characters
+# of any number: what C has for it
+_MOST = (1 << 63) - 1
 
 
 class ConfigError(Exception):
@@ -55,6 +65,10 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     log_format: Literal["auto", "json", "console"] = "auto"
 
 
+_FIELDS = {field.name: field for field in msgspec.structs.fields(Config)}
+_PATHS = frozenset({"root", "socket", "monitor_socket", "state_dir"})
+_AT_LEAST_ONE = frozenset({"max_jobs", "max_connections"})
+
 HELP = {
     "root": "the store: layers/, diff/ and mnt/ lie here",
     "socket": "the control socket: every method; mode 0660, group aufsd",
@@ -66,8 +80,8 @@ HELP = {
     "sync": "what makes a layer durable before it counts as there",
     "acls": "carry POSIX ACLs in archives",
     "selinux": "put the mount label of a new layer on what it holds, on btrfs",
-    "uid_maps": "CONTAINER:HOST:SIZE, user ids between archives and the host; repeatable",
-    "gid_maps": "CONTAINER:HOST:SIZE, group ids likewise; repeatable",
+    "uid_maps": "user ids between archives and the host",
+    "gid_maps": "group ids likewise",
     "max_layer_bytes": "refuse an archive that makes a layer's own content larger",
     "max_layer_entries": "refuse an archive that makes a layer hold more entries",
     "max_connections": "connections at a time, for each of the two sockets",
@@ -77,9 +91,9 @@ HELP = {
     "max_jobs": "archives at a time; 256 more wait",
     "stream_timeout": "how long an archive may wait for a peer that moves no byte",
     "drain_timeout": "how long running calls may take once the daemon is told to stop",
-    "read_users": "users and @groups that may call what reads; * for all, repeatable",
-    "use_users": "users and @groups that may get and put; * for all, repeatable",
-    "change_users": "users and @groups that may change layers; * for all, repeatable",
+    "read_users": "users and @groups that may call what reads; * for all",
+    "use_users": "users and @groups that may get and put; * for all",
+    "change_users": "users and @groups that may change layers; * for all",
     "metrics_listen": "where Prometheus may fetch metrics, ADDRESS:PORT of the loopback; or off",
     "log_level": "the least severe lines that are logged",
     "log_format": "auto: JSON unless standard error is a terminal",
@@ -89,101 +103,206 @@ HELP = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every key; none has a default, so that what was given can be told apart."""
     for field in msgspec.structs.fields(Config):
-        flag = f"--{field.name.replace('_', '-')}"
         shown = "" if field.default in ((), ("*",), False) else f" (default: {field.default})"
         kind: dict[str, Any] = {"help": HELP[field.name] + shown, "default": argparse.SUPPRESS}
         if field.type is bool:
             kind["action"] = argparse.BooleanOptionalAction
         elif isinstance(field.default, tuple):
+            kind["help"] += "; repeatable"
             kind |= {"action": "append", "metavar": metavar(field)}
         else:
             kind["metavar"] = metavar(field)
-        parser.add_argument(flag, dest=field.name, **kind)
+        parser.add_argument(_flag(field.name), dest=field.name, **kind)
 
 
 def metavar(field: msgspec.structs.FieldInfo) -> str:
     """What a key's flag takes, as a word for its help."""
     if choices := get_args(field.type):
         names = [choice for choice in choices if isinstance(choice, str)]
-        return "|".join(names) or ("MAP" if "maps" in field.name else "NAME")
+        return "|".join(names) or ("CONTAINER:HOST:SIZE" if "maps" in field.name else "NAME")
     if field.name == "metrics_listen":
         return "ADDRESS:PORT"
     return {int: "N", float: "SECONDS"}.get(field.type, "PATH")
 
 
-def load(file: str | None, flags: dict[str, Any]) -> Config:
+def load(file: str | None, flags: Mapping[str, Any], base: str | None = None) -> Config:
     """The file's keys, overridden by flags. `file` None: the default one, if it exists.
+
+    Relative paths are those of the directory `base`, None for the present one: a daemon has left
+    the directory that it was started in when it reads its file again. Raises ConfigError.
+    """
+    path = _absolute(file or DEFAULT_FILE, base)
+    keys = _read(path) if file is not None or os.path.exists(path) else {}
+    found = {}
+    for name, value in keys.items():
+        key = f"{path}: {name}"
+        if name not in _FIELDS:
+            near = difflib.get_close_matches(name, _FIELDS, 1)
+            meant = f"; {near[0]} is meant?" if near else ""
+            raise ConfigError(f"{key}: there is no such key{meant}")
+        found[name] = _converted(f"{key} = {{}}", name, value, base)
+    for name, value in flags.items():
+        found[name] = _converted(f"{_flag(name)} {{}}", name, value, base)
+    config = Config(**found)
+    _check_together(config)
+    return config
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _absolute(path: str, base: str | None) -> str:
+    if os.path.isabs(path):
+        return os.path.normpath(path)
+    try:
+        return os.path.normpath(os.path.join(os.getcwd() if base is None else base, path))
+    except OSError as error:
+        raise ConfigError(f"{path}: the current directory is gone ({error.strerror})") from None
+
+
+def _read(path: str) -> dict[str, Any]:
+    """The keys of a file. It is read within the event loop, so it may be nothing that waits."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"{path}: this is not a regular file")
+            text = os.read(fd, _FILE_MAX + 1)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    if len(text) > _FILE_MAX:
+        raise ConfigError(f"{path}: a configuration is no longer than {_FILE_MAX} bytes")
+    try:
+        return tomllib.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: the brackets are nested too deep") from error
+    except ValueError as error:
+        # tomllib's own, and that of a number with thousands of digits
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _converted(given: str, name: str, value: object, base: str | None) -> Any:
+    """The value of a key, checked as far as it can be by itself. `given` is how it was written.
 
     Raises ConfigError.
     """
-    keys: dict[str, Any] = {}
-    path = Path(file or DEFAULT_FILE)
-    if file is not None or path.exists():
-        try:
-            keys = msgspec.toml.decode(path.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
-        except msgspec.DecodeError as error:
-            raise ConfigError(f"{path}: {error}") from error
-    for name in ("uid_maps", "gid_maps"):
-        if name in flags:
-            flags = {**flags, name: [_id_map(name, text) for text in flags[name]]}
+    field = _FIELDS[name]
     try:
-        # strict=False: a flag's value is text, whatever its type
-        config = msgspec.convert({**keys, **flags}, Config, strict=False)
-    except msgspec.ValidationError as error:
-        origin = "the command line" if not keys else f"{path} or the command line"
-        raise ConfigError(f"{origin}: {error}") from error
-    _check(config)
-    # the daemon leaves the caller's working directory
-    paths = ("root", "socket", "monitor_socket", "state_dir")
-    absolute = {name: os.path.abspath(getattr(config, name)) for name in paths}
-    return msgspec.structs.replace(config, **absolute)
+        if "maps" in name and given.startswith("--"):
+            value = [_id_map(text) for text in cast("list[str]", value)]
+        try:
+            # strict=False: a flag's value is text, whatever its type
+            found = msgspec.convert(value, field.type, strict=False)
+        except (msgspec.ValidationError, RecursionError):
+            raise ConfigError(f"must be {_expected(field)}") from None
+        for text in (found,) if isinstance(found, str) else found if "users" in name else ():
+            if not text.isprintable() or not text:
+                raise ConfigError("must not be empty, nor hold what cannot be printed")
+        if isinstance(found, int | float) and not 0 <= found <= _MOST:
+            raise ConfigError(f"must be {_expected(field)}")
+        if name in _PATHS:
+            return _path(found, base)
+        if name in _AT_LEAST_ONE and found < 1:
+            raise ConfigError("must be at least 1")
+        if "maps" in name:
+            _check_maps(found)
+        elif "users" in name:
+            allowed(found)
+        elif name == "metrics_listen":
+            _address(found)
+    except ConfigError as error:
+        shown = given.format(_shown(value)).removesuffix(" ").removesuffix(" =")
+        raise ConfigError(f"{shown}: {error}") from None
+    return found
 
 
-def _id_map(name: str, text: str) -> dict[str, int]:
-    parts = text.split(":")
-    if len(parts) != 3 or not all(part.isdigit() for part in parts):
-        flag = name.replace("_", "-")
-        raise ConfigError(f"--{flag} {text}: not CONTAINER:HOST:SIZE, such as 0:100000:65536")
-    return dict(zip(("container_id", "host_id", "size"), map(int, parts), strict=True))
+def _expected(field: msgspec.structs.FieldInfo) -> str:
+    """What a key takes, as one would write it."""
+    if "maps" in field.name:
+        return f"a list of tables such as {example(field)}"
+    if "users" in field.name:
+        return f"a list of names such as {example(field)}"
+    if choices := get_args(field.type):
+        return f"one of {', '.join(choices)}"
+    return {
+        bool: "true or false",
+        int: "a whole number that is not negative",
+        float: "a number of seconds that is not negative",
+    }.get(field.type, "a text in quotes")
 
 
-def _check(config: Config) -> None:
-    for field in msgspec.structs.fields(Config):
-        value = getattr(config, field.name)
-        if isinstance(value, int | float) and value < 0:
-            raise ConfigError(f"{field.name} = {value}: must not be negative")
-        if isinstance(value, str) and (not value or "\0" in value or "\n" in value):
-            raise ConfigError(f"{field.name}: must not be empty or hold a line's end")
-    if config.max_jobs < 1 or config.max_connections < 1:
-        raise ConfigError("max_jobs and max_connections must be at least 1")
-    for name in ("uid_maps", "gid_maps"):
-        _check_maps(name, getattr(config, name))
+def example(field: msgspec.structs.FieldInfo) -> str:
+    """A value of a key that takes a list, as TOML; "" for any other."""
+    if "maps" in field.name:
+        return "[{container_id = 0, host_id = 100000, size = 65536}]"
+    return '["root", "@wheel"]' if "users" in field.name else ""
+
+
+def _shown(value: object) -> str:
+    """A value as it was written; "" for one that would not fit into a sentence."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        text = "".join(each if each.isprintable() else repr(each)[1:-1] for each in value)
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+    return str(value)[:_SHOWN] if isinstance(value, int | float) else ""
+
+
+def _path(path: str, base: str | None) -> str:
+    if path.startswith("@"):
+        raise ConfigError("an abstract socket has no owner and no mode; give a path")
+    return _absolute(path, base)
+
+
+def number(text: str, most: int) -> int | None:
+    """A number in decimal digits, at most `most`; None if it is none."""
+    # isdigit() takes "²" too, and int() more than the digits of this alphabet
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most))):
+        return None
+    found = int(text)
+    return found if found <= most else None
+
+
+def _id_map(text: str) -> dict[str, int]:
+    parts = [number(part, 1 << 32) for part in text.split(":")]
+    if len(parts) != 3 or None in parts:
+        raise ConfigError(f"{text!r} is not CONTAINER:HOST:SIZE, such as 0:100000:65536")
+    return dict(zip(("container_id", "host_id", "size"), cast("list[int]", parts), strict=True))
+
+
+def _check_together(config: Config) -> None:
     for path in (config.root, config.state_dir):
-        parent = os.path.dirname(os.path.abspath(path))
+        parent = os.path.dirname(path)
         if not os.path.isdir(path) and (os.path.lexists(path) or not os.path.isdir(parent)):
             raise ConfigError(f"{path}: no such directory, and none to make it in")
     for path in (config.socket, config.monitor_socket):
-        parent = os.path.dirname(os.path.abspath(path))
-        if not os.path.isdir(parent) and parent != os.path.abspath(config.state_dir):
+        parent = os.path.dirname(path)
+        if not os.path.isdir(parent) and parent != config.state_dir:
             raise ConfigError(f"{path}: the directory {parent} does not exist")
-    if os.path.abspath(config.socket) == os.path.abspath(config.monitor_socket):
+    if config.socket == config.monitor_socket:
         raise ConfigError("socket and monitor_socket must differ")
-    metrics_address(config)
-    for name in ("read_users", "use_users", "change_users"):
-        allowed(getattr(config, name))
 
 
-def _check_maps(name: str, maps: tuple[IdMap, ...]) -> None:
+def _check_maps(maps: tuple[IdMap, ...]) -> None:
     for index, span in enumerate(maps):
-        if span.size < 1 or max(span.container_id, span.host_id) + span.size > 1 << 32:
-            raise ConfigError(f"{name}: {span} is not a range of ids")
+        least = min(span.container_id, span.host_id)
+        most = max(span.container_id, span.host_id) + span.size
+        if least < 0 or span.size < 1 or most > 1 << 32:
+            raise ConfigError(f"{_span(span)} is not a range of ids")
         for other in maps[:index]:
             if _overlap(span.container_id, other.container_id, span.size, other.size) or _overlap(
                 span.host_id, other.host_id, span.size, other.size
             ):
-                raise ConfigError(f"{name}: {span} and {other} overlap")
+                raise ConfigError(f"{_span(span)} and {_span(other)} overlap")
+
+
+def _span(span: IdMap) -> str:
+    return f"{span.container_id}:{span.host_id}:{span.size}"
 
 
 def _overlap(a: int, b: int, a_size: int, b_size: int) -> bool:
@@ -191,27 +310,28 @@ def _overlap(a: int, b: int, a_size: int, b_size: int) -> bool:
 
 
 def metrics_address(config: Config) -> tuple[str, int] | None:
-    """Address and port of `metrics_listen`; None if it is off. Raises ConfigError.
+    """Address and port of `metrics_listen`; None if it is off. Raises ConfigError."""
+    return _address(config.metrics_listen)
 
-    Loopback only: whoever can connect may read, and there is neither TLS nor a password.
-    """
-    text = config.metrics_listen
+
+def _address(text: str) -> tuple[str, int] | None:
+    # loopback only: whoever can connect may read, and there is neither TLS nor a password
     if text == "off":
         return None
     host, _, port = text.rpartition(":")
+    found = number(port, 65535)
     try:
         address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
         address = None
-    if address is None or not address.is_loopback or not port.isdigit() or int(port) > 65535:
+    if address is None or not address.is_loopback or found is None:
         raise ConfigError(
-            f"metrics_listen = {text}: not a loopback address with a port, such as "
-            "127.0.0.1:9433 or [::1]:9433, and not off"
+            "not a loopback address with a port, such as 127.0.0.1:9433 or [::1]:9433, and not off"
         )
-    return str(address), int(port)
+    return str(address), found
 
 
-def allowed(names: tuple[str, ...]) -> tuple[frozenset[int], frozenset[int]] | None:
+def allowed(names: Sequence[str]) -> tuple[frozenset[int], frozenset[int]] | None:
     """User and group ids for a list of names, ids, @groups; None for everybody.
 
     Raises ConfigError for a name that this host does not know.
@@ -222,12 +342,14 @@ def allowed(names: tuple[str, ...]) -> tuple[frozenset[int], frozenset[int]] | N
     gids: set[int] = set()
     for name in names:
         bare = name.removeprefix("@")
+        # the last one is no id, but "none" to chown(2) and its kin
+        id = number(bare, (1 << 32) - 2)
         try:
             if name.startswith("@"):
-                gids.add(int(bare) if bare.isdigit() else grp.getgrnam(bare).gr_gid)
+                gids.add(grp.getgrnam(bare).gr_gid if id is None else id)
             else:
-                uids.add(int(bare) if bare.isdigit() else pwd.getpwnam(bare).pw_uid)
-        except KeyError as error:
+                uids.add(pwd.getpwnam(bare).pw_uid if id is None else id)
+        except (KeyError, ValueError) as error:
             kind = "group" if name.startswith("@") else "user"
-            raise ConfigError(f"there is no {kind} {bare} on this host") from error
+            raise ConfigError(f"there is no {kind} {bare[:_SHOWN]} on this host") from error
     return frozenset(uids), frozenset(gids)

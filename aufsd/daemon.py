@@ -7,6 +7,7 @@ is deleted after READY. Stop: take no new calls, let running ones end, leave mou
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -44,12 +45,17 @@ from aufsd.store.idmap import to_host
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
 from aufsd.store.recovery import Recovered
-from aufsd.tasks import Task, Tasks
+from aufsd.tasks import Task, Tasks, leaves
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.choice import choose
+from aufsd_client.errors import AufsdError, StoreLocked
 
 log = structlog.get_logger(__name__)
+
+# so long that starts which the unit repeats are too few for it to give up (StartLimitBurst=)
+_LOCK_PATIENCE = 20.0  # seconds
+_LOCK_PAUSE = 0.25  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,23 @@ def open_root(config: Config) -> Opened:
         store.close()
         raise
     return Opened(store, choice.backend, recovered, [*warnings, *choice.warnings])
+
+
+def _open_patiently(config: Config, notifier: Notifier) -> Opened:
+    """As `open_root`; where a service manager started us, a store that is locked is waited for.
+
+    A daemon that was killed while it waited for the disk ends, and gives its lock back, only when
+    the disk has answered. By hand, a second daemon is a mistake that wants an answer now.
+    """
+    until = time.monotonic() + _LOCK_PATIENCE
+    while True:
+        try:
+            return open_root(config)
+        except StoreLocked as error:
+            if not notifier.listening or time.monotonic() > until:
+                raise
+            notifier.tell(f"STATUS=waiting: {error.message}")
+            time.sleep(_LOCK_PAUSE)
 
 
 @asynccontextmanager
@@ -178,9 +201,16 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     os.chdir("/")
     with Notifier() as notifier:
         notifier.tell(f"STATUS=opening the store at {config.root}")
-        opened = open_root(config)
+        opened = _open_patiently(config, notifier)
         try:
             trio.run(_run, opened, config, reload, notifier)
+        except Exception as error:
+            # out of nurseries errors come in groups, which are nothing to say to an operator
+            first = next(leaves(error))
+            if isinstance(first, AufsdError | OSError):
+                raise first from None
+            log.critical("a fault of aufsd has ended it", exc_info=error)
+            return 1
         finally:
             # it is told to stop already, and there is nothing left to hasten
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -350,7 +380,14 @@ def _listen(config: Config) -> list[Listener]:
             sock.setblocking(False)
             found.append(Listener(sock, monitor))
         else:
-            found.append(listeners.bind(path, monitor=monitor))
+            try:
+                found.append(listeners.bind(path, monitor=monitor))
+            except OSError as error:
+                # bind(2) and connect(2) name none
+                error.filename = error.filename or path
+                for listener in found:
+                    listener.close()
+                raise
     return found
 
 

@@ -65,7 +65,10 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ("no_such_key = 1", "no_such_key"),
         ('max_jobs = "many"', "max_jobs"),
         ("max_jobs = 0", "at least 1"),
-        ("max_layer_bytes = -1", "negative"),
+        (
+            "max_layer_bytes = -1",
+            "max_layer_bytes = -1: must be a whole number that is not negative",
+        ),
         ('backend = "zfs"', "backend"),
         ('convert = "maybe"', "convert"),
         ("root = ''", "empty"),
@@ -77,6 +80,29 @@ def test_flags_override_the_file(tmp_path: Path) -> None:
         ),
         ("change_users = ['nobody-of-this-name']", "no user"),
         ("read_users = ['@no-such-group']", "no group"),
+        # digits to Python, and not to int()
+        ('read_users = ["²"]', "no user ²"),
+        ('read_users = ["@²"]', "no group ²"),
+        (f'read_users = ["{"9" * 5000}"]', "no user 999"),
+        ('read_users = ["a\\u0000b"]', "cannot be printed"),
+        ('root = "a\\u0000b"', "cannot be printed"),
+        ("read_users = 7", "a list of names such as"),
+        ("read_users = [7]", "a list of names such as"),
+        ('metrics_listen = "127.0.0.1:²"', "not a loopback address"),
+        ("drain_timeout = nan", "drain_timeout = nan: must be a number of seconds"),
+        ("drain_timeout = inf", "must be a number of seconds"),
+        ("drain_timeout = -0.1", "must be a number of seconds"),
+        ('drain_timeout = "nan"', "must be a number of seconds"),
+        ("max_jobs = 1.5", "max_jobs = 1.5: must be a whole number"),
+        (f"max_jobs = {'9' * 30}", "must be a whole number"),
+        (f"max_jobs = {'9' * 5000}", "aufsd.toml"),
+        ("adopt = 'maybe'", "must be true or false"),
+        (f"x = {'[' * 5000}{']' * 5000}", "nested too deep"),
+        (f"read_users = {'[' * 200}{']' * 200}", "a list of names such as"),
+        ("max_job = 3", "no such key; max_jobs is meant?"),
+        ('uid_maps = ["0:0:1"]', r"such as \[\{container_id = 0"),
+        ("uid_maps = [{container_id=-1, host_id=0, size=2}]", "not a range"),
+        ('socket = "@aufsd"', "abstract socket"),
     ],
 )
 def test_a_bad_file_is_one_sentence_that_names_the_key(
@@ -88,6 +114,69 @@ def test_a_bad_file_is_one_sentence_that_names_the_key(
     with pytest.raises(ConfigError, match=sentence) as caught:
         config.load(str(file), given)
     assert "\n" not in str(caught.value)
+    # in the words of the file, and not in those of who reads it
+    assert "$" not in str(caught.value)
+    assert "Expected" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_file_that_is_none_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "aufsd.toml"
+    file.write_bytes(b"root = '\xff'\n")
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "huge").write_bytes(b"#" * (2 << 20))
+    for name, said in (
+        ("aufsd.toml", "not UTF-8 at byte 8"),
+        ("fifo", "not a regular file"),
+        (".", "not a regular file"),
+        ("huge", "no longer than"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            config.load(str(tmp_path / name), {})
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--max-jobs", "²", "--max-jobs ²: must be a whole number"),
+        ("--drain-timeout", "inf", "--drain-timeout inf: must be a number of seconds"),
+        ("--backend", "zfs", "--backend zfs: must be one of auto, btrfs,"),
+        ("--use-users", "a\0b", "cannot be printed"),
+        ("--uid-maps", "0:0:²", "not CONTAINER:HOST:SIZE"),
+        ("--root", "/tmp/bad\udcff", r"--root /tmp/bad\\udcff: must not be empty, nor hold what"),
+        ("--socket", "@name", "--socket @name: an abstract socket"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence_that_names_it(
+    tmp_path: Path, flag: str, value: str, said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        config.load(None, flags(*places(tmp_path), flag, value))
+
+
+def test_relative_paths_stay_what_they_were_when_the_daemon_has_left_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "aufsd.toml").write_text('root = "store"\nstate_dir = "./run/../run"\n')
+    given = flags("--socket", "a.sock", "--monitor-socket", "m.sock")
+    monkeypatch.chdir(tmp_path)
+    first = config.load("aufsd.toml", given)
+    assert (first.root, first.socket) == (f"{tmp_path}/store", f"{tmp_path}/a.sock")
+    assert first.state_dir == f"{tmp_path}/run"
+    monkeypatch.chdir("/")
+    assert config.load("aufsd.toml", given, str(tmp_path)) == first
+
+
+def test_a_directory_that_is_gone_is_said_for_a_relative_path_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert config.load(None, flags(*places(tmp_path))).root == f"{tmp_path}/store"
+    with pytest.raises(ConfigError, match="the current directory is gone"):
+        config.load(None, flags(*places(tmp_path), "--root", "store"))
 
 
 @pytest.mark.parametrize("flag", ["--root", "--state-dir", "--socket", "--monitor-socket"])

@@ -57,6 +57,8 @@ def keys() -> Iterator[str]:
         yield sentence(config.HELP[key.name])
         if choices:
             yield f"One of {roff(', '.join(choices))}."
+        if shown := config.example(key):
+            yield f"Such as {roff(shown)}."
 
 
 def key_options() -> Iterator[str]:
@@ -67,7 +69,8 @@ def key_options() -> Iterator[str]:
             yield f".TP\n.BR {roff(f'--{name}')} , {roff(f'--no-{name}')}"
         else:
             yield f'.TP\n.BI {roff(f"--{name}")} " {config.metavar(key)}"'
-        yield sentence(config.HELP[key.name])
+        repeatable = "; repeatable" if config.example(key) else ""
+        yield sentence(config.HELP[key.name] + repeatable)
 
 
 def check_options() -> Iterator[str]:
@@ -138,6 +141,8 @@ def sample() -> Iterator[str]:
         choices = [choice for choice in get_args(key.type) if isinstance(choice, str)]
         if choices:
             yield f"# one of: {', '.join(choices)}"
+        if shown := config.example(key):
+            yield f"# such as {shown}"
         yield f"#{key.name} = {literal(key.default)}"
 
 

@@ -159,7 +159,7 @@ def test_a_configuration_that_cannot_be_used_is_said_once_and_not_tried_again(
         "Result": "exit-code",
         "ActiveState": "failed",
     }
-    assert "max_jobs and max_connections must be at least 1" in box.journal(SERVICE)
+    assert "max_jobs = 0: must be at least 1" in box.journal(SERVICE)
 
 
 def test_a_socket_unit_with_another_name_is_a_mistake_that_is_said(box: Box) -> None:
