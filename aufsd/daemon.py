@@ -150,7 +150,7 @@ async def open_driver(
             open_mounts(table, backend, recorded, tasks) as unions,
             trio.open_nursery() as nursery,
         ):
-            backing = probe.ground(store.layout.probes).kind
+            backing = probe.kind(store.layout.root)
             overview = Overview(store, backend, unions, jobs, backing, tasks, opened.warnings)
             metrics.watch(
                 gauges.build(backend.name),

@@ -1,17 +1,21 @@
 """Which backend serves a store: real file systems under it, real probes."""
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import pytest
 
 from aufsd.kernel import probe, syscalls
 from aufsd.store.layout import Layout
-from aufsd.union.choice import PROBES, choose, survey
+from aufsd.union import causes
+from aufsd.union.backend import Backend, Verdict
+from aufsd.union.choice import PROBES, UNTRIED, choose, survey
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
 from tests.tiers import OFF
 
@@ -192,3 +196,61 @@ def test_the_host_says_what_it_is() -> None:
     assert host.kernel == os.uname().release
     assert "proc" in host.filesystems
     assert host.root == (os.geteuid() == 0)
+
+
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "btrfs"])
+def test_on_a_full_disk_the_backend_on_record_serves_untried(name: str, tmp_path: Path) -> None:
+    if OFF.get({"fuse-overlayfs": "fuse"}.get(name, name)):
+        pytest.skip(f"{name} is not here")
+    with mounted(tmp_path / "store", "tmpfs", "size=1m,nr_inodes=64") as store:
+        layout = Layout(store)
+        assert choose(name, "", layout).backend.name == name
+        files = (Path(store, str(number)) for number in range(100))
+        with pytest.raises(OSError, match="No space"):
+            sum(file.write_bytes(b"") for file in files)
+        for asked in ("auto", name):
+            choice = choose(asked, name, layout)
+            assert choice.backend.name == name
+            (warning,) = choice.warnings
+            assert warning.startswith(f"{name} could not be tried out (")
+            assert "No space left on device" in warning
+        # nothing is known of a new store
+        with pytest.raises((BackendUnsupported, OSError)):
+            choose(name, "", layout)
+
+
+@pytest.mark.btrfs
+def test_the_trial_is_left_out_only_where_the_file_system_is_the_one_on_record(
+    on_btrfs: Path,
+) -> None:
+    assert not isinstance(UNTRIED["btrfs"](Layout(str(on_btrfs)), "trusted"), Verdict)
+    found = UNTRIED["btrfs"](Layout("/proc"), "trusted")
+    assert isinstance(found, Verdict)
+    assert found.incompatible
+
+
+@pytest.mark.parametrize("passing", [True, False])
+@pytest.mark.parametrize("raised", [True, False])
+def test_a_trial_that_fails_once_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, passing: bool, raised: bool
+) -> None:
+    """A fake, for no kernel gives EIO once when it is asked to."""
+    probe_overlay, tries = PROBES["overlay"], 0
+    number = errno.EIO if passing else errno.ENOTTY
+
+    def fail_once(layout: Layout) -> Backend | Verdict:
+        nonlocal tries
+        tries += 1
+        if tries > 1:
+            return probe_overlay(layout)
+        if raised:
+            raise OSError(number, os.strerror(number))
+        return causes.refused("overlay", str(tmp_path), OSError(number, os.strerror(number)))
+
+    monkeypatch.setitem(cast("dict[str, object]", PROBES), "overlay", fail_once)
+    if passing:
+        choice = choose("overlay", "", Layout(str(tmp_path)))
+        assert (choice.backend.name, choice.warnings, tries) == ("overlay", (), 2)
+    else:
+        with pytest.raises(OSError if raised else IncompatibleFilesystem):
+            choose("overlay", "overlay", Layout(str(tmp_path)))

@@ -88,12 +88,21 @@ def ground(path: str) -> Ground:
     return Ground(
         path=path,
         magic=magic,
-        kind=_MAGIC_NAMES.get(magic, f"0x{magic:x}"),
+        kind=_kind(magic),
         xattrs=xattrs,
         # the name is gone: only an entry that came with its type can still know it
         d_type=made.is_file(follow_symlinks=False),
         whiteout_devices=_takes_whiteouts(name),
     )
+
+
+def kind(path: str) -> str:
+    """The name of the file system that `path` lies on; writes nothing."""
+    return _kind(syscalls.statfs_type(path))
+
+
+def _kind(magic: int) -> str:
+    return _MAGIC_NAMES.get(magic, f"0x{magic:x}")
 
 
 def filesystems() -> frozenset[str]:

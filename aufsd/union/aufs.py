@@ -150,6 +150,14 @@ def probe(layout: Layout) -> Aufs | Verdict:
     return refused("aufs", layout.root, failed)
 
 
+def untried(layout: Layout, _: XattrNamespace) -> Aufs | Verdict:
+    """As `probe`, without a trial: for a store that this has served before."""
+    if missing := host.missing_filesystem("aufs"):
+        return Verdict(f"this kernel has no aufs ({missing})")
+    facts = (("dirperm1", "true"),)
+    return Aufs(("dio", "dirperm1"), layout.probes, open_log(), facts=facts)
+
+
 def _tried_out(backend: Aufs) -> Aufs:
     """Mount a trial union and use it; the backend with what was learnt."""
     with scratch_dirs(

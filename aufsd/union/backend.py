@@ -36,11 +36,13 @@ class Union:
 class Verdict:
     """Why a probe found that a backend cannot serve: a sentence for a person.
 
-    `incompatible` tells the store's file system (204) from the kernel or host (203).
+    `incompatible` tells the store's file system (204) from the kernel or host (203). `passing`:
+    what stood in the way may be gone at the next try, as a full disk may.
     """
 
     reason: str
     incompatible: bool = False
+    passing: bool = False
 
 
 class NotFlushed(Exception):

@@ -11,6 +11,14 @@ from aufsd.union.backend import Verdict
 from aufsd.union.branches import MountCall
 from aufsd_client.errors import MountFailed
 
+# what a full, failing or busy host gives, whatever it can do at other times
+PASSING: Final = frozenset(
+    {
+        *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EBUSY, errno.EAGAIN),
+        *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EINTR, errno.ETIMEDOUT),
+    }
+)
+
 
 def likely_cause(call: MountCall, error: OSError, kernel_log: Sequence[str]) -> str:
     """One sentence: what is wrong with a branch or the host, else the kernel's own last line."""
@@ -73,9 +81,14 @@ def refused(fstype: str, store: str, error: OSError | MountFailed) -> Verdict:
     if unfit:
         return Verdict(f"the store lies on {unfit}", incompatible=True)
     if isinstance(error, MountFailed):
-        by_host = error.data["errno"] in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
-        return Verdict(f"a trial mount failed: {error.message}", incompatible=not by_host)
-    return Verdict(f"a trial mount does not work as it should: {error}", incompatible=True)
+        name = error.data["errno"]
+        by_host = name in ("EPERM", "EACCES", "ENODEV", "ENOSYS")
+        passing = name in {errno.errorcode[number] for number in PASSING}
+        reason = f"a trial mount failed: {error.message}"
+        return Verdict(reason, incompatible=not by_host and not passing, passing=passing)
+    passing = error.errno in PASSING
+    reason = f"a trial mount does not work as it should: {error}"
+    return Verdict(reason, incompatible=not passing, passing=passing)
 
 
 # by (union, f_type of the branch): what the kernel does not say in words. The trial mount decides;

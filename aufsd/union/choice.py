@@ -1,13 +1,17 @@
 """Which union file system serves a store: the one asked for, or the first that can."""
 
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from aufsd.kernel.probe import in_user_namespace
+from aufsd.store.dialect import XattrNamespace
 from aufsd.store.layout import Layout
 from aufsd.union import aufs, btrfs, fuse, overlay
 from aufsd.union.backend import Backend, Verdict
+from aufsd.union.causes import PASSING
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
 
@@ -19,6 +23,16 @@ PROBES: Final[Mapping[str, Callable[[Layout], Backend | Verdict]]] = {
     "overlay": overlay.probe,
     fuse.NAME: fuse.probe,
 }
+
+UNTRIED: Final[Mapping[str, Callable[[Layout, XattrNamespace], Backend | Verdict]]] = {
+    btrfs.NAME: btrfs.untried,
+    "aufs": aufs.untried,
+    "overlay": overlay.untried,
+    fuse.NAME: fuse.untried,
+}
+# a trial that failed by what may pass
+_TRIES: Final = 3
+_PAUSE: Final = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +51,19 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     """Probe on the store's own file system until a backend can serve it.
 
     `name` is one of PROBES, or `auto`: then the store's `prior` backend comes first ("" for a new
-    store), and the others in their order after it. Raises IncompatibleFilesystem if it is the
-    store's file system that stands in the way, else BackendUnsupported; `data["reasons"]` has a
-    sentence for each backend tried. OSError if the store cannot be written.
+    store), and the others in their order after it. The backend on record is not left for what may
+    pass, a full disk or a failed call: then it serves untried. Raises IncompatibleFilesystem if it
+    is the store's file system that stands in the way, else BackendUnsupported; `data["reasons"]`
+    has a sentence for each backend tried. OSError if a new store cannot be written.
     """
     names = sorted(PROBES, key=lambda known: known != prior) if name == AUTO else [name]
     refused: dict[str, Verdict] = {}
     for known in names:
-        found = _foreign(known, prior, layout) or PROBES[known](layout)
+        found = _foreign(known, prior, layout) or _tried(known, layout, recorded=known == prior)
+        if isinstance(found, Verdict) and found.passing and known == prior:
+            served = UNTRIED[known](layout, "user" if in_user_namespace() else "trusted")
+            if not isinstance(served, Verdict):
+                return Choice(served, (_AS_BEFORE.format(name=known, reason=found.reason),))
         if not isinstance(found, Verdict):
             why = "" if name != AUTO or found.unions else _WHY_SNAPSHOTS
             return Choice(found, _warnings(known, prior, refused), why)
@@ -56,6 +75,26 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     raise error(f"no union file system can serve {layout.root}: {said}", reasons=reasons)
 
 
+def _tried(name: str, layout: Layout, *, recorded: bool) -> Backend | Verdict:
+    """Probe, and again if it failed by what may pass. OSError if the store cannot be written."""
+    for left in reversed(range(_TRIES)):
+        try:
+            found = PROBES[name](layout)
+        except OSError as error:
+            if error.errno not in PASSING or not (left or recorded):
+                raise
+            where = f"{error.filename}: " if error.filename else ""
+            found = Verdict(f"{where}{error.strerror}", passing=True)
+        if not (isinstance(found, Verdict) and found.passing):
+            break
+        time.sleep(_PAUSE)
+    return found
+
+
+_AS_BEFORE: Final = (
+    "{name} could not be tried out ({reason}); it serves the store as it did before, "
+    "and a mount may fail until that is mended"
+)
 _WHY_SNAPSHOTS: Final = (
     "the store lies on btrfs, so that a layer is a snapshot of its parent and nothing is mounted; "
     "overlay and aufs serve there too, by name and from the first layer on"

@@ -33,7 +33,7 @@ from aufsd.store.layout import Layout
 from aufsd.union import exclusive, helper, plink, runner
 from aufsd.union.backend import NotFlushed, Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
-from aufsd.union.causes import refused
+from aufsd.union.causes import PASSING, refused
 from aufsd.union.helper import Helper
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
@@ -225,19 +225,10 @@ def probe(layout: Layout) -> Fuse | Verdict:
 
     Raises OSError if the store cannot be written at all.
     """
-    program = shutil.which(NAME, path=f"{os.environ.get('PATH', '')}:/usr/bin:/usr/local/bin")
-    if program is None:
-        return Verdict(f"the program {NAME} is not installed")
-    version = _version(program)
-    if version < _OLDEST:
-        shown = ".".join(map(str, version)) or "unknown"
-        return Verdict(f"{program} has the version {shown}; it has to be 1.5 or later")
-    if "fuse" not in host.filesystems():
-        host.load_module("fuse")
-    try:
-        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return Verdict(f"{_DEVICE} cannot be opened: {error.strerror}")
+    namespace: XattrNamespace = "user" if host.in_user_namespace() else "trusted"
+    found = untried(layout, namespace)
+    if isinstance(found, Verdict):
+        return found
     os.makedirs(layout.probes, 0o700, exist_ok=True)
     ground = host.ground(layout.probes)
     if not ground.xattrs:
@@ -245,19 +236,35 @@ def probe(layout: Layout) -> Fuse | Verdict:
             f"the store's file system ({ground.kind}) takes neither trusted.* nor user.* xattrs",
             incompatible=True,
         )
-    if ":" in layout.root or "\\" in layout.root:
-        return Verdict(f"{NAME} takes no path with a colon or a backslash in it", incompatible=True)
-    facts = (
-        (NAME.replace("-", "_"), ".".join(map(str, version))),
-        # as it is known that a branch is written: by the helper, which can be asked for
-        ("upper_in_use", "helper"),
-    )
-    found = Fuse(layout, os.path.realpath(program), ground.xattrs, open_log(), facts)
+    found = replace(found, namespace=ground.xattrs)
     try:
         _try_out(found)
     except (MountFailed, OSError) as error:
         return refused("fuse", layout.probes, error)
     return found
+
+
+def untried(layout: Layout, namespace: XattrNamespace) -> Fuse | Verdict:
+    """As `probe`, without a trial: for a store that this has served before."""
+    program = shutil.which(NAME, path=f"{os.environ.get('PATH', '')}:/usr/bin:/usr/local/bin")
+    if program is None:
+        return Verdict(f"the program {NAME} is not installed")
+    version = _version(program)
+    shown = ".".join(map(str, version)) or "unknown"
+    if version < _OLDEST:
+        return Verdict(f"{program} has the version {shown}; it has to be 1.5 or later")
+    if "fuse" not in host.filesystems():
+        host.load_module("fuse")
+    try:
+        os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except OSError as error:
+        passing = error.errno in PASSING
+        return Verdict(f"{_DEVICE} cannot be opened: {error.strerror}", passing=passing)
+    if ":" in layout.root or "\\" in layout.root:
+        return Verdict(f"{NAME} takes no path with a colon or a backslash in it", incompatible=True)
+    # a branch is known to be written by its helper, which can be asked for
+    facts = ((NAME.replace("-", "_"), shown), ("upper_in_use", "helper"))
+    return Fuse(layout, os.path.realpath(program), namespace, open_log(), facts)
 
 
 def _try_out(backend: Fuse) -> None:

@@ -178,6 +178,16 @@ def probe(layout: Layout) -> Overlay | Verdict:
     return replace(found, facts=facts)
 
 
+def untried(layout: Layout, namespace: XattrNamespace) -> Overlay | Verdict:
+    """As `probe`, without a trial: for a store that this has served before."""
+    if missing := host.missing_filesystem("overlay"):
+        return Verdict(f"this kernel has no overlayfs ({missing})")
+    options = (*_known_options(), *exclusive.user_xattr(namespace))
+    facts = (("overlay_options", ",".join(options)), ("upper_in_use", "unseen"))
+    empty = f"{layout.private}/empty"
+    return Overlay(namespace, options, empty, layout.probes, open_log(), facts)
+
+
 def _try_out(backend: Overlay) -> bool:
     """Mount a trial union and use it; whether a second mount of its upper directory is noticed."""
     with scratch_dirs(
