@@ -85,6 +85,9 @@ class Exists:
 
     exists: bool
 
+    def __bool__(self) -> bool:
+        return self.exists
+
 
 @dataclass(frozen=True, slots=True)
 class Created:
@@ -100,6 +103,9 @@ class Removed:
     removed: bool
     reason: str = ""
     references: int = 0
+
+    def __bool__(self) -> bool:
+        return self.removed
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,3 +300,6 @@ class Converted:
     """False if the layer was in that dialect already."""
 
     converted: bool
+
+    def __bool__(self) -> bool:
+        return self.converted

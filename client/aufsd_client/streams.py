@@ -4,6 +4,8 @@ The descriptors of the caller's own objects stay the caller's. Standard library 
 """
 
 import os
+import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Protocol
@@ -40,7 +42,8 @@ def source(given: HasFileno | Path | bytes | bytearray | memoryview) -> Iterator
 def sink(given: HasFileno | Path | bytearray) -> Iterator[int]:
     """A descriptor to write the tar to: of an object, of a file made at a path, into a bytearray.
 
-    A file that is made here does not stay if the call fails; one that was there is overwritten.
+    At a path, the file has its name when all of it is there: if the call fails, what was there
+    before is there still. A device or a pipe at the path is written to.
     """
     if isinstance(given, bytearray):
         with open(os.memfd_create("aufsd-diff", os.MFD_CLOEXEC), "w+b", buffering=0) as file:
@@ -48,16 +51,8 @@ def sink(given: HasFileno | Path | bytearray) -> Iterator[int]:
             file.seek(0)
             given += file.read()
     elif isinstance(given, (str, os.PathLike)):
-        fd, made = _create(given)
-        try:
+        with _written(os.path.realpath(given)) as fd:
             yield fd
-        except BaseException:
-            if made:
-                with suppress(FileNotFoundError):
-                    os.unlink(given)
-            raise
-        finally:
-            os.close(fd)
     else:
         flush = getattr(given, "flush", None)
         if callable(flush):
@@ -66,9 +61,30 @@ def sink(given: HasFileno | Path | bytearray) -> Iterator[int]:
         yield given.fileno()
 
 
-def _create(path: Path) -> tuple[int, bool]:
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC
+@contextmanager
+def _written(path: str) -> Iterator[int]:
     try:
-        return os.open(path, flags | os.O_EXCL, 0o666), True
-    except FileExistsError:
-        return os.open(path, flags | os.O_TRUNC, 0o666), False
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = 0
+    if mode and not stat.S_ISREG(mode):
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+        return
+    beside = f"{path}.{os.getpid()}-{threading.get_ident()}.new"
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            if mode:
+                os.fchmod(fd, stat.S_IMODE(mode))
+            yield fd
+        finally:
+            os.close(fd)
+        os.rename(beside, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(beside)
+        raise

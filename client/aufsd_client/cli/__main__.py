@@ -3,10 +3,11 @@
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import click
 
-from aufsd_client import __version__
+from aufsd_client import __version__, standard
 from aufsd_client.cli import content, conversion, daemon, export, layers, show, top
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
@@ -57,13 +58,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; the exit status."""
     try:
         status = aufsctl.main(arguments, prog_name="aufsctl", standalone_mode=False)
-        sys.stdout.flush()
+        standard.flush()
     except click.ClickException as error:
         error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         return 130
     except (AufsdError, BadReply, OSError) as error:
+        with suppress(OSError):
+            # what could not be printed is not tried again at exit
+            standard.flush()
         said, advice, status = describe(error)
         show.line(f"aufsctl: {said}", style="red", stderr=True)
         if advice:
@@ -73,6 +77,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """The entry point."""
+    standard.complete()
     # as other commands: who reads our output and has seen enough ends us, without a word
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     sys.exit(run())

@@ -52,14 +52,15 @@ def status(session: Session) -> None:
 
 @click.command()
 @click.pass_obj
-def health(session: Session) -> None:
-    """Whether all is well, check by check."""
+def health(session: Session) -> int:
+    """Whether all is well, check by check; exit status 1 if it is degraded, 2 if it is failing."""
     found = session.ask(calls.health(), monitor=True)
     if session.human:
         rows = [(check.name, check.status, check.detail) for check in found.checks]
         names = ["CHECK", "STATUS", "DETAIL"]
         show.table(names, rows, empty="nothing is checked", colours=show.HEALTH)
         show.line(f"the daemon is {found.status}", style=show.HEALTH.get(found.status, ""))
+    return ("ok", "degraded", "failing").index(found.status)
 
 
 @click.command()

@@ -43,6 +43,10 @@ def export(
     With --oci, write images into an OCI image layout, with a layer for each of the parents. Nothing
     is mounted. `aufsd export` does the same for a store that nobody serves.
     """
+    if directory is None and (gzip or architecture):
+        raise click.UsageError("--gzip and --architecture are for images: with --oci only")
+    if directory is not None and output is not None:
+        raise click.UsageError("--oci names where the images go: -o is for one tar")
     if directory is not None:
         _images(session, ids, directory, compress=gzip, architecture=architecture)
         return

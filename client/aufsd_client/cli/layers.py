@@ -1,13 +1,16 @@
 """Verbs about layers, their references and their mounts."""
 
+import json
+import signal
 from collections.abc import Iterator
 
 import click
 
-from aufsd_client import calls, results
+from aufsd_client import calls, results, standard
 from aufsd_client.cli import show
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session, hint, warn
+from aufsd_client.parsing import parse
 
 
 @click.command()
@@ -73,11 +76,22 @@ def remove(session: Session, id: str, force: bool) -> Exit:
 def get(session: Session, id: str, mount_label: str) -> None:
     """Count a reference to a layer, mount it on the first, and print its path.
 
-    The reference stays until `aufsctl put`.
+    The reference stays until `aufsctl put`; one whose path could not be printed is put back.
     """
-    found = session.ask(calls.get(id, mount_label=mount_label))
-    if session.human:
-        click.echo(found.path)
+    # a reader that is gone is an error here, and not our end
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    request = calls.get(id, mount_label=mount_label)
+    with session.client() as client:
+        answer = client.call(request.method, request.params)
+        try:
+            path = parse(request.result, answer).path
+            click.echo(json.dumps(answer, ensure_ascii=False) if session.as_json else path)
+            standard.flush()
+        except OSError as error:
+            client.put(id)
+            raise OSError(
+                f"the path could not be printed ({error.strerror}); the reference is put back"
+            ) from None
 
 
 @click.command()

@@ -65,6 +65,9 @@ def describe(error: Exception) -> tuple[str, str, Exit]:
         return str(error), "whether it carries the call out is not known", Exit.UNREACHABLE
     if isinstance(error, ConnectionError):
         return str(error), "", Exit.UNREACHABLE
+    if isinstance(error, OSError) and error.strerror:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", "", Exit.REFUSED
     return str(error), "", Exit.REFUSED
 
 
