@@ -47,8 +47,12 @@ class Aufs:
     unions: bool = True
     storage_options: frozenset[str] = frozenset()
     namespace: XattrNamespace = "trusted"
-    # udba=reval, the default, looks at the branch again
-    live_lower_warning: str = ""
+    # udba=reval, the default, looks again at a name in the branch that it came from, not in those
+    # above it; udba=notify is for the kernels that were built with CONFIG_AUFS_HNOTIFY
+    live_lower_warning: str = (
+        "the parent is mounted read-write; of later writes to it aufs shows what was not looked at "
+        "before in the new layer, and old content elsewhere, until that is mounted anew"
+    )
     # the unions in sysfs when the last one was mounted, by name and inode number
     _known: set[tuple[str, int]] = field(default_factory=set, repr=False)
 

@@ -266,6 +266,29 @@ def test_concurrent_mounts_do_not_share_a_translation_file(layers: Layers) -> No
     assert [os.listdir(union.work) for union in unions] == [["union"]] * len(unions)
 
 
+def test_of_later_writes_to_a_lower_branch_what_was_looked_at_before_stays_old(
+    layers: Layers,
+) -> None:
+    """Why `create` warns of a parent that is mounted writable."""
+    base = layers.add({"changed": "old", "deleted": "old", "unseen": "old"})
+    parent = layers.mount(layers.add({"in place": "old"}), base)
+    child = layers.mount(layers.add(), parent.id, base)
+    looked_at = {"changed": "old", "deleted": "old", "in place": "old"}
+    assert {name: Path(child.target, name).read_text() for name in looked_at} == looked_at
+    assert not Path(child.target, "made").exists()
+    for name in ("changed", "in place", "unseen", "made"):
+        Path(parent.target, name).write_text("new")
+    Path(parent.target, "deleted").unlink()
+    # the parent had a file of its own already, or nobody had looked
+    assert Path(child.target, "in place").read_text() == "new"
+    assert Path(child.target, "unseen").read_text() == "new"
+    assert Path(child.target, "changed").read_text() == "old"
+    assert Path(child.target, "deleted").read_text() == "old"
+    assert not Path(child.target, "made").exists()
+    layers.mount_again(child)
+    assert tree(child.target) == dict.fromkeys(("changed", "in place", "unseen", "made"), "new")
+
+
 def test_lower_permissions_do_not_count_with_dirperm1(layers: Layers) -> None:
     """moby#783: a directory opened to others in an upper layer stayed closed."""
     assert dict(layers.backend.facts)["dirperm1"] == "true"

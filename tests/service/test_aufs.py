@@ -47,6 +47,13 @@ def test_a_child_of_a_mounted_layer_shows_every_name(client: Client) -> None:
     assert contents(client, "child") == {"a": "new", "b": "new"}
 
 
+def test_a_child_of_a_layer_that_is_mounted_writable_is_warned_of(client: Client) -> None:
+    (warning,) = client.create("child", parent="written").warnings
+    assert "aufs shows what was not looked at before" in warning
+    client.put("written")
+    assert client.create("other", parent="written").warnings == []
+
+
 def test_a_difference_that_a_mounted_layer_takes_part_in_has_every_name(client: Client) -> None:
     client.create("child", parent="written")
     client.create("nothing")
