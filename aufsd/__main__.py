@@ -86,12 +86,16 @@ def command_line() -> argparse.ArgumentParser:
     config.add_flags(serve)
     serve.set_defaults(run=_serve)
 
-    probe = commands.add_parser("probe", help="say what this host can do, by trying it")
-    probe.add_argument("--root", help="where a store lies or would lie", default="/var/lib/aufsd")
+    says = "say what this host can do, by trying it"
+    probe = commands.add_parser("probe", help=says, description=f"{says}.".capitalize())
+    probe.add_argument(
+        "--root", metavar="DIR", help="where a store lies or would lie", default="/var/lib/aufsd"
+    )
     probe.set_defaults(run=_probe)
 
-    check = commands.add_parser("check", help="check a store that nobody serves")
-    check.add_argument("--root", required=True, help="the store")
+    says = "check a store that nobody serves"
+    check = commands.add_parser("check", help=says, description=f"{says}.".capitalize())
+    check.add_argument("--root", metavar="DIR", required=True, help="the store")
     check.add_argument("--adopt", action="store_true", help="also one that aufsd did not make")
     check.add_argument("--deep", action="store_true", help="look into the layers too")
     check.add_argument("--repair", action="store_true", help="put right what can be")
@@ -105,9 +109,11 @@ def command_line() -> argparse.ArgumentParser:
         "kernel needs no aufs. Of a store that is served, `aufsctl export` does the same.",
     )
     export.add_argument("id", nargs="+", metavar="ID", help="the layer; several with --oci")
-    export.add_argument("--root", default=argparse.SUPPRESS, help="the store")
+    export.add_argument("--root", metavar="DIR", default=argparse.SUPPRESS, help="the store")
     export.add_argument(
-        "--config", help=f"the store and its id maps, from here (default: {config.DEFAULT_FILE})"
+        "--config",
+        metavar="FILE",
+        help=f"the store and its id maps, from here (default: {config.DEFAULT_FILE})",
     )
     export.add_argument("--oci", metavar="DIR", help="add an image for each ID to this OCI layout")
     export.add_argument("--gzip", action="store_true", help="with --oci: compress the layers")

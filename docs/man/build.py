@@ -73,14 +73,22 @@ def key_options() -> Iterator[str]:
         yield sentence(config.HELP[key.name] + repeatable)
 
 
-def check_options() -> Iterator[str]:
-    """The options of `aufsd check`, as argparse knows them."""
+def offline_commands() -> Iterator[str]:
+    """The commands of `aufsd` but `serve`, their arguments and options, as argparse knows them."""
     commands = next(action for action in command_line()._actions if action.choices)
     assert isinstance(commands.choices, dict)
-    for action in commands.choices["check"]._actions:
-        if action.dest != "help":
-            value = ' " DIR"' if action.nargs is None else ""
-            yield f".TP\n.BI {roff(action.option_strings[0])}{value}"
+    for name, parser in commands.choices.items():
+        if name == "serve":
+            continue
+        actions = [action for action in parser._actions if action.dest != "help"]
+        positional = [action.metavar for action in actions if not action.option_strings]
+        yield f'.SS "{roff(" ".join(map(str, ["aufsd", name, *positional])))}"'
+        yield sentence(parser.description or name)
+        for action in actions:
+            called = action.option_strings[0] if action.option_strings else str(action.metavar)
+            takes = bool(action.option_strings) and action.nargs is None
+            value = f' " {action.metavar or action.dest.upper()}"' if takes else ""
+            yield f".TP\n.BI {roff(called)}{value}"
             yield sentence(action.help or "")
 
 
@@ -149,7 +157,7 @@ def sample() -> Iterator[str]:
 def build(directory: Path) -> None:
     """Write all into a directory."""
     words: dict[str, dict[str, Iterator[str]]] = {
-        "aufsd.8": {"OPTIONS": key_options(), "CHECK": check_options(), "METHODS": methods()},
+        "aufsd.8": {"OPTIONS": key_options(), "COMMANDS": offline_commands(), "METHODS": methods()},
         "aufsd.toml.5": {"KEYS": keys(), "KINDS": kinds()},
         "aufsctl.1": {
             "DESCRIPTION": iter([roff(summary(aufsctl))]),
