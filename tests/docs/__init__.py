@@ -1,0 +1,1 @@
+"""What the documentation says to type is typed."""
