@@ -196,11 +196,22 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
                 continue
             if stray := found & elsewhere:
                 yield Problem(id, "stray-xattr", f"{path} has {', '.join(sorted(stray))}", False)
-            if opaque in found and dialect is not Dialect.OVERLAY:
+            # fuse-overlayfs's helper notes so for itself what it says in aufs's way beside it, and
+            # takes the note back when the union is unmounted (union/fuse.py, strip)
+            mixed = opaque in found and dialect is not Dialect.OVERLAY
+            if mixed and not (dialect is Dialect.AUFS and _says_opaque(fd, name)):
                 yield Problem(id, "mixed-dialects", f"{path} is opaque as overlay says it", False)
             if dialect is Dialect.AUFS and _is_long(name):
                 detail = f"{path}: aufs lists names of more than 242 bytes, and cannot open them"
                 yield Problem(id, "long-name", detail, False)
+
+
+def _says_opaque(fd: int, name: bytes) -> bool:
+    try:
+        os.lstat(name + b"/.wh..wh..opq", dir_fd=fd)
+    except OSError:
+        return False
+    return True
 
 
 def _walk(top: str) -> Iterator[tuple[bytes, int, list[tuple[bytes, bool]]]]:

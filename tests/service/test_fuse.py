@@ -146,3 +146,19 @@ def test_what_is_written_through_a_live_mount_is_in_the_diff(
         ["tar", "-xOf", str(tmp_path / "tar"), "new"], capture_output=True, check=True
     )
     assert listed.stdout == b"x" * 300_000
+
+
+def test_ordinary_work_in_a_mount_is_no_problem_to_a_deep_check(
+    mounted: Path, served: Daemon, client: Client
+) -> None:
+    """The helper notes for itself, as overlayfs does, what it says in aufs's way beside it."""
+    (mounted / "new").mkdir()
+    (mounted / "kept").unlink()
+    (mounted / "kept").mkdir()
+    assert client.check("top", deep=True).problems == []
+    # what nothing says beside it is of another dialect all the same
+    stray = served.root / "diff/top/stray"
+    stray.mkdir()
+    os.setxattr(stray, "trusted.overlay.opaque", b"y")
+    (problem,) = client.check("top", deep=True).problems
+    assert (problem.problem, "/stray" in problem.detail) == ("mixed-dialects", True)
