@@ -15,6 +15,7 @@ from msgspec import UNSET
 from aufsd.kernel import syscalls
 from aufsd.kernel.holders import _hidden, holders, in_kernel, look, may_hold
 from aufsd.results import Holder
+from tests.daemon import eventually
 
 pytestmark = pytest.mark.mounts
 
@@ -129,6 +130,8 @@ def test_a_holder_is_named_with_its_use(how: str, union: str) -> None:
 
 def test_a_program_run_from_the_union_holds_it(union: str) -> None:
     with subprocess.Popen([f"{union}/program", "1000"]) as child:
+        # while it is being loaded it may wait for the disk, and then its maps are not read
+        eventually(lambda: ") S " in Path(f"/proc/{child.pid}/stat").read_text())
         found = holders(union)
         child.kill()
     assert found == [Holder(child.pid, "program", ["exe", "map"])]
