@@ -1,10 +1,10 @@
 """Who is let in, what they may ask, and how much at a time. Pure: it counts and refuses.
 
 Limits hold for each socket or each user by itself, so that whoever may open the monitor socket,
-which is everybody, cannot keep others off the control socket.
+which is everybody, cannot keep others off the control socket. Of memory, what connections hold is
+counted: lines that are not whole or not begun, calls that wait, answers that are not taken.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,9 +25,22 @@ class Allow:
     gids: tuple[int, ...] = ()
 
 
+# what holds for each user but root where the configuration says nothing
+CONNECTIONS_PER_USER = 256  # on each socket
+CALLS_PER_USER = 1024
+ARCHIVES_PER_USER = 64
+# bytes that the connections of one user but root may hold, by whether it is the monitor socket;
+# and those of all users together on the monitor socket
+BYTES_PER_USER = {False: 32 << 20, True: 16 << 20}
+BYTES_MONITOR = 64 << 20
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Limits of the edge; seconds and counts. 0 is no limit where "per user" is said."""
+    """Limits of the edge; seconds and counts.
+
+    Where "per user" is said, 0 is the limit above, for each user but root.
+    """
 
     # for each of the two sockets
     max_connections: int = 2000
@@ -45,6 +58,11 @@ class Settings:
     allow: Mapping[Kind, Allow] = field(default_factory=dict)
 
 
+# why peers are dropped: a line that is too long, more descriptors than may wait, answers that are
+# not taken in time, another protocol, more bytes held than a user may
+DROPPED = ("overlong", "descriptors", "slow", "http", "memory")
+
+
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """What the edge has seen since its start, and holds now."""
@@ -53,7 +71,7 @@ class Statistics:
     accepted: int
     refused: int
     in_flight: int
-    # why peers were dropped: "overlong", "descriptors", "slow"
+    # why peers were dropped: see DROPPED
     dropped: Mapping[str, int]
 
 
@@ -64,9 +82,9 @@ class Admission:
     settings: Settings
     # called when the last call has ended while draining
     on_idle: Callable[[], None]
+    # how many descriptors the process may have (RLIMIT_NOFILE)
+    descriptors: int = 1 << 20
     draining: bool = False
-    # when the drain is over, by the clock of who drains
-    drain_until: float = math.inf
     in_flight: int = 0
     accepted: int = 0
     refused: int = 0
@@ -75,6 +93,9 @@ class Admission:
     _connections: Counter[tuple[bool, int]] = field(default_factory=Counter)
     _calls: Counter[int] = field(default_factory=Counter)
     _archives: Counter[int] = field(default_factory=Counter)
+    # (monitor, uid) -> bytes held
+    _bytes: Counter[tuple[bool, int]] = field(default_factory=Counter)
+    _bytes_monitor: int = 0
 
     def statistics(self) -> Statistics:
         """A snapshot."""
@@ -104,12 +125,42 @@ class Admission:
 
     def _room(self, uid: int, *, monitor: bool) -> None:
         of_socket = sum(n for (kind, _), n in self._connections.items() if kind is monitor)
-        limit, per_user = self.settings.max_connections, self.settings.max_connections_per_user
+        # a quarter of the descriptors is the daemon's own, and the monitor socket has one at most
+        open_files = self.descriptors // (4 if monitor else 2)
+        limit = min(self.settings.max_connections, open_files)
         if of_socket >= limit:
             raise Overloaded(f"there are {limit} connections already; try again later", limit=limit)
+        per_user = _limit(self.settings.max_connections_per_user, CONNECTIONS_PER_USER, uid)
         if per_user and self._connections[monitor, uid] >= per_user:
             raise Overloaded(
                 f"user {uid} has {per_user} connections already; close some", limit=per_user
+            )
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def hold(self, uid: int, change: int, *, monitor: bool) -> None:
+        """Count so many bytes more, or less, that connections of a user hold.
+
+        Overloaded if it is more than may be held. It is counted all the same.
+        """
+        key = (monitor, uid)
+        self._bytes[key] += change
+        if not self._bytes[key]:
+            del self._bytes[key]
+        if monitor:
+            self._bytes_monitor += change
+        if change <= 0:
+            return
+        limit = BYTES_PER_USER[monitor]
+        if uid and self._bytes[key] > limit:
+            raise Overloaded(
+                f"the connections of user {uid} hold more than {limit >> 20} MiB of requests and "
+                "answers; read the answers, or ask for less at a time",
+                limit=limit,
+            )
+        if monitor and self._bytes_monitor > BYTES_MONITOR:
+            raise Overloaded(
+                "the monitor socket holds as much as it may; try again later", limit=BYTES_MONITOR
             )
 
     # --- calls --------------------------------------------------------------------------------
@@ -136,38 +187,39 @@ class Admission:
             )
         if self.settings.allow:
             self.permit(peer, groups, method.kind)
+        limit = _limit(self.settings.max_calls_per_user, CALLS_PER_USER, peer.uid)
+        if limit and self._calls.get(peer.uid, 0) >= limit:
+            raise Overloaded(f"user {peer.uid} has {limit} calls running already", limit=limit)
 
     def begin(self, uid: int) -> None:
-        """A line is being worked on."""
+        """A call waits, or an answer waits to be taken."""
         self.in_flight += 1
-        self._calls[uid] = self._calls.get(uid, 0) + 1
+        self._calls[uid] += 1
 
     def end(self, uid: int) -> None:
-        """It is answered."""
+        """It does so no more."""
         self.in_flight -= 1
         _less(self._calls, uid)
         if self.draining and not self.in_flight:
             self.on_idle()
 
-    def start(self, uid: int, method: Method) -> None:
-        """A call is about to run; Overloaded if its user has too many running."""
-        limit = self.settings.max_calls_per_user
-        if limit and self._calls[uid] > limit:
-            raise Overloaded(f"user {uid} has {limit} calls running already", limit=limit)
-        if method.streams:
-            limit = self.settings.max_archives_per_user
-            if limit and self._archives[uid] >= limit:
-                raise Overloaded(f"user {uid} has {limit} archives running already", limit=limit)
-            self._archives[uid] += 1
+    def begin_archive(self, uid: int) -> None:
+        """An archive of this user is about to move; Overloaded if it has too many already."""
+        limit = _limit(self.settings.max_archives_per_user, ARCHIVES_PER_USER, uid)
+        if limit and self._archives[uid] >= limit:
+            raise Overloaded(f"user {uid} has {limit} archives running already", limit=limit)
+        self._archives[uid] += 1
 
-    def stop(self, uid: int, method: Method) -> None:
-        """A call that was started has ended."""
-        if method.streams:
-            _less(self._archives, uid)
+    def end_archive(self, uid: int) -> None:
+        """One that was begun is over."""
+        _less(self._archives, uid)
+
+
+def _limit(setting: int, default: int, uid: int) -> int:
+    return setting or (default if uid else 0)
 
 
 def _less(counts: Counter[K], key: K) -> None:
-    # what a Counter does for a missing key, and to delete one, is Python; this is on every call
     if (left := counts[key] - 1) > 0:
         counts[key] = left
     else:

@@ -1,95 +1,36 @@
-"""What a call is: who asks, for which method, with which descriptor; the driver as seen from here.
+"""What a call is: who asks, for which method, with which descriptor.
 
-A method is an async function `f(call, /, *, name: type = default) -> answer`. Its signature is the
-only place where its parameters are written down: the check of what arrives and the document of
-`rpc.discover` are both made from it.
+A method is a function `f(call, /, *, name: type = default)`. One that never waits returns its
+answer; one that may have to wait returns a coroutine for it, and an `async def` always does. Its
+signature is the only place where its parameters are written down: the check of what arrives and the
+document of `rpc.discover` are both made from it.
 """
 
 import inspect
 import re
+import types
 import typing
-from collections.abc import Awaitable, Callable, Mapping, Sized
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 
-from aufsd import results
+from aufsd.driver import Driver
 from aufsd.kernel.peer import Peer
 from aufsd.rpc.descriptors import require_stream
-from aufsd.store.dialect import Dialect
-from aufsd.store.ids import LayerId
-from aufsd_client.errors import InvalidParams
+from aufsd_client.errors import AufsdError, InvalidParams
 
 # read: asks; use: mounts and content go out; change: the store is another one afterwards
 Kind = Literal["read", "use", "change"]
-Answer = msgspec.Struct | dict[str, object]
-
-
-class Turn(Protocol):
-    """Around calls that are made in one go (aufsd.active.turn.Turn)."""
-
-    @property
-    def unwritten(self) -> Sized:
-        """While there is something in it, no call may be answered; always the same object."""
-
-    def __enter__(self) -> None: ...
-    def __exit__(self, *_: object) -> None: ...
-
-
-class Operations(Protocol):
-    """The driver (aufsd.driver.Driver), as much of it as the API needs."""
-
-    @property
-    def turn(self) -> Turn: ...
-    def version(self) -> results.Version: ...
-    def status(self) -> results.Status: ...
-    def health(self) -> results.Health: ...
-    def metrics(self) -> results.Metrics: ...
-    def exists(self, id: LayerId) -> results.Exists: ...
-    def layers(self, *, after: str, limit: int) -> results.Layers: ...
-    def mounts(self) -> results.MountTable: ...
-    async def create(
-        self,
-        id: LayerId,
-        *,
-        parent: LayerId | None,
-        mount_label: str,
-        storage_opt: Mapping[str, str],
-    ) -> results.Created: ...
-    async def remove(self, id: LayerId, *, force: bool) -> results.Removed: ...
-    async def get(
-        self,
-        id: LayerId,
-        *,
-        peer: Peer,
-        mount_label: str,
-        hold: Literal["manual", "process"],
-        name: str = "",
-    ) -> results.Got: ...
-    async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put: ...
-    async def diff(
-        self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
-    ) -> results.Streamed: ...
-    async def apply_diff(
-        self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
-    ) -> results.Streamed: ...
-    async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> results.Size: ...
-    async def changes(
-        self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
-    ) -> results.Changes: ...
-    async def get_metadata(self, id: LayerId) -> results.Metadata: ...
-    async def cleanup(self) -> results.Cleanup: ...
-    async def holders(self, id: LayerId) -> results.Holders: ...
-    async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check: ...
-    async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted: ...
+Answer = msgspec.Struct | dict[str, object] | msgspec.Raw
 
 
 @dataclass(slots=True, frozen=True)
 class Call:
     """One call as its method sees it. `fd` is the connection's, which closes it after the call."""
 
-    driver: Operations
+    driver: Driver
     peer: Peer
     # whether this peer may do what this kind of method does, or PermissionDenied
     permit: Callable[[Kind], None]
@@ -105,17 +46,28 @@ class Method:
     """One row of api.md's table."""
 
     name: str
-    function: Callable[..., Awaitable[Answer]]
+    function: Callable[..., Answer | Coroutine[Any, Any, Answer]]
     kind: Kind
     # served on the monitor socket too
     monitor: bool
     # moves a tar: cancelled when its peer goes away
     streams: bool
+    # called without the library when its parameters come by name (dispatch.py)
+    short: bool
     params: type[msgspec.Struct]
+    # those of its parameters that are integers
+    integers: tuple[str, ...]
     result: Any
+    # what it may answer beside the errors of every method
+    errors: tuple[type[AufsdError], ...]
 
     def parse(self, params: dict[str, object]) -> dict[str, object]:
         """The arguments for `function`, defaults filled in; or InvalidParams."""
+        for name in self.integers:
+            value = params.get(name)
+            # JSON has one kind of number: 5.0 is the integer (RFC 8259, section 6)
+            if type(value) is float and value.is_integer():
+                params = {**params, name: int(value)}
         try:
             return msgspec.structs.asdict(msgspec.convert(params, self.params))
         except msgspec.ValidationError as error:
@@ -123,12 +75,13 @@ class Method:
 
 
 def method(
-    function: Callable[..., Awaitable[Answer]],
+    function: Callable[..., Answer | Coroutine[Any, Any, Answer]],
     kind: Kind,
-    *,
+    *errors: type[AufsdError],
     name: str = "",
     monitor: bool = False,
     streams: bool = False,
+    short: bool = False,
 ) -> Method:
     """The row for a method's function."""
     name = name or function.__name__
@@ -146,7 +99,32 @@ def method(
         else:
             fields.append((parameter.name, hints[parameter.name], parameter.default))
     params = msgspec.defstruct(f"{name}.params", fields, kw_only=True, forbid_unknown_fields=True)
-    return Method(name, function, kind, monitor, streams, params, hints["return"])
+    return Method(
+        name=name,
+        function=function,
+        kind=kind,
+        monitor=monitor,
+        streams=streams,
+        short=short,
+        params=params,
+        integers=tuple(each[0] for each in fields if _is_integer(each[1])),
+        result=_answer_of(hints["return"]),
+        errors=errors,
+    )
+
+
+def _is_integer(hint: Any) -> bool:
+    if typing.get_origin(hint) is typing.Annotated:
+        hint = typing.get_args(hint)[0]
+    return hint is int or (
+        typing.get_origin(hint) is Literal
+        and all(type(value) is int for value in typing.get_args(hint))
+    )
+
+
+def _answer_of(hint: Any) -> Any:
+    """The answer's type: of one that may have to be awaited it stands first."""
+    return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
 _MISSING = re.compile(r"Object missing required field (`.*`)")

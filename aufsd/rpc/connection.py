@@ -1,8 +1,8 @@
 """One peer's socket: what comes in is cut into lines and handed to the runner, in order."""
 
+import math
 import socket
-from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
@@ -10,18 +10,22 @@ import structlog
 import trio
 
 from aufsd.kernel.peer import Peer
-from aufsd.rpc import dispatch
+from aufsd.rpc import dispatch, framing
 from aufsd.rpc.descriptors import MAX_UNCLAIMED, Descriptors
+from aufsd.rpc.framing import ReceiveBuffer, Unfinished
 from aufsd.rpc.outbox import Outbox
 from aufsd.rpc.reader import Reader
-from aufsd.rpc.runner import Desk, Runner
-from aufsd.rpc.stepping import first_step
-from aufsd_client.errors import AufsdError, InvalidRequest, ParseError
-from aufsd_client.wire import MAX_LINE, READ_SIZE, LineSplitter
+from aufsd.rpc.runner import Edge, Runner
+from aufsd.rpc.states import Event, State, after
+from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError
+from aufsd_client.wire import MAX_LINE, READ_SIZE
 
+# what the monitor socket serves is asked for in a hundred bytes, and everybody may open it
+MONITOR_MAX_LINE = 32 << 10
+_MONITOR_READ_SIZE = 16 << 10
 # room for twice as many descriptors as may wait; the kernel closes what does not fit
 _ANCILLARY = socket.CMSG_SPACE(2 * MAX_UNCLAIMED * 4)
-# how much of an overlong line is read and thrown away, and for how long, so that a peer that
+# how much of what a refused peer sends is read and thrown away, and for how long, so that one that
 # writes before it reads comes to see why
 _LINGER_BYTES, _LINGER_SECONDS = 16 << 20, 5.0
 
@@ -33,9 +37,9 @@ log = structlog.get_logger(__name__)
 
 
 class Connection:
-    """Owns the socket, and the descriptors on it that no call has claimed, until `close`.
+    """Owns the socket, and the descriptors on it that no call has claimed, until it is closed.
 
-    It closes itself when the peer sends no more and its calls have ended, and says so to `ended`.
+    It closes itself when its peer sends no more and its calls have ended, and says so to `ended`.
     """
 
     def __init__(
@@ -43,143 +47,220 @@ class Connection:
         sock: socket.socket,
         peer: Peer,
         groups: tuple[int, ...],
-        desk: Desk,
+        edge: Edge,
         reader: Reader,
         *,
         monitor: bool,
         ended: Callable[["Connection"], None],
     ) -> None:
         self.peer = peer
+        self.uid = peer.uid
         self.monitor = monitor
+        # the queue's
+        self.queued = False
+        self.deadline = math.inf
         self._sock = sock
-        self._admission = desk.admission
+        self._edge = edge
         self._reader = reader
         self._ended = ended
-        self._lines = LineSplitter(MAX_LINE)
+        self._state = State.READING
+        self._buffer = ReceiveBuffer(MONITOR_MAX_LINE if monitor else MAX_LINE)
+        self._unfinished: Unfinished | None = None
         self._descriptors = Descriptors()
-        self._outbox = Outbox(
-            sock, desk.admission, broken=self.hang_up, slow=partial(self._drop, "slow")
-        )
+        self._outbox = Outbox(sock)
         self._runner = Runner(
-            desk,
+            edge,
             peer,
             groups,
             self._outbox,
             monitor=monitor,
-            hold=partial(reader.hold, self),
-            freed=self._call_ended,
+            later=partial(reader.after_turn, self),
+            start=reader.start,
+            replied=self._on_reply,
+            changed=self._settle,
+            failed=self.fail,
         )
-        # lines that were read and not begun
-        self._arrived: deque[bytes] = deque()
-        # how much the last read brought
+        # how much the last read brought; how much was thrown away
         self._length = 0
-        # in the reader's queue
-        self.queued = False
-        # as many calls run as may
-        self._full = False
-        # nothing more is read; and what there is to say of that is said
-        self._over = False
-        self._finished = False
-        self._dropped = False
-        reader.sockets.add(sock, self)
+        self._discarded = 0
+        # as counted by the admission, and as the poller knows it
+        self._held = 0
+        self._watched = (True, False)
+        reader.poller.add(sock, self)
 
     def close(self) -> None:
         """Close the socket, and the descriptors that came over it. No call may run any more."""
+        self._state = State.CLOSED
+        self._runner.abandon_batch()
+        self._runner.close_outbox()
         self._descriptors.close()
-        self._reader.sockets.remove(self._sock)
+        self._reader.set_deadline(self, math.inf)
+        self._reader.poller.remove(self._sock)
         self._sock.close()
+        self._edge.admission.hold(self.uid, -self._held, monitor=self.monitor)
+        self._held = 0
 
-    def hang_up(self) -> None:
-        """The peer is gone: cancel what streams to or from it. May be called more than once."""
-        self._outbox.close()
-        self._runner.cancel_streams()
+    # --- what the reader tells ----------------------------------------------------------------
 
-    def hurry(self, deadline: float) -> None:
-        """The server is stopping: whatever is being sent has to be out by then (Trio's clock)."""
-        self._outbox.hurry(deadline)
+    def on_ready(self, *, readable: bool, writable: bool, gone: bool) -> None:
+        """Do what the socket is ready for."""
+        if gone:
+            # what it sent is carried out
+            self._runner.close_outbox()
+            self._settle()
+        elif writable:
+            self._flush()
+        if readable:
+            self._read()
+
+    def step(self) -> None:
+        """Begin the next request of a batch, or the next line, in the order they came in."""
+        batch = self._runner.batch
+        if batch is not None and batch.is_ready:
+            self._runner.step_batch()
+        elif self._has_more() and self._has_room():
+            self._next_line()
+        self._settle()
+
+    def expire(self) -> None:
+        """The deadline has passed: an answer was not taken, or the peer was refused."""
+        if self._state is State.REFUSED and not self._outbox:
+            self._move(Event.DONE)
+            self._settle()
+        else:
+            self._drop("slow")
 
     def fail(self, error: Exception) -> None:
         """Have done with a connection that we have a fault in; the fault is its alone."""
         log.error("connection failed", exc_info=error)
         self._cut()
 
+    # --- states -------------------------------------------------------------------------------
+
+    def _move(self, event: Event) -> None:
+        self._state = after(self._state, event)
+
+    def _is(self, state: State) -> bool:
+        # mypy would hold an `is` of our own against what it saw before `_move`
+        return self._state is state
+
+    def _settle(self) -> None:
+        """Draw the conclusions from whatever has changed."""
+        if self._state is State.CLOSED:
+            return
+        self._account()
+        batch, room = self._runner.batch, self._has_room()
+        if self._state is State.READING and not room:
+            self._move(Event.FULL)
+        elif self._state is State.PAUSED and room:
+            self._move(Event.ROOM)
+        if (batch is not None and batch.is_ready) or (room and self._has_more()):
+            self._reader.enqueue(self)
+        if not self._runner.in_flight:
+            if self._state is State.REFUSED:
+                # the peer sees the end, and may go on writing for a while
+                with suppress(OSError):
+                    self._sock.shutdown(socket.SHUT_WR)
+            self._move(Event.IDLE)
+        if self._is(State.CLOSED):
+            self.close()
+            self._ended(self)
+            return
+        self._watch()
+
+    def _has_more(self) -> bool:
+        """Whether there may be a line to begin, or the end to be noticed."""
+        if self._runner.is_starting:
+            return False
+        state = self._state
+        return state is State.ENDED or (state is State.READING and self._buffer.unsearched)
+
+    def _on_reply(self) -> None:
+        # most often there is nothing to conclude from an answer that is out
+        if self._state is not State.READING or self._outbox:
+            self._settle()
+
+    def _has_room(self) -> bool:
+        """Whether another line may be begun. The batches of a connection come one at a time."""
+        runner = self._runner
+        return runner.has_room and (runner.batch is None or not self._buffer.begins_batch())
+
+    def _watch(self) -> None:
+        """Tell the poller and the reader's clock what is waited for."""
+        blocked = bool(self._outbox)
+        wanted = (self._state in (State.READING, State.REFUSED), blocked)
+        if wanted != self._watched:
+            self._watched = wanted
+            self._reader.poller.watch(self._sock, read=wanted[0], write=blocked)
+        if self._state is State.REFUSED:
+            return
+        if blocked and self.deadline == math.inf:
+            timeout = self._edge.admission.settings.send_timeout
+            self._reader.set_deadline(self, trio.current_time() + timeout)
+        elif not blocked and self.deadline != math.inf:
+            self._reader.set_deadline(self, math.inf)
+
+    def _account(self) -> None:
+        """Count what is held; a connection that makes it too much is told, and dropped."""
+        held = len(self._buffer) + self._runner.held
+        if held != self._held:
+            change, self._held = held - self._held, held
+            try:
+                self._edge.admission.hold(self.uid, change, monitor=self.monitor)
+            except Overloaded as error:
+                if self._state is not State.DROPPED:
+                    self._outbox.send(dispatch.failure(None, error) + b"\n")
+                    self._drop("memory")
+
+    def _refuse(self, error: AufsdError, reason: str) -> None:
+        """Tell the peer why nothing more of what it sends is carried out."""
+        self._edge.admission.dropped[reason] += 1
+        self._edge.log.dropped(self.peer, reason)
+        self._buffer.clear()
+        self._descriptors.close()
+        self._runner.refuse(error)
+        self._move(Event.REFUSE)
+        self._reader.set_deadline(self, trio.current_time() + _LINGER_SECONDS)
+
     def _drop(self, reason: str) -> None:
         """Have done with a peer that misbehaves."""
-        if self._dropped:
-            return
-        self._dropped = True
-        self._admission.dropped[reason] += 1
-        log.warning("peer dropped", reason=reason, **self.peer._asdict())
-        self._cut()
+        if self._state not in (State.DROPPED, State.CLOSED):
+            self._edge.admission.dropped[reason] += 1
+            self._edge.log.dropped(self.peer, reason)
+            self._cut()
 
     def _cut(self) -> None:
         """Nothing more goes in or out, and what arrived is not begun."""
-        self._arrived.clear()
+        self._move(Event.DROP)
+        self._buffer.clear()
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        self.hang_up()
-        self._read_no_more()
+        self._runner.abandon_batch()
+        self._runner.close_outbox()
+        self._settle()
 
-    # --- reading ------------------------------------------------------------------------------
+    # --- the socket ---------------------------------------------------------------------------
 
-    def hear(self) -> None:
-        """Read once, unless as many calls run as may."""
-        if self._over or self._is_full():
-            return
-        data = self._receive()
-        if data:
-            self._length = len(data)
-            self._arrived.extend(self._lines.feed(data))
-        if data == b"" or self._lines.overlong:
-            self._read_no_more()
+    def _flush(self) -> None:
+        before = len(self._outbox)
+        self._runner.flush()
+        if len(self._outbox) < before:
+            # the next frame has its own time
+            self._reader.set_deadline(self, math.inf)
+        self._settle()
 
-    def begin(self) -> Awaitable[None] | None:
-        """Begin the next line, in the order they came in; see `first_step` for what is returned.
-
-        After the last one: say what there is to say, and close.
-        """
-        if not self._arrived:
-            if not self._over or self._finished:
-                return None
-            return first_step(self._finish())
-        if self._is_full():
-            return None
-        answer = self._runner.begin(self._arrived.popleft(), self._descriptors.claim)
-        if self._descriptors:
-            self._descriptors.line_done()
-            if not self._arrived:
-                pending = self._lines.pending > 0
-                self._descriptors.read_done(length=self._length, unfinished=pending)
-        if self._arrived or self._over:
+    def _read(self) -> None:
+        """Read once, if anything is to be read."""
+        if self._state is State.REFUSED:
+            self._discard()
+        elif self._state is State.READING and not self._buffer.unsearched:
+            data = self._receive()
+            if data:
+                self._length = len(data)
+                self._buffer.feed(data)
+            elif data is not None:
+                self._move(Event.END)
             self._reader.enqueue(self)
-        return first_step(answer)
-
-    def _is_full(self) -> bool:
-        """Whether the connection has to wait until one of its calls ends."""
-        if not self._full and not self._runner.has_room:
-            self._full = True
-            self._reader.sockets.hush(self._sock)
-        return self._full
-
-    def _call_ended(self) -> None:
-        if self._finished:
-            self._close_when_idle()
-        elif self._full and self._runner.has_room:
-            self._full = False
-            if not self._over:
-                self._reader.sockets.listen(self._sock)
-            self._reader.enqueue(self)
-
-    def _read_no_more(self) -> None:
-        if not self._over:
-            self._over = True
-            self._reader.sockets.hush(self._sock)
-        self._reader.enqueue(self)
-
-    def _close_when_idle(self) -> None:
-        if self._finished and not self._runner.in_flight:
-            self.close()
-            self._ended(self)
 
     def _receive(self) -> bytes | None:
         """One read; b"" at the end, None if there was nothing after all."""
@@ -187,7 +268,7 @@ class Connection:
             if self.monitor:
                 # No method there takes a descriptor. Read so, the kernel drops them unseen, and
                 # nobody can make us close(2), and wait for, a file of a file system of his own.
-                return self._sock.recv(READ_SIZE)
+                return self._sock.recv(_MONITOR_READ_SIZE)
             data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, _ANCILLARY, _CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
             return None
@@ -199,38 +280,96 @@ class Connection:
                 self._descriptors.receive(list(memoryview(payload[:whole]).cast("i")))
         if flags & _CTRUNC or len(self._descriptors) > MAX_UNCLAIMED:
             self._drop("descriptors")
-            return b""
+            return None
         return data
 
-    async def _finish(self) -> None:
-        """The peer sends no more, or nothing that is wanted: tell it what was wrong, and close."""
+    def _discard(self) -> None:
         try:
-            await self._complain()
-        finally:
-            self._finished = True
-            self._close_when_idle()
-
-    async def _complain(self) -> None:
-        if self._lines.overlong:
-            error: AufsdError = InvalidRequest(f"a line of a request has at most {MAX_LINE} bytes")
-        elif self._lines.pending:
-            error = ParseError("the last line has no newline")
-        else:
+            data = self._sock.recv(READ_SIZE)
+        except (BlockingIOError, InterruptedError):
             return
-        await self._outbox.send(dispatch.failure(None, error) + b"\n")
-        if self._lines.overlong:
-            self._admission.dropped["overlong"] += 1
-            with suppress(OSError):
-                self._sock.shutdown(socket.SHUT_WR)
-            await self._linger()
-            self.hang_up()
+        except OSError:
+            data = b""
+        self._discarded += len(data)
+        if not data or self._discarded > _LINGER_BYTES:
+            self._move(Event.DONE)
+            self._settle()
 
-    async def _linger(self) -> None:
-        left = _LINGER_BYTES
-        with trio.move_on_after(_LINGER_SECONDS):
-            while left > 0 and not self._outbox.closed:
-                await trio.lowlevel.wait_readable(self._sock)
-                with suppress(BlockingIOError, InterruptedError):
-                    if not (data := self._sock.recv(READ_SIZE)):
-                        return
-                    left -= len(data)
+    def _next_line(self) -> None:
+        """Begin the next whole line; after the last one, say what is wrong with the rest."""
+        try:
+            line = self._buffer.next_line()
+        except InvalidRequest as error:
+            self._refuse(error, "overlong")
+            return
+        if line is not None:
+            self._begin(line)
+            if self._descriptors:
+                self._descriptors.line_done()
+                if not self._buffer.has_line():
+                    unfinished = len(self._buffer) > 0
+                    self._descriptors.read_done(length=self._length, unfinished=unfinished)
+        elif self._state is State.ENDED:
+            if len(self._buffer):
+                self._buffer.clear()
+                self._runner.refuse(ParseError("the last line has no newline"))
+            self._move(Event.DONE)
+
+    def _begin(self, line: bytes) -> None:
+        try:
+            if self._unfinished is not None and self._is_inside(line):
+                return
+            if line[:1] != b"{" and line.lstrip()[:1] == b"[":
+                elements = dispatch.split_batch(line)
+                self._runner.begin_batch(elements, self._claim_all(elements), len(line))
+                return
+            message = dispatch.decode(line)
+        except ParseError as error:
+            self._explain(line, error)
+        except InvalidRequest as error:
+            self._runner.refuse(error)
+        else:
+            fd = None
+            if self._descriptors and dispatch.claims(message):
+                fd = self._descriptors.claim()
+            self._runner.begin(message, fd, len(line))
+
+    def _claim_all(self, elements: list[dispatch.Element]) -> list[int | None]:
+        """The descriptors of a batch: they are claimed before any of its requests is begun."""
+        if not self._descriptors:
+            return []
+        claimed: list[int | None] = []
+        for element in elements:
+            with suppress(ParseError):
+                if dispatch.claims(dispatch.decode(element)):
+                    claimed.append(self._descriptors.claim())
+                    continue
+            claimed.append(None)
+        return claimed
+
+    # --- lines that are no JSON ---------------------------------------------------------------
+
+    def _explain(self, line: bytes, error: ParseError) -> None:
+        if framing.is_http(line):
+            self._refuse(framing.HTTP, "http")
+            return
+        if Unfinished.begins_with(line):
+            self._unfinished = Unfinished(line)
+        self._runner.refuse(framing.explain(line, error))
+
+    def _is_inside(self, line: bytes) -> bool:
+        """Whether a line belongs to a value that began on an earlier one, and is answered if so."""
+        assert self._unfinished is not None
+        try:
+            inside = self._unfinished.takes(line)
+        except ParseError as error:
+            self._refuse(error, "overlong")
+            return True
+        if not inside or self._unfinished.ended:
+            self._unfinished = None
+        if inside:
+            with suppress(ParseError):
+                message = dispatch.decode(line)
+                if isinstance(message, dict) and "id" in message:
+                    self._runner.refuse(framing.INSIDE, message)
+        return inside

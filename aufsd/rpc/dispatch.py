@@ -1,26 +1,35 @@
-"""JSON-RPC 2.0: a line in, a bound call out; an answer in, a line out. Here is jsonrpcserver used.
+"""JSON-RPC 2.0: a request object in, a reply out. The only place where jsonrpcserver is used.
 
-The library finds the method and checks how it is called; what it finds is bound here and awaited by
-the connection, for the library's own way to await is asyncio's. It is given one request object at a
-time: for a batch with one bad element it answers a single error, where the specification wants one
-for each. A notification's call is taken from the context object, for the library drops its result.
+The library dispatches: it finds the method that is registered under the name, refuses parameters
+that do not fit, calls the method, and makes the reply from the Success or Error that it returns.
+A method that has to wait returns Success(None) and leaves its coroutine in the Request, for the
+library's own way to await is asyncio's; the answer is put into the library's reply when it is
+there. Four things are decided before the library is asked, or after it:
 
-What the library says to a request with parameters by name depends on the name of the method alone.
-It is asked once for each name, and what it found is remembered: asking costs half of a short call.
+* what a line is (a value, a batch, another protocol): framing.py and `decode`;
+* what a request object is (`fault`): the library's JSON schema says the same at forty times the
+  cost, and its refusal forgets the id;
+* batches are given to it one request at a time: it answers a batch with one bad element by a single
+  error, where the specification wants one for each, and it could not wait between two;
+* the sentences of MethodNotFound and InvalidParams, and the types of parameters (calls.py).
+
+`get` and `put` with parameters by name go a short way past it (`Method.short`): the same function
+is called and the same reply is made. Most of their calls only count, and the library's share would
+be as much again as all the rest of such a call (docs/architecture.md has the figures).
 """
 
 import inspect
+import types
 import typing
-from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from jsonrpcserver import Result, Success, dispatch_to_response
+from jsonrpcserver import Error, Result, Success, dispatch_to_serializable
 
 from aufsd.rpc.calls import Answer, Call, Method
+from aufsd.rpc.faults import translate
 from aufsd_client.errors import (
     AufsdError,
     InvalidParams,
@@ -31,165 +40,66 @@ from aufsd_client.errors import (
 
 # Asks whether this call may be made now and here; raises PermissionDenied, ShuttingDown, ...
 Gate = Callable[[Method], None]
-Binder = Callable[..., Result]
 
 # A line of 1 MiB has no room for more calls than this (34 bytes for the shortest, and a comma), so
 # a longer batch holds others; a million of them would be answered with a hundred million bytes.
 MAX_BATCH = 30_000
 
-_BOUND: Result = Success(None)
+# a part of a line that is not decoded yet
+Element = msgspec.Raw
+
 _MEMBERS = frozenset({"jsonrpc", "method", "params", "id"})
+_ID_TYPES = (str, int, float, type(None))
 
 
 @dataclass(slots=True)
-class Bound:
-    """One request object: a call that is ready to run, or the error that it is answered with."""
+class Request:
+    """One request object, and what has become of it so far.
+
+    `waiting` has to be awaited if it is there; then `answered` or `failed` is called with the
+    outcome. After that `reply` is what the peer is sent: None for a notification.
+    """
 
     gate: Gate
     call: Call
+    id: object = None
+    notification: bool = False
     # None until a method of the table was found
     row: Method | None = None
     # the layer's id, for the log; whatever the peer put there
     subject: object = None
-    id: object = None
-    # a notification is not answered
-    silent: bool = False
-    run: Callable[[], Awaitable[Answer]] | None = None
     error: AufsdError | None = None
+    waiting: Coroutine[Any, Any, Answer] | None = None
+    reply: dict[str, object] | None = None
+    # "ok", "cancelled", or the error's name
+    outcome: str = "ok"
+
+    def answered(self, answer: Answer | None) -> None:
+        """The call was carried out."""
+        if not self.notification:
+            self.reply = {"jsonrpc": "2.0", "result": answer, "id": self.id}
+
+    def failed(self, error: AufsdError) -> None:
+        """The call was not."""
+        self.error, self.outcome = error, type(error).__name__
+        if not self.notification:
+            self.reply = {"jsonrpc": "2.0", "error": error.to_wire(), "id": self.id}
+
+    def cancelled(self) -> None:
+        """The call was cut off, and is not answered."""
+        self.error, self.outcome, self.reply = None, "cancelled", None
+
+    def encode(self) -> bytes:
+        """The reply as JSON. A result that JSON has no form for is an InternalError instead."""
+        try:
+            return _encode(self.reply)
+        except Exception as raised:
+            self.failed(translate(raised))
+            return _encode(self.reply)
 
 
-class _ByName(inspect.Signature):
-    """What the library checks a call against: made once, as it asks for it at every call."""
-
-    def bind(self, /, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
-        """Refuse parameters by position; those by name are looked at by their types, later."""
-        if len(args) > 1:
-            raise TypeError("parameters are given by name")
-        return inspect.BoundArguments(self, OrderedDict())
-
-
-@dataclass(frozen=True, slots=True)
-class Bindings:
-    """The table as the library wants it: functions that bind a call and do not make it."""
-
-    rows: Mapping[str, Method]
-    methods: dict[str, Binder]
-    # the rows that the library found
-    found: dict[object, Method] = field(default_factory=dict)
-
-
-def bindings(table: Mapping[str, Method]) -> Bindings:
-    """Bindings for a method table."""
-    return Bindings(table, {name: _binder(row) for name, row in table.items()})
-
-
-def _binder(row: Method) -> Binder:
-    def binder(bound: Bound, /, **params: object) -> Result:
-        _bind(row, bound, params)
-        return _BOUND
-
-    binder.__signature__ = _ByName()  # type: ignore[attr-defined]
-    return binder
-
-
-def _bind(row: Method, bound: Bound, params: dict[str, object]) -> None:
-    bound.row = row
-    bound.subject = params.get("id")
-    try:
-        bound.gate(row)
-        bound.run = partial(row.function, bound.call, **row.parse(params))
-    except AufsdError as error:
-        bound.error = error
-
-
-def decode(line: bytes) -> object:
-    """The JSON value of a line, or ParseError."""
-    try:
-        return msgspec.json.decode(line)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ParseError(f"not a JSON value in UTF-8: {str(error)[:200]}") from None
-    except RecursionError:
-        raise ParseError("not a JSON value that anybody needs: nested too deep") from None
-
-
-def fault(request: object) -> str:
-    """Why this is not a request object of JSON-RPC 2.0; "" if it is one.
-
-    The verdicts are those of the library's JSON schema, at a fortieth of its cost.
-    """
-    if not isinstance(request, dict):
-        return "a request is an object"
-    if request.get("jsonrpc") != "2.0":
-        return 'the member "jsonrpc" has to be "2.0"'
-    if not isinstance(request.get("method"), str):
-        return 'the member "method" has to be a string'
-    if "params" in request and not isinstance(request["params"], (dict, list)):
-        return 'the member "params" has to be an object'
-    if "id" in request and type(request["id"]) not in (str, int, float, type(None)):
-        return 'the member "id" has to be a string, a number or null'
-    if len(request) > 2 and not _MEMBERS.issuperset(request):
-        return "a request has no members but jsonrpc, method, params and id"
-    return ""
-
-
-def check(request: Any) -> Any:
-    """The validator that the library calls: raises on what is no request."""
-    if reason := fault(request):
-        raise ValueError(reason)
-    return request
-
-
-def claims(request: object) -> bool:
-    """Whether a request claims a descriptor: `"fd": 0` in its params, whatever else is wrong."""
-    params = request.get("params") if isinstance(request, dict) else None
-    fd = params.get("fd") if isinstance(params, dict) else None
-    return type(fd) is int and fd == 0
-
-
-def bind(request: object, table: Bindings, gate: Gate, call: Call) -> Bound:
-    """What one decoded request object asks for. Raises nothing; the fault is in `error`."""
-    bound = Bound(gate, call)
-    if reason := fault(request):
-        # the specification, section 5: the id of the answer is null then
-        bound.error = InvalidRequest(reason)
-        return bound
-    assert isinstance(request, dict)
-    bound.id = request.get("id")
-    bound.silent = "id" not in request
-    method, params = request["method"], request.get("params", _NO_PARAMS)
-    by_name = type(params) is dict
-    if by_name and (row := table.found.get(method)):
-        _bind(row, bound, params)
-        return bound
-    dispatch_to_response(
-        typing.cast(str, request),  # text, were it not for the deserializer
-        methods=table.methods,
-        context=bound,
-        deserializer=_same,
-        validator=check,
-    )
-    if method not in table.methods:
-        bound.error = MethodNotFound(f"there is no method {method[:100]}")
-    elif by_name:
-        table.found[method] = table.rows[method]
-    else:
-        # an empty list passes the library for no parameters at all
-        bound.run, bound.error = None, InvalidParams("parameters are given by name, as an object")
-    return bound
-
-
-_NO_PARAMS: dict[str, object] = {}
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-# --- answers ----------------------------------------------------------------------------------
-
-_encode = msgspec.json.Encoder().encode
 # data of an error is for reading: what JSON has no form for goes out as text
-_encode_error = msgspec.json.Encoder(enc_hook=str).encode
+_encode = msgspec.json.Encoder(enc_hook=str).encode
 
 
 def success(id: object, answer: Answer) -> bytes:
@@ -198,5 +108,164 @@ def success(id: object, answer: Answer) -> bytes:
 
 
 def failure(id: object, error: AufsdError) -> bytes:
-    """The reply to one that was not."""
-    return _encode_error({"jsonrpc": "2.0", "error": error.to_wire(), "id": id})
+    """The reply to one that was not; the id is None if none could be read."""
+    return _encode({"jsonrpc": "2.0", "error": error.to_wire(), "id": id})
+
+
+# --- the table, as the library wants it -------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Methods:
+    """`registered` is the library's table. `short`: those that may be called without it."""
+
+    registered: dict[str, Callable[..., Result]]
+    short: dict[str, Method]
+
+
+def register(table: Mapping[str, Method]) -> Methods:
+    """Every row as a method of the library."""
+    return Methods(
+        {name: _registered(row) for name, row in table.items()},
+        {name: row for name, row in table.items() if row.short},
+    )
+
+
+def _registered(row: Method) -> Callable[..., Result]:
+    def call(request: Request, /, **params: object) -> Result:
+        answer = _carry_out(row, request, params)
+        if request.error is not None:
+            return Error(**request.error.to_wire())
+        return Success(answer)
+
+    # the library asks for it at every call, which costs as much as the rest of what it does
+    call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    return call
+
+
+def _carry_out(row: Method, request: Request, params: dict[str, object]) -> Answer | None:
+    """The answer of a call; None with `error` or `waiting` set if there is none yet."""
+    request.row = row
+    request.subject = params.get("id")
+    try:
+        request.gate(row)
+        answer = row.function(request.call, **row.parse(params))
+    except Exception as raised:
+        request.failed(translate(raised))
+        return None
+    if isinstance(answer, types.CoroutineType):
+        request.waiting = answer
+        return None
+    return typing.cast(Answer, answer)
+
+
+# --- from the line to the reply ---------------------------------------------------------------
+
+
+def decode(line: bytes | Element) -> object:
+    """The JSON value of a line or of an element of a batch, or ParseError."""
+    try:
+        return msgspec.json.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ParseError(f"not a JSON value in UTF-8: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ParseError("not a JSON value that anybody needs: nested too deep") from None
+
+
+def split_batch(line: bytes) -> list[Element]:
+    """The elements of a batch, not decoded yet: a megabyte of JSON is twenty of objects.
+
+    Raises ParseError, and InvalidRequest for a batch without elements or with too many.
+    """
+    try:
+        line.decode()
+        elements = _split(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ParseError(f"not a JSON value in UTF-8: {str(error)[:200]}") from None
+    except RecursionError:
+        raise ParseError("not a JSON value that anybody needs: nested too deep") from None
+    if not elements:
+        raise InvalidRequest("a batch holds at least one request")
+    if len(elements) > MAX_BATCH:
+        raise InvalidRequest(f"a batch has at most {MAX_BATCH} calls")
+    return elements
+
+
+_split = msgspec.json.Decoder(list[Element]).decode
+
+
+def fault(message: object) -> str:
+    """Why this is not a request object of JSON-RPC 2.0; "" if it is one.
+
+    The verdicts are those of the library's JSON schema, but that `params` may be null.
+    """
+    if not isinstance(message, dict):
+        return "a request is an object"
+    if message.get("jsonrpc") != "2.0":
+        return 'the member "jsonrpc" has to be "2.0"'
+    if not isinstance(message.get("method"), str):
+        return 'the member "method" has to be a string'
+    if not isinstance(message.get("params"), (dict, list, type(None))):
+        return 'the member "params" has to be an object'
+    if "id" in message and type(message["id"]) not in _ID_TYPES:
+        return 'the member "id" has to be a string, a number or null'
+    if len(message) > 2 and not _MEMBERS.issuperset(message):
+        return "a request has no members but jsonrpc, method, params and id"
+    return ""
+
+
+def readable_id(message: object) -> object:
+    """The id of what may be no request; None if it has none that an answer could carry."""
+    id = message.get("id") if isinstance(message, dict) else None
+    return id if type(id) in _ID_TYPES else None
+
+
+def claims(message: object) -> bool:
+    """Whether a request claims a descriptor: `"fd": 0` in its params, whatever else is wrong."""
+    params = message.get("params") if isinstance(message, dict) else None
+    fd = params.get("fd") if isinstance(params, dict) else None
+    return type(fd) in (int, float) and fd == 0
+
+
+def dispatch(message: object, methods: Methods, gate: Gate, call: Call) -> Request:
+    """Carry out what one decoded request object asks for, as far as that needs no waiting.
+
+    Raises nothing: whatever is wrong is in the Request, as its `error` and `reply`.
+    """
+    request = Request(gate, call)
+    if reason := fault(message):
+        request.id = readable_id(message)
+        request.failed(InvalidRequest(reason))
+        return request
+    assert isinstance(message, dict)
+    request.id = message.get("id")
+    request.notification = "id" not in message
+    params = message.get("params")
+    if type(params) is dict and (row := methods.short.get(message["method"])):
+        answer = _carry_out(row, request, params)
+        if request.error is None and request.waiting is None:
+            request.answered(answer)
+        return request
+    reply = dispatch_to_serializable(
+        message, methods=methods.registered, context=request, deserializer=_same, validator=_same
+    )
+    if request.row is not None:
+        request.reply = typing.cast("dict[str, object] | None", reply)
+    elif message["method"] in methods.registered:
+        request.failed(InvalidParams("parameters are given by name, as an object"))
+    else:
+        request.failed(MethodNotFound(f"there is no method {message['method'][:100]}"))
+    return request
+
+
+def refused(error: AufsdError, gate: Gate, call: Call, message: object = None) -> Request:
+    """What became of a line, or of the request in it, that the library is not asked about."""
+    request = Request(gate, call)
+    if isinstance(message, dict):
+        request.id, request.notification = readable_id(message), "id" not in message
+    request.failed(error)
+    return request
+
+
+def _same(value: Any) -> Any:
+    return value

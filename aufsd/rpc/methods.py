@@ -3,10 +3,10 @@
 The first paragraph of a docstring goes into the document of `rpc.discover`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from functools import cache
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
@@ -30,32 +30,32 @@ def _parse_optional(id: str) -> LayerId | None:
 # --- what the monitor socket serves too -------------------------------------------------------
 
 
-async def version(call: Call, /) -> results.Version:
+def version(call: Call, /) -> results.Version:
     """What this daemon is, which API it speaks, and what it can do beyond the first of its kind."""
     return call.driver.version()
 
 
-async def ping(call: Call, /) -> results.Empty:
+def ping(call: Call, /) -> results.Empty:
     """Answer, and nothing else."""
     return results.Empty()
 
 
-async def status(call: Call, /) -> results.Status:
+def status(call: Call, /) -> results.Status:
     """The state of the store in rows, Docker's four first. It walks nothing."""
     return call.driver.status()
 
 
-async def health(call: Call, /) -> results.Health:
+def health(call: Call, /) -> results.Health:
     """Whether all is well, check by check; for a monitoring script to poll."""
     return call.driver.health()
 
 
-async def metrics(call: Call, /) -> results.Metrics:
+def metrics(call: Call, /) -> results.Metrics:
     """Counters and gauges as Prometheus text exposition."""
     return call.driver.metrics()
 
 
-async def discover_(call: Call, /) -> dict[str, object]:
+def discover_(call: Call, /) -> dict[str, object]:
     """This document."""
     return _document()
 
@@ -68,7 +68,7 @@ def _document() -> dict[str, object]:
 # --- layers -----------------------------------------------------------------------------------
 
 
-async def exists(call: Call, /, *, id: str) -> results.Exists:
+def exists(call: Call, /, *, id: str) -> results.Exists:
     """Whether there is a layer of this id."""
     return call.driver.exists(parse_id(id))
 
@@ -101,7 +101,7 @@ async def get_metadata(call: Call, /, *, id: str) -> results.Metadata:
     return await call.driver.get_metadata(parse_id(id))
 
 
-async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
+def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
     """The layers by id, one page."""
     return call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
 
@@ -109,7 +109,7 @@ async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> resul
 # --- mounts -----------------------------------------------------------------------------------
 
 
-async def get(
+def get(
     call: Call,
     /,
     *,
@@ -117,23 +117,24 @@ async def get(
     mount_label: str = "",
     hold: Literal["manual", "process"] = "manual",
     name: str = "",
-) -> results.Got:
+) -> results.Got | Coroutine[Any, Any, results.Got]:
     """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you.
 
     Under a `name` a reference counts once, and is there until it is put under it.
     """
-    return await call.driver.get(
-        parse_id(id),
-        peer=call.peer,
-        mount_label=parse_label(mount_label),
-        hold=hold,
-        name=parse_name(name),
-    )
+    layer, label, called = parse_id(id), parse_label(mount_label), parse_name(name)
+    driver, peer = call.driver, call.peer
+    counted = driver.get_now(layer, peer=peer, mount_label=label, hold=hold, name=called)
+    return counted or driver.get(layer, peer=peer, mount_label=label, hold=hold, name=called)
 
 
-async def put(call: Call, /, *, id: str, name: str = "") -> results.Put:
+def put(
+    call: Call, /, *, id: str, name: str = ""
+) -> results.Put | Coroutine[Any, Any, results.Put]:
     """Drop one reference to a layer, that of the `name` if given; the last one unmounts it."""
-    return await call.driver.put(parse_id(id), peer=call.peer, name=parse_name(name))
+    layer, called, driver = parse_id(id), parse_name(name), call.driver
+    dropped = driver.put_now(layer, peer=call.peer, name=called)
+    return dropped or driver.put(layer, peer=call.peer, name=called)
 
 
 async def cleanup(call: Call, /) -> results.Cleanup:
@@ -141,7 +142,7 @@ async def cleanup(call: Call, /) -> results.Cleanup:
     return await call.driver.cleanup()
 
 
-async def mounts(call: Call, /) -> results.MountTable:
+def mounts(call: Call, /) -> results.MountTable:
     """The active-mount table: what is mounted, and who holds it."""
     return call.driver.mounts()
 
@@ -215,8 +216,8 @@ TABLE: dict[str, Method] = {
         method(exists, "read"),
         method(create, "change"),
         method(remove, "change"),
-        method(get, "use"),
-        method(put, "use"),
+        method(get, "use", short=True),
+        method(put, "use", short=True),
         method(diff, "use", streams=True),
         method(apply_diff, "change", streams=True),
         method(diff_size, "read"),

@@ -1,94 +1,55 @@
-"""The sending half of a connection: whole frames, one after the other, for who takes them."""
+"""The sending half of a connection: whole frames, one after the other, without waiting."""
 
 import socket
-from collections.abc import Callable
-
-import trio
-
-from aufsd.rpc.admission import Admission
+from collections import deque
 
 
 class Outbox:
     """Sends on a socket that is not its own. `close` it when nobody is there to read."""
 
-    def __init__(
-        self,
-        sock: socket.socket,
-        admission: Admission,
-        *,
-        broken: Callable[[], None],
-        slow: Callable[[], None],
-    ) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self._admission = admission
-        self._broken = broken
-        self._slow = slow
-        self._lock = trio.Lock()
-        self._scope: trio.CancelScope | None = None
-        self.closed = False
-        # bytes of frames that wait to go out
+        # what is left of each frame that is not out
+        self._frames: deque[memoryview] = deque()
+        # bytes of them
         self.held = 0
+        self.closed = False
+
+    def __len__(self) -> int:
+        """How many frames are not out."""
+        return len(self._frames)
+
+    def send(self, frame: bytes) -> None:
+        """Send a frame, or what the socket takes of it; the rest waits for `flush`."""
+        if self.closed:
+            return
+        sent = 0 if self._frames else self._send(frame)
+        if sent < len(frame) and not self.closed:
+            self._frames.append(memoryview(frame)[sent:])
+            self.held += len(frame) - sent
+
+    def flush(self) -> None:
+        """Send what waits, as far as the socket takes it."""
+        while self._frames and not self.closed:
+            sent = self._send(self._frames[0])
+            self.held -= sent
+            if sent < len(self._frames[0]):
+                self._frames[0] = self._frames[0][sent:]
+                return
+            self._frames.popleft()
 
     def close(self) -> None:
         """Send no more; a frame that is half out stays so."""
         self.closed = True
+        self._frames.clear()
+        self.held = 0
 
-    def hurry(self, deadline: float) -> None:
-        """Whatever is being sent has to be out by then (Trio's clock)."""
-        if self._scope is not None:
-            self._scope.deadline = min(self._scope.deadline, deadline)
-
-    def send_now(self, frame: bytes) -> int:
-        """Send what goes out without waiting, if no other frame is half out; how much that was."""
-        if self.closed or self.held:
-            return 0
+    def _send(self, data: bytes | memoryview) -> int:
         try:
-            return self._sock.send(frame)
+            return self._sock.send(data)
         except (BlockingIOError, InterruptedError):
             return 0
         except OSError:
-            self._broken()
-            return 0
-
-    async def send(self, frame: bytes) -> None:
-        """Send one frame, whole. A peer that does not take it in time is called slow."""
-        await self.finish(frame, self.send_now(frame))
-
-    async def finish(self, frame: bytes, sent: int) -> None:
-        """Send what `send_now` left of a frame; nothing may be awaited between the two.
-
-        Cancellation counts until the first byte is out, and not after it.
-        """
-        if sent == len(frame) or self.closed:
-            return
-        left = len(frame) - sent
-        self.held += left
-        try:
-            if sent:
-                self._lock.acquire_nowait()
-            else:
-                # another frame is half out, or nothing more goes in
-                await self._lock.acquire()
-            try:
-                await self._send_rest(memoryview(frame)[sent:])
-            finally:
-                self._lock.release()
-        finally:
-            self.held -= left
-
-    async def _send_rest(self, rest: memoryview) -> None:
-        deadline = trio.current_time() + self._admission.settings.send_timeout
-        deadline = min(deadline, self._admission.drain_until)
-        with trio.CancelScope(shield=True, deadline=deadline) as scope:
-            self._scope = scope
-            while rest and not self.closed:
-                await trio.lowlevel.wait_writable(self._sock)
-                try:
-                    rest = rest[self._sock.send(rest) :]
-                except (BlockingIOError, InterruptedError):
-                    continue
-                except OSError:
-                    self._broken()
-        self._scope = None
-        if scope.cancelled_caught:
-            self._slow()
+            # the peer is gone
+            self.close()
+            return len(data)

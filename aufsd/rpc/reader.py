@@ -1,152 +1,177 @@
-"""One task reads all sockets and begins all calls, until a call has to wait."""
+"""One task reads all sockets of a listener, and carries out all calls that need no waiting.
 
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine
-from functools import partial
+What had arrived when it looked is taken in one turn, without an await: a line of each connection
+after the other. What these calls change in the table is written to the journal at the end of the
+turn, in one piece, and then they are answered. A call that has to wait becomes a task.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Sized
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import trio
 
-from aufsd.rpc.calls import Turn
-from aufsd.rpc.sockets import Hearing, Sockets
-from aufsd.rpc.stepping import first_step
+from aufsd.rpc.poller import Poller
+from aufsd.rpc.ready import Queued, ReadyQueue
 from aufsd.service.log import together
 
+# after so many lines everything else in the daemon has a turn
+_LINES = 32
+# and with a share after so long, in seconds, and so many sockets that were read
+_SLICE = 0.0005
+_SOCKETS = 16
 
-class Speaker(Hearing, Protocol):
-    """A connection, as the reader sees it."""
 
-    # it has its place in the queue
-    queued: bool
+class Connection(Queued, Protocol):
+    """A connection, as its reader sees it."""
 
-    def hear(self) -> None:
-        """Read once: there is something, or nothing will come any more."""
+    # when it is given up if nothing changes (Trio's clock); the reader looks now and then
+    deadline: float
 
-    def begin(self) -> Awaitable[None] | None:
-        """Begin what comes next, if anything does; what is left to be awaited of it, if any is."""
+    def on_ready(self, *, readable: bool, writable: bool, gone: bool) -> None:
+        """Do what the socket is ready for: read once, send on, notice that the peer is gone."""
+
+    def step(self) -> None:
+        """Begin what comes next, if anything does."""
+
+    def expire(self) -> None:
+        """The deadline has passed."""
 
     def fail(self, error: Exception) -> None:
-        """One of the above has raised this, or what was awaited."""
+        """One of the above has raised this."""
 
 
-# after so many lines everything else in the daemon has a turn
-_TURN = 32
+# how often deadlines are looked at while there are any
+_SWEEP = 1.0  # seconds
 
 
 class Reader:
-    """Reads for the connections that it knows. `run` is its life."""
+    """Reads for the connections that it knows. `run` is its life.
 
-    def __init__(self, turn: Turn) -> None:
-        self._shared = turn
-        self.sockets: Sockets[Speaker] = Sockets()
-        # those with lines to begin, each once: they take turns, line by line
-        self._queue: deque[Speaker] = deque()
+    `turn` is entered around the calls of one turn, and writes down what they changed when it is
+    left; until then that is in `unwritten`, which is always the same object. `share` is how much of
+    the event loop's time it may take: below 1, it sleeps after each slice to make up for it.
+    """
+
+    def __init__(
+        self, turn: AbstractContextManager[None], unwritten: Sized = (), *, share: float = 1.0
+    ) -> None:
+        self.poller: Poller[Connection] = Poller()
+        self._turn = turn
+        self._unwritten = unwritten
+        # seconds to sleep for each that was used
+        self._rest = 1 / share - 1
+        self._ready: ReadyQueue[Connection] = ReadyQueue()
         # answers that wait for the end of the turn
-        self._held: deque[tuple[Speaker, Coroutine[Any, Any, None]]] = deque()
-        self._waiting = False
-        # a task whose call has waited and ended, to read when the next call waits
-        self._spare = trio.lowlevel.ParkingLot()
+        self._replies: list[tuple[Connection, Callable[[], None]]] = []
+        self._tasks: trio.Nursery | None = None
+        self._timed: set[Connection] = set()
+        self._timing = trio.Event()
 
     async def run(self) -> None:
         """Read, and run calls, until cancelled; then the calls are cancelled too."""
-        async with trio.open_nursery() as tasks:
-            await self._read(tasks)
-
-    def enqueue(self, speaker: Speaker) -> None:
-        """Have a connection looked at, which has something to do."""
-        if not speaker.queued:
-            speaker.queued = True
-            self._queue.append(speaker)
-        if self._waiting:
-            self._waiting = False
-            self.sockets.ring()
-
-    def hold(self, speaker: Speaker, answer: Coroutine[Any, Any, None]) -> None:
-        """Take an answer that may not go out before the turn ends."""
-        self._held.append((speaker, answer))
+        async with trio.open_nursery() as self._tasks:
+            self._tasks.start_soon(self._expire)
+            if self._rest:
+                await self._read_sharing()
+            else:
+                await self._read()
 
     def close(self) -> None:
-        """Let go of what it listens with, when `run` has ended."""
-        self.sockets.close()
+        """Close what it waits with, when `run` has ended."""
+        self.poller.close()
 
-    async def _read(self, tasks: trio.Nursery) -> None:
-        """Be the reader, of which there is one at any time.
+    # --- what connections ask of it -----------------------------------------------------------
 
-        A call that never waits is answered before the next line is looked at, and costs no task;
-        one that does wait keeps this task, and another reads on, which is the one of an earlier
-        such call: a new one costs as much as a short call.
-        """
+    def enqueue(self, connection: Connection) -> None:
+        """Have `step` called: there is something to do."""
+        self._ready.push(connection)
+        self.poller.wake()
+
+    def after_turn(self, connection: Connection, reply: Callable[[], None]) -> None:
+        """Call this when what the present turn has changed so far is written down."""
+        if self._replies or self._unwritten:
+            self._replies.append((connection, reply))
+        else:
+            reply()
+
+    def start(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
+        """Run a call that has to wait in a task of its own. It has to handle its exceptions."""
+        assert self._tasks is not None
+        self._tasks.start_soon(work, *args)
+
+    def set_deadline(self, connection: Connection, deadline: float) -> None:
+        """Have `expire` called about then, unless another deadline is set (math.inf: none)."""
+        connection.deadline = deadline
+        if deadline < float("inf"):
+            self._timed.add(connection)
+            self._timing.set()
+        else:
+            self._timed.discard(connection)
+
+    # --- its life -----------------------------------------------------------------------------
+
+    async def _read(self) -> None:
         while True:
-            waits = self._turn()
-            if waits is None:
-                await self._listen()
-                continue
-            if not self._spare.unpark():
-                tasks.start_soon(self._read, tasks)
-            speaker, rest = waits
-            try:
-                await rest
-            except Exception as error:
-                speaker.fail(error)
-            if self._spare:
-                return
-            await self._spare.park()
+            self._begin()
+            if self._ready:
+                # everything else has its turn
+                await trio.lowlevel.checkpoint()
+            else:
+                await self.poller.wait()
+            self._receive()
 
-    def _turn(self) -> tuple[Speaker, Awaitable[None]] | None:
-        """Begin calls until one waits; that one. None when all are begun, or the turn is over."""
+    async def _read_sharing(self) -> None:
+        """As `_read`, within its share."""
+        while True:
+            if not self._ready:
+                await self.poller.wait()
+            began = time.perf_counter()
+            self._receive()
+            self._begin(until=began + _SLICE)
+            await trio.sleep((time.perf_counter() - began) * self._rest)
+
+    def _receive(self) -> None:
+        for connection, readable, writable, gone in self.poller.ready(
+            _SOCKETS if self._rest else -1
+        ):
+            try:
+                connection.on_ready(readable=readable, writable=writable, gone=gone)
+            except Exception as error:
+                connection.fail(error)
+
+    def _begin(self, until: float = float("inf")) -> None:
+        """Begin what is ready, as much as one turn takes, and answer it."""
         # their lines of the log go out in one piece
         with together():
-            if self._held:
-                return self._answer()
-            if len(self._queue) == 1:
-                # most often it stays the only one, and has nobody to share anything with
-                waits = self._begin(1)
-                if waits is not None or not self._queue:
-                    return waits
-            with self._shared:
-                waits = self._begin(_TURN)
-            # if one waits, the next reader answers the others
-            return waits or self._answer()
+            with self._turn:
+                for _ in range(_LINES):
+                    if not self._ready or time.perf_counter() > until:
+                        break
+                    connection = self._ready.pop()
+                    _guard(connection, connection.step)
+            if self._replies:
+                replies, self._replies = self._replies, []
+                for connection, reply in replies:
+                    _guard(connection, reply)
 
-    def _begin(self, most: int) -> tuple[Speaker, Awaitable[None]] | None:
-        for _ in range(most):
-            if not self._queue:
-                break
-            speaker = self._queue.popleft()
-            speaker.queued = False
-            if (rest := _step(speaker, speaker.begin)) is not None:
-                return speaker, rest
-        return None
-
-    def _answer(self) -> tuple[Speaker, Awaitable[None]] | None:
-        while self._held:
-            speaker, answer = self._held.popleft()
-            if (rest := _step(speaker, partial(first_step, answer))) is not None:
-                return speaker, rest
-        return None
-
-    async def _listen(self) -> None:
-        """Let everything else have its turn, and queue who has sent something by then."""
-        if self._queue:
-            await trio.lowlevel.checkpoint()
-        else:
-            self._waiting = True
-            await self.sockets.wait()
-            self._waiting = False
-        for speaker in self.sockets.heard():
-            if speaker.queued:
-                continue
-            try:
-                speaker.hear()
-            except Exception as error:
-                speaker.fail(error)
-            self.enqueue(speaker)
+    async def _expire(self) -> None:
+        while True:
+            await self._timing.wait()
+            self._timing = trio.Event()
+            while self._timed:
+                earliest = min(connection.deadline for connection in self._timed)
+                await trio.sleep_until(min(earliest, trio.current_time() + _SWEEP))
+                now = trio.current_time()
+                for connection in [each for each in self._timed if each.deadline <= now]:
+                    self._timed.discard(connection)
+                    _guard(connection, connection.expire)
 
 
-def _step(speaker: Speaker, step: Callable[[], Awaitable[None] | None]) -> Awaitable[None] | None:
-    """What is left to be awaited of a step, if anything; a fault in it is the speaker's alone."""
+def _guard(connection: Connection, step: Callable[[], None]) -> None:
+    """A fault of ours in one connection's work is that connection's alone."""
     try:
-        return step()
+        step()
     except Exception as error:
-        speaker.fail(error)
-        return None
+        connection.fail(error)

@@ -1,4 +1,4 @@
-"""The calls of one peer: bound in the order they came in, run side by side, answered as they end.
+"""The calls of one peer: begun in the order they came in, run side by side, answered as they end.
 
 Whatever the peer does, its calls run to their end; only `diff` and `apply_diff`, whose other end is
 the peer, are cancelled when it is gone.
@@ -6,232 +6,305 @@ the peer, are cancelled when it is gone.
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
 
+import msgspec
 import trio
 
+from aufsd.driver import Driver
 from aufsd.kernel.peer import Peer
-from aufsd.rpc import dispatch, outcome
+from aufsd.rpc import dispatch
+from aufsd.rpc.access_log import AccessLog
 from aufsd.rpc.admission import Admission
-from aufsd.rpc.calls import Answer, Call, Operations
-from aufsd.rpc.dispatch import Bindings, Bound
+from aufsd.rpc.batch import Batch
+from aufsd.rpc.calls import Answer, Call
+from aufsd.rpc.dispatch import Methods, Request
+from aufsd.rpc.faults import is_cancellation, translate
 from aufsd.rpc.outbox import Outbox
-from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError, ShuttingDown
+from aufsd_client.errors import AufsdError, Overloaded, ParseError, ShuttingDown
 
 # method, outcome ("ok", "cancelled" or an error's name), seconds
 Observe = Callable[[str, str, float], None]
-# The oldest descriptor that came and is not claimed; None if there is none
-Claim = Callable[[], int | None]
-# Runs what a line asks for, and answers it
-Answering = Coroutine[Any, Any, None]
 
-# what the answers of one batch may come to, in bytes, before the rest of it is refused
-_MAX_BATCH_REPLY = 16 << 20
-# while more than this waits for a peer that does not read its answers, none of its lines is begun:
-# everybody may open the monitor socket two thousand times
+# what the answers of one batch may come to, in bytes, before the rest of it is refused; by whether
+# it is the monitor socket
+_MAX_BATCH_REPLY = {False: 16 << 20, True: 1 << 20}
+# while more than this waits for a peer that does not read its answers, none of its lines is begun
 _MAX_HELD = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class Edge:
     """What all connections of a server share."""
 
-    driver: Operations
-    bindings: Bindings
+    driver: Driver
+    methods: Methods
     admission: Admission
     observe: Observe
-
-
-class _Done(NamedTuple):
-    """A call that has ended. No reply: it was a notification, or the peer is gone."""
-
-    reply: bytes | None
-    name: str
-    error: AufsdError | None
-    seconds: float
+    log: AccessLog
 
 
 class Runner:
-    """Owns the descriptors that its calls claimed, until they end."""
+    """Owns the descriptors that its calls claimed, until they end.
+
+    `later` has a reply made at the end of the turn, and `replied` is called after it; `start` runs
+    a call that waits, and `changed` is called when that has ended, `failed` if we have a fault.
+    """
 
     def __init__(
         self,
-        desk: Desk,
+        edge: Edge,
         peer: Peer,
         groups: tuple[int, ...],
         outbox: Outbox,
         *,
         monitor: bool,
-        hold: Callable[[Answering], None],
-        freed: Callable[[], None],
+        later: Callable[[Callable[[], None]], None],
+        start: Callable[..., None],
+        replied: Callable[[], None],
+        changed: Callable[[], None],
+        failed: Callable[[Exception], None],
     ) -> None:
-        self._desk = desk
+        self._edge = edge
         self._peer = peer
-        self._admission = desk.admission
-        self._gate = partial(desk.admission.gate, peer, groups, monitor=monitor)
-        self._permit = partial(desk.admission.permit, peer, groups)
+        self._admission = edge.admission
+        self._gate = partial(edge.admission.gate, peer, groups, monitor=monitor)
+        self._permit = partial(edge.admission.permit, peer, groups)
         # the call of every request that brings no descriptor
-        self._plain = Call(desk.driver, peer, self._permit)
+        self._plain = Call(edge.driver, peer, self._permit)
         self._outbox = outbox
+        self._batch_limit = _MAX_BATCH_REPLY[monitor]
+        self._later = later
+        self._start = start
+        self._replied = replied
+        self._changed = changed
+        self._failed = failed
         self._streams: set[trio.CancelScope] = set()
-        self._unwritten = desk.driver.turn.unwritten
-        self._hold = hold
-        self._freed = freed
-        self.in_flight = 0
+        # calls that wait, and those that are answered at the end of the turn
+        self._waiting = 0
+        self._pending = 0
+        # A call was given to its task, which Trio has not run yet. Until then no other is begun:
+        # Trio runs new tasks in any order, and calls of one connection begin in theirs.
+        self.is_starting = False
+        # bytes of the lines of calls that wait
+        self._waiting_bytes = 0
+        self.batch: Batch | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Calls that are not answered, and answers that are not out."""
+        return self._waiting + self._pending + len(self._outbox) + (self.batch is not None)
 
     @property
     def has_room(self) -> bool:
-        """Whether another call may be begun. When one ends, `freed` is called."""
+        """Whether another call may be begun."""
         limit = self._admission.settings.max_in_flight
         return self.in_flight < limit and self._outbox.held <= _MAX_HELD
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory for what is in flight."""
+        batch = self.batch.held if self.batch is not None else 0
+        return self._waiting_bytes + self._outbox.held + batch
 
     def cancel_streams(self) -> None:
         """The outbox is closed: cancel what streams to or from the peer."""
         for scope in self._streams:
             scope.cancel()
 
-    def begin(self, line: bytes, claim: Claim) -> Answering:
-        """Bind what a line asks for, descriptors claimed.
+    # --- what lines ask for -------------------------------------------------------------------
 
-        It is in flight until what this returns, which has to be awaited, has ended.
-        """
-        answering = self._answering(line, claim)
-        self.in_flight += 1
+    def begin(self, message: object, fd: int | None, size: int) -> None:
+        """Carry out a request, which came in a line of `size` bytes and claimed `fd`."""
+        self._begin(message, fd, size, None)
+
+    def refuse(self, error: AufsdError, message: object = None) -> None:
+        """Answer a line that is not carried out; what it holds tells the id."""
+        request = dispatch.refused(error, self._gate, self._plain, message)
+        self._reply_later(request, None, 0.0)
+
+    def begin_batch(
+        self, elements: Sequence[msgspec.Raw], fds: Sequence[int | None], size: int
+    ) -> None:
+        """Have the requests of a batch carried out by `step_batch`, one at a time."""
+        self.batch = Batch(elements, fds, size, self._batch_limit)
         self._admission.begin(self._peer.uid)
-        return answering
 
-    def _answering(self, line: bytes, claim: Claim) -> Answering:
+    def step_batch(self) -> None:
+        """Carry out the next request of the batch, which has to be ready."""
+        batch = self.batch
+        assert batch is not None
+        element, fd = batch.take()
         try:
-            request = dispatch.decode(line)
-        except ParseError as invalid:
-            return self._answer(self._refused(invalid))
-        if not isinstance(request, list) or not request:
-            fd = claim() if dispatch.claims(request) else None
-            return self._answer(self._bind(request, fd))
-        if len(request) > dispatch.MAX_BATCH:
-            error = InvalidRequest(f"a batch has at most {dispatch.MAX_BATCH} calls")
-            return self._answer(self._refused(error))
-        fds = [claim() if dispatch.claims(each) else None for each in request]
-        return self._answer_batch(request, fds)
+            message = dispatch.decode(element)
+        except ParseError as error:
+            request = dispatch.refused(error, self._gate, self._plain)
+        else:
+            if not batch.is_full:
+                self._begin(message, fd, 0, batch)
+                return
+            request = dispatch.refused(
+                Overloaded("the answers of this batch are too long already"),
+                self._gate,
+                self._plain,
+                message,
+            )
+        if fd is not None:
+            os.close(fd)
+        self._reply_later(request, batch, 0.0)
 
-    def _bind(self, request: object, fd: int | None) -> Bound:
+    def _begin(self, message: object, fd: int | None, size: int, batch: Batch | None) -> None:
         call = self._plain
         if fd is not None:
-            call = Call(self._desk.driver, self._peer, self._permit, fd)
-        return dispatch.bind(request, self._desk.bindings, self._gate, call)
-
-    def _refused(self, error: AufsdError) -> Bound:
-        return Bound(self._gate, self._plain, error=error)
-
-    def _end(self) -> None:
-        self.in_flight -= 1
-        self._admission.end(self._peer.uid)
-        self._freed()
-
-    # --- answers ------------------------------------------------------------------------------
-
-    async def _answer(self, bound: Bound) -> None:
-        try:
-            done = await self._perform(bound)
-        except BaseException:
-            self._end()
-            raise
-        if self._unwritten:
-            self._hold(self._reply(bound, done))
-        else:
-            await self._reply(bound, done)
-
-    async def _reply(self, bound: Bound, done: _Done) -> None:
-        try:
-            if done.reply is None:
-                self._report(bound, done)
-                return
-            frame = done.reply + b"\n"
-            sent = self._outbox.send_now(frame)
-            # the peer has its answer before the log has its line
-            self._report(bound, done)
-            await self._outbox.finish(frame, sent)
-        finally:
-            self._end()
-
-    async def _answer_batch(self, requests: list[object], fds: list[int | None]) -> None:
-        """Run the calls of a batch in order, and answer them in one line."""
-        replies: list[bytes] = []
-        size = 0
-        waiting = list(reversed(fds))
-        try:
-            for request in requests:
-                bound = self._bind(request, waiting.pop())
-                if size > _MAX_BATCH_REPLY and bound.error is None:
-                    bound.error = Overloaded("the answers of this batch are too long already")
-                done = await self._perform(bound)
-                self._report(bound, done)
-                if done.reply is not None:
-                    replies.append(done.reply)
-                    size += len(done.reply)
-                await trio.lowlevel.checkpoint()
-            if replies:
-                await self._outbox.send(b"[" + b",".join(replies) + b"]\n")
-        finally:
-            for fd in waiting:
-                if fd is not None:
-                    os.close(fd)
-            self._end()
-
-    def _report(self, bound: Bound, done: _Done) -> None:
-        outcome.report(bound, done.name, done.error, done.seconds)
-        self._desk.observe(bound.row.name if bound.row else "unknown", done.name, done.seconds)
-
-    # --- calls --------------------------------------------------------------------------------
-
-    async def _perform(self, bound: Bound) -> _Done:
-        """Make the call. Cancelled: it is reported, and the peer told if that needs no waiting."""
+            call = Call(self._edge.driver, self._peer, self._permit, fd)
         began = time.perf_counter()
-        error, reply, name = bound.error, None, ""
-        try:
-            if error is None:
-                assert bound.run is not None
-                assert bound.row is not None
-                self._admission.start(self._peer.uid, bound.row)
-                try:
-                    if bound.row.streams:
-                        answer = await self._stream(bound.run)
-                    else:
-                        answer = await bound.run()
-                finally:
-                    self._admission.stop(self._peer.uid, bound.row)
-                if answer is None:
-                    name = "cancelled"
-                else:
-                    reply = dispatch.success(bound.id, answer)
-        except BaseException as raised:
-            if outcome.is_cancellation(raised):
-                stopped = ShuttingDown("the daemon stopped before the call was done")
-                if not bound.silent:
-                    self._outbox.send_now(dispatch.failure(bound.id, stopped) + b"\n")
-                self._report(bound, _Done(None, "cancelled", None, time.perf_counter() - began))
-                raise
-            error = outcome.translate(raised)
-        finally:
-            if bound.call.fd is not None:
-                os.close(bound.call.fd)
-        if error is not None:
-            name, reply = type(error).__name__, dispatch.failure(bound.id, error)
-        if bound.silent or self._outbox.closed:
-            reply = None
-        return _Done(reply, name or "ok", error, time.perf_counter() - began)
+        # the one that is being carried out is in flight too, for whoever asks in it
+        self._admission.in_flight += 1
+        request = dispatch.dispatch(message, self._edge.methods, self._gate, call)
+        self._admission.in_flight -= 1
+        if request.waiting is not None and request.row is not None and request.row.streams:
+            try:
+                self._admission.begin_archive(self._peer.uid)
+            except Overloaded as error:
+                request.waiting.close()
+                request.waiting = None
+                request.failed(error)
+        if request.waiting is not None:
+            if batch is not None:
+                batch.waiting = True
+            self.is_starting = True
+            self._waiting += 1
+            self._waiting_bytes += size
+            self._admission.begin(self._peer.uid)
+            self._start(self._run, request, batch, began, size)
+            return
+        if fd is not None:
+            os.close(fd)
+        self._reply_later(request, batch, time.perf_counter() - began)
 
-    async def _stream(self, run: Callable[[], Awaitable[Answer]]) -> Answer | None:
-        """A call that streams to or from its peer; None if it was cut off with it."""
+    # --- calls that wait ----------------------------------------------------------------------
+
+    async def _run(self, request: Request, batch: Batch | None, began: float, size: int) -> None:
+        """See a call to its end, in a task of its own."""
+        try:
+            await self._finish(request, began)
+            self._reply(request, batch, time.perf_counter() - began)
+        except Exception as error:
+            self._failed(error)
+        finally:
+            self._waiting -= 1
+            self._waiting_bytes -= size
+            self._admission.end(self._peer.uid)
+            self._changed()
+
+    async def _finish(self, request: Request, began: float) -> None:
+        """Await the call. Cancelled: it is reported, and the peer told if that needs no waiting."""
+        assert request.waiting is not None
+        assert request.row is not None
+        try:
+            self.is_starting = False
+            self._changed()
+            # no await before this, so what it does before it first waits is done now
+            if request.row.streams:
+                await self._stream(request)
+            else:
+                request.answered(await request.waiting)
+        except BaseException as raised:
+            if not is_cancellation(raised):
+                request.failed(translate(raised))
+                return
+            request.failed(ShuttingDown("the daemon stopped before the call was done"))
+            if request.reply is not None:
+                self._outbox.send(request.encode() + b"\n")
+            request.cancelled()
+            self._reply(request, None, time.perf_counter() - began)
+            raise
+        finally:
+            if request.call.fd is not None:
+                os.close(request.call.fd)
+            if request.row.streams:
+                self._admission.end_archive(self._peer.uid)
+
+    async def _stream(self, request: Request) -> None:
+        """A call that streams to or from its peer, and is cut off with it."""
+        assert request.waiting is not None
+        answer: Answer | None = None
         with trio.CancelScope() as scope:
             self._streams.add(scope)
             if self._outbox.closed:
                 scope.cancel()
             try:
-                return await run()
+                answer = await request.waiting
             finally:
                 self._streams.remove(scope)
-        return None
+        if answer is None:
+            request.cancelled()
+        else:
+            request.answered(answer)
+
+    # --- answers ------------------------------------------------------------------------------
+
+    def _reply_later(self, request: Request, batch: Batch | None, seconds: float) -> None:
+        self._pending += 1
+        self._later(partial(self._reply_pending, request, batch, seconds))
+
+    def _reply_pending(self, request: Request, batch: Batch | None, seconds: float) -> None:
+        self._pending -= 1
+        self._reply(request, batch, seconds)
+        self._replied()
+
+    def _reply(self, request: Request, batch: Batch | None, seconds: float) -> None:
+        """Answer a call that has ended, and report it."""
+        reply = None
+        if request.reply is not None and not self._outbox.closed:
+            reply = request.encode()
+        if batch is not None:
+            batch.end(reply)
+            if batch.is_over:
+                self._end_batch(batch)
+        elif reply is not None:
+            self.send(reply + b"\n")
+        # the peer has its answer before the log has its line
+        self._edge.log.call(self._peer, request, seconds)
+        self._edge.observe(request.row.name if request.row else "unknown", request.outcome, seconds)
+
+    def _end_batch(self, batch: Batch) -> None:
+        self.batch = None
+        self._admission.end(self._peer.uid)
+        frame = batch.frame()
+        if frame is not None:
+            self.send(frame)
+
+    def send(self, frame: bytes) -> None:
+        """Send an answer; one that does not go out at once is in flight until it is out."""
+        before = len(self._outbox)
+        self._outbox.send(frame)
+        self._count(len(self._outbox) - before)
+
+    def flush(self) -> None:
+        """The socket takes more."""
+        before = len(self._outbox)
+        self._outbox.flush()
+        self._count(len(self._outbox) - before)
+
+    def close_outbox(self) -> None:
+        """Nobody reads any more."""
+        before = len(self._outbox)
+        self._outbox.close()
+        self._count(-before)
+        self.cancel_streams()
+
+    def abandon_batch(self) -> None:
+        """Begin no more requests of the batch."""
+        if self.batch is not None:
+            self.batch.close()
+            if self.batch.is_over:
+                self._end_batch(self.batch)
+
+    def _count(self, change: int) -> None:
+        for _ in range(change):
+            self._admission.begin(self._peer.uid)
+        for _ in range(-change):
+            self._admission.end(self._peer.uid)

@@ -1,23 +1,26 @@
 """Listens on the sockets, lets peers in, and drains when the daemon stops."""
 
 import errno
+import resource
 import socket
 import struct
+import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 import structlog
 import trio
 
+from aufsd.driver import Driver
 from aufsd.kernel.peer import identify
 from aufsd.rpc import dispatch
+from aufsd.rpc.access_log import AccessLog
 from aufsd.rpc.admission import Admission, Allow, Settings, Statistics
-from aufsd.rpc.calls import Operations
 from aufsd.rpc.connection import Connection
 from aufsd.rpc.listeners import Listener
 from aufsd.rpc.methods import TABLE
 from aufsd.rpc.reader import Reader
-from aufsd.rpc.runner import Desk, Observe
+from aufsd.rpc.runner import Edge, Observe
 from aufsd_client.errors import AufsdError, Overloaded
 
 __all__ = ["Allow", "Listener", "Server", "Settings", "Statistics", "serve"]
@@ -27,6 +30,8 @@ log = structlog.get_logger(__name__)
 # what accept(2) says when the machine or the process is out of something; it passes
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _EXHAUSTED_PAUSE = 0.1  # seconds
+# of the event loop's time, for the calls that come over the monitor socket and for letting peers in
+_MONITOR_SHARE, _MONITOR_ACCEPT_SHARE = 0.15, 0.05
 # <linux/socket.h> has no name in Python for it: the peer's supplementary groups, since Linux 4.13
 _SO_PEERGROUPS = 59
 # bytes, four a group; Python's getsockopt takes no more (Modules/socketmodule.c)
@@ -40,11 +45,17 @@ def _ignore(method: str, outcome: str, seconds: float) -> None:
 class Server:
     """What runs behind the listeners; `serve` makes it."""
 
-    def __init__(self, driver: Operations, settings: Settings, observe: Observe) -> None:
+    def __init__(self, driver: Driver, settings: Settings, observe: Observe) -> None:
         self._idle = trio.Event()
-        self._admission = Admission(settings, on_idle=self._idle.set)
-        self._desk = Desk(driver, dispatch.bindings(TABLE), self._admission, observe)
-        self._reader = Reader(driver.turn)
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._admission = Admission(settings, on_idle=self._idle.set, descriptors=descriptors)
+        self._log = AccessLog()
+        self._edge = Edge(driver, dispatch.register(TABLE), self._admission, observe, self._log)
+        # no method of the monitor socket changes the table
+        self._readers = {
+            False: Reader(driver.turn, driver.turn.unwritten),
+            True: Reader(nullcontext(), share=_MONITOR_SHARE),
+        }
         self._connections: set[Connection] = set()
 
     @property
@@ -62,17 +73,27 @@ class Server:
 
     async def accept(self, listener: Listener) -> None:
         """Let peers in until cancelled."""
+        exhausted = ""
         while True:
             await trio.lowlevel.wait_readable(listener.sock)
+            began = time.perf_counter()
             try:
                 sock, _ = listener.sock.accept()
             except OSError as error:
                 # anything else is of the one connection that is gone again (accept(2))
                 if error.errno in _EXHAUSTED:
-                    log.error("cannot accept connections", error=error.strerror)
+                    if not exhausted:
+                        exhausted = error.strerror or ""
+                        log.error("connections wait: cannot accept any", error=exhausted)
                     await trio.sleep(_EXHAUSTED_PAUSE)
                 continue
+            if exhausted:
+                exhausted = ""
+                log.info("connections are accepted again")
             self._let_in(sock, monitor=listener.monitor)
+            if listener.monitor:
+                took = time.perf_counter() - began
+                await trio.sleep(took * (1 / _MONITOR_ACCEPT_SHARE - 1))
 
     def _let_in(self, sock: socket.socket, *, monitor: bool) -> None:
         """Serve a peer from here on, or tell it why not. What goes wrong here is its alone."""
@@ -93,8 +114,9 @@ class Server:
         peer, groups = identify(pid, uid, gid), _groups(sock)
         self._admission.admit(uid, monitor=monitor)
         try:
+            reader = self._readers[monitor]
             connection = Connection(
-                sock, peer, groups, self._desk, self._reader, monitor=monitor, ended=self._ended
+                sock, peer, groups, self._edge, reader, monitor=monitor, ended=self._ended
             )
         except BaseException:
             self._admission.leave(uid, monitor=monitor)
@@ -114,7 +136,9 @@ class Server:
         """See `serve`."""
         try:
             async with trio.open_nursery() as reading:
-                reading.start_soon(self._reader.run)
+                for reader in self._readers.values():
+                    reading.start_soon(reader.run)
+                reading.start_soon(self._log.run)
                 async with trio.open_nursery() as accepting:
                     for listener in listeners:
                         accepting.start_soon(self.accept, listener)
@@ -128,17 +152,16 @@ class Server:
         finally:
             for connection in self._connections:
                 connection.close()
-            self._reader.close()
+            for reader in self._readers.values():
+                reader.close()
             for listener in listeners:
                 listener.close()
+            self._log.tell()
 
     async def _drain(self) -> None:
         """Until no call runs, or the time is up."""
         until = trio.current_time() + self.settings.drain_timeout
         self._admission.draining = True
-        self._admission.drain_until = until
-        for connection in self._connections:
-            connection.hurry(until)
         if not self._admission.in_flight:
             return
         log.info("draining", calls=self._admission.in_flight, seconds=self.settings.drain_timeout)
@@ -170,7 +193,7 @@ def _groups(sock: socket.socket) -> tuple[int, ...]:
 
 async def serve(
     listeners: Sequence[Listener],
-    driver: Operations,
+    driver: Driver,
     settings: Settings,
     *,
     shutdown: trio.Event,

@@ -174,7 +174,7 @@ class Statistics(Protocol):
 
 def edge(statistics: Callable[[], Statistics]) -> Source:
     """Who is connected."""
-    reasons = dict.fromkeys(("descriptors", "overlong", "slow"), 0)
+    reasons = dict.fromkeys(("descriptors", "http", "memory", "overlong", "slow"), 0)
 
     def collect() -> Iterator[Family]:
         found = statistics()

@@ -7,6 +7,7 @@ do not go out are held up to a limit, beyond it they are counted and dropped, an
 import os
 import select
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from json import dumps
@@ -22,6 +23,8 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _HELD = 1 << 20
 # what poll(2) promises: a pipe that is writable takes so much without waiting (pipe(7), PIPE_BUF)
 _WRITE = 4096
+# a RateLimit that knows so many keys forgets those that have all their lines
+_KEYS = 1000
 # sd-daemon(3)
 _PRIORITY = {
     "debug": b"<7>",
@@ -160,6 +163,42 @@ def emit(level: Level, event: str, fields: Mapping[str, object]) -> None:
 def together() -> AbstractContextManager[None]:
     """Have what is logged within a block without an await written in one piece, at its end."""
     return _sink.writer
+
+
+class RateLimit:
+    """Which lines of a kind are written: `burst` at once, then `rate` a second, for each key.
+
+    What is left out is counted, for `take_left_out`. `now` is in seconds, of any clock.
+    """
+
+    def __init__(self, burst: int, rate: float) -> None:
+        self._burst = burst
+        self._rate = rate
+        # key -> lines that may be written, and when that was so; any other key has them all
+        self._left: dict[int, tuple[float, float]] = {}
+        self._left_out: Counter[int] = Counter()
+
+    def allows(self, key: int, now: float) -> bool:
+        """Whether a line of this key is to be written now."""
+        left, since = self._left.get(key, (float(self._burst), now))
+        left = min(self._burst, left + (now - since) * self._rate)
+        if left < 1:
+            self._left_out[key] += 1
+            return False
+        if len(self._left) >= _KEYS:
+            self._forget(now)
+        self._left[key] = left - 1, now
+        return True
+
+    def take_left_out(self) -> Mapping[int, int]:
+        """How many lines of each key were not written since this was asked last."""
+        found, self._left_out = self._left_out, Counter()
+        return found
+
+    def _forget(self, now: float) -> None:
+        for key, (left, since) in list(self._left.items()):
+            if left + (now - since) * self._rate >= self._burst:
+                del self._left[key]
 
 
 def _stamp(_: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -150,9 +150,34 @@ class FakeDriver:
         self.peers.append(peer)
         self._require(id)
         await self._work("get", id)
+        return self._count(id)
+
+    def get_now(
+        self,
+        id: LayerId,
+        *,
+        peer: Peer,
+        mount_label: str,
+        hold: Literal["manual", "process"],
+        name: str = "",
+    ) -> results.Got | None:
+        if id.startswith("slow") or id not in self.parents:
+            return None
+        self.peers.append(peer)
+        self.calls += [f"get {id}", f"get {id} done"]
+        return self._count(id)
+
+    def _count(self, id: LayerId) -> results.Got:
         self.counts[id] = self.counts.get(id, 0) + 1
         self.turn.change(f"get {id}")
         return results.Got(f"/mnt/{id}", self.counts[id], True, False, True)
+
+    def put_now(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put | None:
+        if self.counts.get(id, 0) < 2:
+            return None
+        self.calls += [f"put {id}", f"put {id} done"]
+        self.counts[id] -= 1
+        return results.Put(self.counts[id], True, True)
 
     async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put:
         await self._work("put", id)

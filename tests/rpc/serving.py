@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import trio
 
+from aufsd.driver import Driver
 from aufsd.rpc.listeners import bind
 from aufsd.rpc.runner import Observe
 from aufsd.rpc.server import Server, Settings, serve
@@ -63,7 +65,7 @@ async def _run(
     try:
         await serve(
             [bind(str(made.control), monitor=False), bind(str(made.monitor), monitor=True)],
-            made.driver,
+            cast(Driver, made.driver),
             settings,
             shutdown=made.shutdown,
             observe=observe,

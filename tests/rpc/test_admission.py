@@ -3,7 +3,16 @@
 import pytest
 
 from aufsd.kernel.peer import Peer
-from aufsd.rpc.admission import Admission, Allow, Settings
+from aufsd.rpc.admission import (
+    ARCHIVES_PER_USER,
+    BYTES_MONITOR,
+    BYTES_PER_USER,
+    CALLS_PER_USER,
+    CONNECTIONS_PER_USER,
+    Admission,
+    Allow,
+    Settings,
+)
 from aufsd.rpc.methods import TABLE
 from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
 
@@ -41,26 +50,85 @@ def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> No
     counts.admit(1000, monitor=False)
 
 
+def test_users_but_root_have_limits_where_nothing_is_said() -> None:
+    counts = admission(Settings(max_connections=10_000))
+    for _ in range(CONNECTIONS_PER_USER):
+        counts.admit(1000, monitor=True)
+        counts.admit(0, monitor=True)
+    with pytest.raises(Overloaded):
+        counts.admit(1000, monitor=True)
+    counts.admit(0, monitor=True)
+    counts.admit(1000, monitor=False)
+    for _ in range(CALLS_PER_USER):
+        counts.begin(1000)
+        counts.begin(0)
+    with pytest.raises(Overloaded):
+        counts.gate(USER, (), TABLE["get"], monitor=False)
+    counts.gate(ROOT, (), TABLE["get"], monitor=False)
+    for _ in range(ARCHIVES_PER_USER):
+        counts.begin_archive(1000)
+        counts.begin_archive(0)
+    with pytest.raises(Overloaded):
+        counts.begin_archive(1000)
+    counts.begin_archive(0)
+
+
+def test_descriptors_are_kept_aside_for_the_control_socket_and_the_daemon() -> None:
+    counts = Admission(Settings(), on_idle=lambda: None, descriptors=64)
+    for uid in range(16):
+        counts.admit(uid, monitor=True)
+    with pytest.raises(Overloaded):
+        counts.admit(17, monitor=True)
+    for uid in range(32):
+        counts.admit(uid, monitor=False)
+    with pytest.raises(Overloaded):
+        counts.admit(33, monitor=False)
+
+
+@pytest.mark.parametrize("monitor", [False, True], ids=["control", "monitor"])
+def test_the_bytes_of_one_user_are_limited_on_each_socket_and_leave_others_theirs(
+    monitor: bool,
+) -> None:
+    counts = admission(Settings())
+    limit = BYTES_PER_USER[monitor]
+    counts.hold(1000, limit, monitor=monitor)
+    with pytest.raises(Overloaded):
+        counts.hold(1000, 1, monitor=monitor)
+    counts.hold(1001, limit, monitor=monitor)
+    counts.hold(1000, 1, monitor=not monitor)
+    counts.hold(1000, -2, monitor=monitor)
+    counts.hold(1000, 1, monitor=monitor)
+
+
+def test_the_bytes_of_the_monitor_socket_are_limited_over_all_users() -> None:
+    counts = admission(Settings())
+    users = BYTES_MONITOR // BYTES_PER_USER[True]
+    for uid in range(1, users + 1):
+        counts.hold(uid, BYTES_PER_USER[True], monitor=True)
+    with pytest.raises(Overloaded):
+        counts.hold(0, 1, monitor=True)
+    counts.hold(0, BYTES_MONITOR, monitor=False)
+
+
 def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:
     counts = admission(Settings(max_calls_per_user=1))
-    counts.begin(1000)
-    counts.start(1000, TABLE["get"])
+    counts.gate(USER, (), TABLE["get"], monitor=False)
     counts.begin(1000)
     with pytest.raises(Overloaded):
-        counts.start(1000, TABLE["get"])
+        counts.gate(USER, (), TABLE["get"], monitor=False)
+    counts.gate(ROOT, (), TABLE["get"], monitor=False)
     counts.end(1000)
-    counts.begin(1001)
-    counts.start(1001, TABLE["get"])
+    counts.gate(USER, (), TABLE["get"], monitor=False)
 
 
-def test_the_archives_of_one_user_are_limited_and_nothing_else_of_it() -> None:
+def test_the_archives_of_one_user_are_limited() -> None:
     counts = admission(Settings(max_archives_per_user=1))
-    counts.start(1000, TABLE["diff"])
+    counts.begin_archive(1000)
     with pytest.raises(Overloaded):
-        counts.start(1000, TABLE["apply_diff"])
-    counts.start(1000, TABLE["get"])
-    counts.stop(1000, TABLE["diff"])
-    counts.start(1000, TABLE["apply_diff"])
+        counts.begin_archive(1000)
+    counts.begin_archive(1001)
+    counts.end_archive(1000)
+    counts.begin_archive(1000)
 
 
 @pytest.mark.parametrize(

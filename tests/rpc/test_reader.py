@@ -42,11 +42,11 @@ async def test_nobody_is_answered_before_all_is_written_down(
     assert seen == [([f"get {A}"] * 3, [False] * 3)]
 
 
-async def test_one_alone_waits_for_nobody(served: Served, connect: Connect) -> None:
+async def test_so_is_one_that_is_alone(served: Served, connect: Connect) -> None:
     peers = await crowd(served, connect, 1)
     seen = watch(served, peers)
     assert (await peers[0].ask("get", id=A))["result"]["references"] == 1
-    assert seen == []
+    assert seen == [([f"get {A}"], [False])]
 
 
 async def test_of_one_connection_the_answers_keep_their_order(

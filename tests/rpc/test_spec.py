@@ -63,7 +63,7 @@ EXAMPLES: dict[str, tuple[bytes, object]] = {
         b"]",
         [
             success({"exists": False}, "1"),
-            success({"references": 0, "mounted": False}, "2"),
+            success({"references": 0, "mounted": False, "dropped": True}, "2"),
             failure(-32600, None),
             failure(-32601, "5"),
             success({}, "9"),
@@ -132,8 +132,9 @@ async def test_the_id_comes_back_as_it_was(served: Served, connect: Connect, id:
     assert await peer.receive() == success({}, id)
 
 
-@pytest.mark.parametrize("method", ["ping", "exists"])
-@pytest.mark.parametrize("params", [["base"], []], ids=["one", "none"])
+@pytest.mark.parametrize(
+    ("method", "params"), [("ping", ["base"]), ("exists", ["base"]), ("exists", []), ("get", [1])]
+)
 async def test_parameters_by_position_are_invalid(
     served: Served, connect: Connect, method: str, params: list[str]
 ) -> None:
@@ -150,3 +151,59 @@ async def test_a_batch_that_has_no_room_for_its_calls_is_one_invalid_request(
     await peer.send(b"[" + b"1," * 30_000 + b"1]\n")
     assert without_texts(await peer.receive()) == failure(-32600, None)
     await peer.settle()
+
+
+@pytest.mark.parametrize("params", [{}, [], None], ids=repr)
+@pytest.mark.parametrize("method", ["ping", "mounts", "list", "cleanup"])
+async def test_no_parameters_may_be_said_in_any_way(
+    served: Served, connect: Connect, method: str, params: object
+) -> None:
+    """Go's encoder marshals nil as null, and many libraries send an empty array."""
+    peer = connect(served.control)
+    call = {"jsonrpc": "2.0", "method": method, "params": params, "id": 1}
+    await peer.send(json.dumps(call).encode() + b"\n")
+    assert "result" in await peer.receive()
+
+
+REFUSED: dict[str, tuple[bytes, int]] = {
+    "another member": (b'{"jsonrpc":"2.0","method":"ping","trace":"x","id":8}', -32600),
+    "no version": (b'{"method":"ping","params":[],"id":8}', -32600),
+    "no method": (b'{"jsonrpc":"2.0","id":8}', -32600),
+    "params are a text": (b'{"jsonrpc":"2.0","method":"ping","params":"x","id":8}', -32600),
+    "by position": (b'{"jsonrpc":"2.0","method":"get","params":["x"],"id":8}', -32602),
+    "unknown": (b'{"jsonrpc":"2.0","method":"get","params":{"id":"a","x":1},"id":8}', -32602),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+async def test_a_request_that_is_refused_is_answered_with_its_id(
+    served: Served, connect: Connect, kind: str
+) -> None:
+    """A client that looks for the call by the id of the answer waits for ever on a null."""
+    request, wanted = REFUSED[kind]
+    peer = connect(served.control)
+    await peer.send(request + b"\n[" + request + b"]\n")
+    answers = [await peer.receive(), *await peer.receive()]
+    assert [without_texts(answer) for answer in answers] == [failure(wanted, 8)] * 2
+
+
+@pytest.mark.parametrize("id", [[], {}, True], ids=repr)
+async def test_an_id_that_no_answer_may_carry_is_null_there(
+    served: Served, connect: Connect, id: object
+) -> None:
+    peer = connect(served.control)
+    await peer.send(line("ping", id))
+    assert without_texts(await peer.receive()) == failure(-32600, None)
+
+
+@pytest.mark.parametrize("number", ["5", "5.0", "50e-1"])
+async def test_a_number_with_a_fraction_of_zero_is_an_integer(
+    served: Served, connect: Connect, number: str
+) -> None:
+    served.driver.parents |= {f"layer{n}": None for n in range(9)}
+    peer = connect(served.control)
+    text = line("list", limit=12345)
+    await peer.send(text.replace(b"12345", number.encode()))
+    assert len((await peer.receive())["result"]["layers"]) == 5
+    await peer.send(text.replace(b"12345", b"5.5"))
+    assert code(await peer.receive()) == -32602

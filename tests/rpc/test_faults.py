@@ -4,7 +4,7 @@ import pytest
 import trio
 from structlog.testing import capture_logs
 
-from aufsd.rpc.outcome import is_cancellation, translate
+from aufsd.rpc.faults import is_cancellation, translate
 from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound
 
 KNOWN = LayerNotFound("there is no layer a", id="a")

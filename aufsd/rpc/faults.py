@@ -1,4 +1,4 @@
-"""How a call ended: what its peer is told, and what the log says of it."""
+"""What a call raised, as the peer is told of it."""
 
 import secrets
 from collections.abc import Iterator
@@ -7,8 +7,6 @@ from typing import TypeGuard
 import structlog
 import trio
 
-from aufsd.rpc.dispatch import Bound
-from aufsd.service.log import emit
 from aufsd_client.errors import AufsdError, InternalError
 
 log = structlog.get_logger(__name__)
@@ -54,28 +52,3 @@ def _leaves(raised: BaseException) -> Iterator[BaseException]:
             yield from _leaves(inner)
     else:
         yield raised
-
-
-def report(bound: Bound, name: str, error: AufsdError | None, seconds: float) -> None:
-    """The one line of a call: what changes or uses the store, and what failed, at level info."""
-    row = bound.row
-    peer = bound.call.peer
-    # what never became a call is the peer's own business; anybody can send garbage for hours
-    quiet = row is None or (row.kind == "read" and error is None)
-    fields = {
-        "method": row.name if row else None,
-        "layer": bound.subject,
-        "outcome": name,
-        "seconds": round(seconds, 6),
-        "pid": peer.pid,
-        "uid": peer.uid,
-        "comm": peer.comm,
-    }
-    if error is not None:
-        fields |= _reason(error)
-    emit("debug" if quiet else "info", "call", fields)
-
-
-def _reason(error: AufsdError) -> dict[str, object]:
-    incident = error.data.get("incident")
-    return {"reason": error.message, **({"incident": incident} if incident else {})}

@@ -1,0 +1,89 @@
+"""The one line that every call leaves in the log, and how much of that a peer can cause.
+
+What a peer sends is cut, and its refusals are limited: anybody may open the monitor socket, and ask
+for a million things that he is not given. What was not written is counted and told.
+"""
+
+import time
+
+import structlog
+import trio
+
+from aufsd.kernel.peer import Peer
+from aufsd.rpc.dispatch import Request
+from aufsd.service.log import RateLimit, emit
+
+log = structlog.get_logger(__name__)
+
+# of what a peer sent, in characters
+_SUBJECT, _REASON = 200, 500
+# refusals and dropped peers of one user, and of all: so many lines at once, then so many a second
+_BURST, _RATE = 100, 10.0
+_ALL_BURST, _ALL_RATE = 1000, 50.0
+# how often what was not written is told
+_TELL = 10.0  # seconds
+
+
+class AccessLog:
+    """Writes the lines. `run` tells of those that were not written."""
+
+    def __init__(self) -> None:
+        self._users = RateLimit(_BURST, _RATE)
+        self._all = RateLimit(_ALL_BURST, _ALL_RATE)
+        self._left_out = trio.Event()
+
+    def call(self, peer: Peer, request: Request, seconds: float) -> None:
+        """A call has ended: at level info what changes or uses the store, and what was refused."""
+        row, error = request.row, request.error
+        # what never became a call is the peer's own business
+        quiet = row is None or (row.kind == "read" and error is None)
+        if error is not None and not quiet and not self._allows(peer):
+            return
+        fields = {
+            "method": row.name if row else None,
+            "layer": _cut(request.subject),
+            "outcome": request.outcome,
+            "seconds": round(seconds, 6),
+            "pid": peer.pid,
+            "uid": peer.uid,
+            "comm": peer.comm,
+        }
+        if error is not None:
+            fields["reason"] = error.message[:_REASON]
+            if incident := error.data.get("incident"):
+                fields["incident"] = incident
+        emit("debug" if quiet else "info", "call", fields)
+
+    def dropped(self, peer: Peer, reason: str) -> None:
+        """A peer that misbehaved was dropped."""
+        if self._allows(peer):
+            log.warning("peer dropped", reason=reason, **peer._asdict())
+
+    async def run(self) -> None:
+        """Tell now and then how many lines were left out. Endless."""
+        while True:
+            await self._left_out.wait()
+            await trio.sleep(_TELL)
+            self._left_out = trio.Event()
+            self.tell()
+
+    def tell(self) -> None:
+        """Write how many lines of whom were left out since the last time."""
+        for uid, count in sorted(self._users.take_left_out().items()):
+            log.warning("refusals were not logged", uid=uid, count=count)
+        for count in self._all.take_left_out().values():
+            log.warning("refusals were not logged", uid="any", count=count)
+
+    def _allows(self, peer: Peer) -> bool:
+        now = time.monotonic()
+        if self._users.allows(peer.uid, now) and self._all.allows(0, now):
+            return True
+        self._left_out.set()
+        return False
+
+
+def _cut(subject: object) -> object:
+    """What a peer gave as a layer's id, as much as the log takes of it."""
+    if subject is None or isinstance(subject, str):
+        return subject and subject[:_SUBJECT]
+    return f"<{type(subject).__name__}>"

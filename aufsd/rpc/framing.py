@@ -1,0 +1,158 @@
+"""Lines out of what arrives, and what comes in place of lines of JSON. Pure: no socket is touched.
+
+Clients that speak another protocol, or print JSON for people, are told so in one sentence. Nothing
+of what they send is carried out: a line of an HTTP body, or of a value that began on an earlier
+line, may look like a call and is none.
+"""
+
+import re
+
+from aufsd.rpc import dispatch
+from aufsd_client.errors import InvalidRequest, ParseError
+
+_NEWLINE = b"\n"
+# more of a value that goes over several lines is not waited for
+_UNFINISHED = 4096
+# the methods of RFC 9110 and the preface of HTTP/2; a blank line may come first (RFC 9112, 2.2)
+_HTTP = re.compile(
+    rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) \S+ HTTP/\d(?:\.\d)?\r?"
+)
+_BOM = b"\xef\xbb\xbf"
+# JSON's white space but the newline (RFC 8259, section 2) may come before
+_FIRST = re.compile(rb"[^ \t\r]")
+
+
+class ReceiveBuffer:
+    """Feed it what arrives, take out the lines that are whole. No byte is looked at twice.
+
+    A line longer than `limit` bytes raises InvalidRequest; then nothing more can be taken out.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._data = bytearray()
+        # so far no newline was found
+        self._searched = 0
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    @property
+    def unsearched(self) -> bool:
+        """Whether there may be another line."""
+        return self._searched < len(self._data)
+
+    def feed(self, data: bytes) -> None:
+        """Take what was read."""
+        self._data += data
+
+    def next_line(self) -> bytes | None:
+        """The next line without its newline; None if there is none that is whole."""
+        end = self._data.find(_NEWLINE, self._searched)
+        if (end if end >= 0 else len(self._data)) > self._limit:
+            raise InvalidRequest(f"a line of a request has at most {self._limit} bytes here")
+        if end < 0:
+            self._searched = len(self._data)
+            return None
+        line = bytes(self._data[:end])
+        del self._data[: end + 1]
+        self._searched = 0
+        return line
+
+    def begins_batch(self) -> bool:
+        """Whether what comes next is an array."""
+        found = _FIRST.search(self._data)
+        return found is not None and found[0] == b"["
+
+    def has_line(self) -> bool:
+        """Whether another line is whole."""
+        return self._data.find(_NEWLINE, self._searched) >= 0
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._data.clear()
+        self._searched = 0
+
+
+def is_http(line: bytes) -> bool:
+    """Whether a line is the first one of an HTTP request."""
+    return _HTTP.fullmatch(line) is not None
+
+
+HTTP = InvalidRequest(
+    "this is an HTTP request, and this socket speaks JSON-RPC, one JSON value a line: use aufsctl, "
+    "or socat - UNIX-CONNECT:SOCKET; nothing of the request is carried out"
+)
+
+
+def explain(line: bytes, error: ParseError) -> ParseError:
+    """The error of a line that is no JSON, with what to do where that is known."""
+    if not line.strip():
+        return ParseError("an empty line: a request is one JSON value on one line")
+    if line.startswith(_BOM):
+        return ParseError("a byte order mark stands before the JSON: send UTF-8 without one")
+    if Unfinished.begins_with(line):
+        return ParseError(
+            "the JSON value does not end on its line: send each request on one line (jq -c); "
+            "nothing of this one is carried out"
+        )
+    return error
+
+
+class Unfinished:
+    """A JSON value that began on an earlier line and does not end there: what else belongs to it.
+
+    The peer was told when it began. A line belongs to it as long as all lines together are the
+    beginning of a value, or a whole one.
+    """
+
+    def __init__(self, first: bytes) -> None:
+        self._text = first
+        # the value is whole: what follows is the next one
+        self.ended = False
+
+    @staticmethod
+    def begins_with(line: bytes) -> bool:
+        """Whether a line that is no JSON is the beginning of an object or an array."""
+        if line.lstrip()[:1] not in (b"{", b"[") or len(line) > _UNFINISHED:
+            return False
+        return not _is_whole(line) and _may_go_on(line)
+
+    def takes(self, line: bytes) -> bool:
+        """Whether the line belongs to the value. ParseError if that has become too long."""
+        text = self._text + b"\n" + line
+        if _is_whole(text):
+            self.ended = True
+            return True
+        if not _may_go_on(text):
+            return False
+        if len(text) > _UNFINISHED:
+            raise ParseError(
+                f"the JSON value that began on an earlier line does not end within {_UNFINISHED} "
+                "bytes: send each request on one line"
+            )
+        self._text = text
+        return True
+
+
+def _is_whole(text: bytes) -> bool:
+    try:
+        dispatch.decode(text)
+    except ParseError:
+        return False
+    return True
+
+
+def _may_go_on(text: bytes) -> bool:
+    try:
+        dispatch.decode(text)
+    except ParseError as error:
+        # msgspec's words for JSON that ends too early
+        return "truncated" in error.message
+    return False
+
+
+INSIDE = InvalidRequest(
+    "this line stands inside of a JSON value that began on an earlier line, so it is not carried "
+    "out: send each request on one line"
+)
