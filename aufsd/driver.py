@@ -401,7 +401,11 @@ class Driver:
         return chain, empty, self.store.stage(ids[0], xattrs)
 
     def _is_empty(self, id: LayerId) -> bool:
-        with os.scandir(self.store.layout.content(id)) as entries:
+        content = self.store.layout.content(id)
+        # overlayfs's mark is an xattr, and hides what lies below all the same
+        if dialects.has_opaque_xattr(content, self.store.xattr_namespace):
+            return False
+        with os.scandir(content) as entries:
             return next(entries, None) is None
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import stat
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from operator import itemgetter
 from typing import Final
 
@@ -13,9 +13,13 @@ from aufsd.archive import headers
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.store.idmap import to_container, to_host
-from aufsd_client.errors import BadArchive, InternalError
+from aufsd_client.errors import BadArchive, LayerDamaged
 
 CAPABILITY: Final = b"security.capability"
+# every file system keeps times from 1970 till then, in nanoseconds, as they are given
+KEPT_UNTIL: Final = (1 << 31) * 1_000_000_000
+# XATTR_LIST_MAX is 64 KiB of names; some room for what the system and aufsd set
+_LISTED_MAX: Final = 60 << 10
 _ACLS: Final = frozenset(headers.ACL_RECORDS.values())
 # what union file systems keep for themselves; `user.overlay.` is theirs in a user namespace only
 _OURS: Final = (b"user.aufsd.", b"user.fuseoverlayfs.")
@@ -53,7 +57,7 @@ class Owners:
         self.known: dict[tuple[int, int], tuple[int, int]] = {}
 
     def both(self, uid: int, gid: int, name: bytes) -> tuple[int, int]:
-        """User and group on the other side. Raises BadArchive (in) or InternalError (out)."""
+        """User and group on the other side. Raises BadArchive (in) or LayerDamaged (out)."""
         found = self.known.get((uid, gid))
         if found is None:
             found = self.uid(uid, name), self.gid(gid, name)
@@ -74,21 +78,23 @@ class Owners:
             raise self._unmapped("group", id, name)
         return found
 
-    def _unmapped(self, what: str, id: int, name: bytes) -> BadArchive | InternalError:
+    def _unmapped(self, what: str, id: int, name: bytes) -> BadArchive | LayerDamaged:
         sentence = f"{shown(name)} belongs to {what} {id}, which no id map has"
         if self._to is to_host:
             return BadArchive(sentence)
-        return InternalError(sentence, entry=shown(name))
+        return LayerDamaged(sentence, entry=shown(name), problem=sentence)
 
 
-def read_xattr(fd: int, name: str) -> bytes:
-    """One xattr of an open file; b"" of a file capability that aufs removed by half.
+def read_xattr(where: int | bytes, name: str) -> bytes:
+    """One xattr of a file, open or by its name; b"" of a capability that aufs removed by half.
 
     chown(2) and removexattr(2) through aufs leave an empty one in the branch, and fgetxattr(2) says
     EINVAL of that. With it no exec of the file succeeds, so it goes nowhere from here.
     """
     try:
-        return os.getxattr(fd, name)
+        if isinstance(where, int):
+            return os.getxattr(where, name)
+        return os.getxattr(where, name, follow_symlinks=False)
     except OSError as error:
         if error.errno != errno.EINVAL or os.fsencode(name) != CAPABILITY:
             raise
@@ -127,9 +133,19 @@ def imported(
 ) -> list[tuple[str, bytes]]:
     """The xattrs of an archive's entry that go onto a file; a warning for each that does not."""
     found = []
+    listed = 0
     for name, value in xattrs:
         text = name.decode("utf-8", "surrogateescape")
-        if name == CAPABILITY:
+        listed += len(name) + 1
+        if listed > _LISTED_MAX:
+            meter.warn(
+                f"dropped the attribute {shown(name)} of {shown(path) or '/'}: it has more of them "
+                "than the kernel lists"
+            )
+        elif name == CAPABILITY and not value:
+            # the kernel takes it, and then runs the file no more
+            meter.warn(f"dropped the attribute {text} of {shown(path) or '/'}: it is empty")
+        elif name == CAPABILITY:
             found.append((text, _capability(value, lambda id: owners.uid(id, path))))
         elif name in _ACLS and settings.acls:
             found.append((text, _acl(value, owners, path)))
@@ -180,6 +196,51 @@ def inherit(source: int | None) -> bool:
     finally:
         os.close(source)
     return True
+
+
+def chown(where: bytes | int, uid: int, gid: int, name: bytes) -> None:
+    """chown(2) of an entry, symlinks themselves. Raises BadArchive if the ids are not mapped."""
+    try:
+        if isinstance(where, int):
+            os.fchown(where, uid, gid)
+        else:
+            os.chown(where, uid, gid, follow_symlinks=False)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise BadArchive(
+            f"{shown(name)} belongs to {uid}:{gid}, which the user namespace that aufsd runs in "
+            "does not map"
+        ) from None
+
+
+def set_time(where: bytes | int, mtime: int, name: bytes, meter: Meter) -> None:
+    """Set the modification time of an entry; a warning if the file system keeps another one.
+
+    What is beyond its range the kernel brings to the end of it (timestamp_truncate()).
+    """
+    if isinstance(where, int):
+        os.utime(where, ns=(mtime, mtime))
+    else:
+        os.utime(where, ns=(mtime, mtime), follow_symlinks=False)
+    if 0 <= mtime < KEPT_UNTIL:
+        return
+    found = os.fstat(where) if isinstance(where, int) else os.lstat(where)
+    kept = found.st_mtime_ns // 1_000_000_000
+    if kept != mtime // 1_000_000_000 or abs(mtime) >= headers.TIME_MAX - 1:
+        meter.warn(
+            f"the time of {shown(name) or '/'} is none that the file system keeps; it is {kept} "
+            "seconds since 1970 now"
+        )
+
+
+def keep_only(name: bytes, wanted: Collection[bytes], settings: Settings) -> None:
+    """Remove the xattrs of a directory that was there before, which its entry does not have."""
+    for text in os.listxattr(name, follow_symlinks=False):
+        key = text.encode("utf-8", "surrogateescape")
+        ours = key.startswith(b"user.") and may_travel(key, settings)
+        if key not in wanted and (ours or key == b"system.posix_acl_access"):
+            os.removexattr(name, text, follow_symlinks=False)
 
 
 def may_travel(name: bytes, settings: Settings) -> bool:

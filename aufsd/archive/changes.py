@@ -4,6 +4,7 @@ import base64
 import binascii
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Final
 
 from aufsd.archive import compare
 from aufsd.archive.requests import Settings
@@ -11,11 +12,16 @@ from aufsd.archive.view import Place
 from aufsd.results import Change, Changes
 from aufsd_client.errors import InvalidParams
 
+# bytes of paths: what the daemon takes apart and puts together again in its event loop
+_PAGE: Final = 4 << 20
+
 
 def changes(
     now: list[Place], then: list[Place], settings: Settings, *, after: str, limit: int
 ) -> Changes:
-    """One page. `after` is the `next` of the page before: its last path in base64.
+    """One page: `limit` changes, or fewer that come to four megabytes of paths.
+
+    `after` is the `next` of the page before: its last path in base64.
 
     Raises InvalidParams for an `after` that no page gave.
     """
@@ -24,7 +30,13 @@ def changes(
     except (binascii.Error, ValueError):
         raise InvalidParams("`after` is not the `next` of a page") from None
     found = _listed(now, then, settings, cursor)
-    page = list(islice(found, limit))
+    page = []
+    size = 0
+    for each in islice(found, limit):
+        page.append(each)
+        size += len(each[1])
+        if size >= _PAGE:
+            break
     more = next(found, None) is not None
     last = base64.b64encode(page[-1][1]).decode() if page and more else ""
     return Changes([_change(kind, path) for kind, path in page], last)

@@ -19,6 +19,7 @@ from aufsd.archive import (
     clone,
     compare,
     confine,
+    errnos,
     fingerprint,
     patience,
     readings,
@@ -40,7 +41,7 @@ from aufsd.kernel import syscalls
 from aufsd.results import Streamed
 from aufsd.store.dialect import Dialect
 from aufsd.union import conversion
-from aufsd_client.errors import AufsdError, InternalError, LimitExceeded, NoSpace
+from aufsd_client.errors import AufsdError, InternalError, LimitExceeded
 
 _FDS_MAX = 8
 
@@ -100,12 +101,14 @@ def _reply(
     except AufsdError as error:
         return requests.Failed(error.to_wire())
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return requests.Failed(NoSpace(f"no space left: {error.strerror}").to_wire())
         if error.errno == errno.EMFILE:
             deep = "the layer is too deep, or its chain too long, for the descriptors of a process"
             return requests.Failed(LimitExceeded(deep).to_wire())
-        return _unexpected(error)
+        answer = errnos.answer(error)
+        return _unexpected(error) if answer is None else requests.Failed(answer.to_wire())
+    except MemoryError:
+        large = "it takes more memory than an archive process may have"
+        return requests.Failed(LimitExceeded(large).to_wire())
     except Exception as error:
         return _unexpected(error)
 
@@ -199,7 +202,7 @@ def _apply(
 
     source = Source(stream, meter, digest=work.digest)
     reader = Reader(source, meter)
-    unpacker = Unpacker(reader, own.dialect, settings, meter, inherit_from_below)
+    unpacker = Unpacker(reader, own.dialect, settings, meter, inherit_from_below, base=not parents)
     size = unpacker.run()
     layer = view.Layer(own, _here(), settings.namespace)
     found = fingerprint.of_new(layer, settings, unpacker.memory)

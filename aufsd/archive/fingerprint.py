@@ -16,7 +16,7 @@ from typing import Final, TypeAlias
 
 from isal.isal_zlib import crc32 as crc32
 
-from aufsd.archive.attributes import CAPABILITY, may_travel
+from aufsd.archive.attributes import CAPABILITY, may_travel, read_xattr
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Listed, listed, read_link
 from aufsd.archive.requests import Settings
@@ -33,8 +33,6 @@ _ZEROS: Final = bytes(_BLOCK)
 _WINDOW: Final = 16 * _BLOCK
 _SIZE: Final = 16  # bytes of a number
 _SECOND: Final = 1_000_000_000
-# every file system keeps times from 1970 till then, in nanoseconds, as they are given
-KEPT_UNTIL: Final = (1 << 31) * _SECOND
 # name, mode, user, group, time, size or device, length of the xattrs that follow
 _ROW: Final = b"%b\0%o %d %d %d %d %d\0%b"
 _PLAIN: Final = b"%b\0%o %d %d %d %d 0\0"
@@ -281,7 +279,10 @@ class _Reading:
         for text in sorted(os.listxattr(name, follow_symlinks=False)):
             raw = text.encode("utf-8", "surrogateescape")
             if raw in _ATTRIBUTES or may_travel(raw, self._settings):
-                value = os.getxattr(name, text, follow_symlinks=False)
+                value = read_xattr(name, text)
+                if not value and raw == CAPABILITY:
+                    # one that aufs removed by half, which archives do not carry
+                    continue
                 parts.append(b"%b\0%d\0%b" % (raw, len(value), value))
         return b"".join(parts)
 

@@ -7,11 +7,14 @@ the wild hold: ustar, GNU, star's prefix, V7, base-256 numbers.
 import re
 import struct
 import zlib
+from array import array
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Final
 
 BLOCK: Final = 512
+# nanoseconds: seconds have to fit into time_t
+TIME_MAX: Final = (1 << 62) * 1_000_000_000
 REGULAR: Final = b"0"
 LINK: Final = b"1"
 SYMLINK: Final = b"2"
@@ -26,6 +29,8 @@ GNU_LONG_LINK: Final = b"K"
 GNU_SPARSE: Final = b"S"
 
 XATTR_RECORD: Final = b"SCHILY.xattr."
+# the same with names and values encoded; bsdtar writes both
+LIBARCHIVE_RECORD: Final = b"LIBARCHIVE.xattr."
 # POSIX ACLs as text, which `tar --acls` and bsdtar write in place of their xattrs
 ACL_RECORDS: Final = {
     b"SCHILY.acl.access": b"system.posix_acl_access",
@@ -186,6 +191,9 @@ def _is_utf8(name: bytes) -> bool:
 FIELDS: Final = struct.Struct("100s24s12s12s8scB187xB")
 _ZERO: Final = bytes(BLOCK)
 _NOBODY: Final = (0, 0, 0)
+# GNU tar skips what the previous field ran over and blanks, and ends at the first of either; Go
+# cuts both off both ends
+_NUMBER: Final = re.compile(rb"[\0\s]*([0-7]*)(?:[\0\s].*)?", re.DOTALL).fullmatch
 # LENGTH KEY=VALUE
 _RECORDS: Final = re.compile(rb"([0-9]{1,19}) ([^=\n]+)=([^\n]*)\n").findall
 
@@ -193,15 +201,15 @@ _RECORDS: Final = re.compile(rb"([0-9]{1,19}) ([^=\n]+)=([^\n]*)\n").findall
 class Member:
     """One entry of a tar. `size` is the file's, `mtime` in nanoseconds, `start` its offset.
 
-    `extents` are a sparse file's (offset, length) of data, in the order of the stream; `sparse` are
-    the records that say so.
+    `extents` are a sparse file's pieces of data, their offsets and their lengths in the order of
+    the stream; `sparse` are the records that say so.
     """
 
     start = 0
     link = b""
     major = minor = 0
     xattrs: list[tuple[bytes, bytes]] | None = None
-    extents: list[tuple[int, int]] | None = None
+    extents: tuple["array[int]", "array[int]"] | None = None
     sparse: dict[bytes, bytes] | None = None
 
     def __init__(
@@ -273,9 +281,12 @@ def adler_of(checksum: bytes) -> int:
 
 
 def _octal(checksum: bytes) -> int:
+    # a block of text has no digits there at all
+    if not checksum.strip(b"\0 "):
+        raise HeaderError("not a tar header")
     try:
-        return int(checksum.rstrip(b"\0 ") or b"x", 8)
-    except ValueError:
+        return number(checksum, "checksum")
+    except HeaderError:
         raise HeaderError("not a tar header") from None
 
 
@@ -298,14 +309,10 @@ def number(field: bytes, what: str) -> int:
         # GNU: the rest is a big-endian number, negative if its own top bit is set
         value = int.from_bytes(field, "big") & ((1 << (8 * len(field) - 1)) - 1)
         return value - (1 << (8 * len(field) - 1)) if field[0] & 0x40 else value
-    text = field.split(b"\0", 1)[0].strip(b" ")
-    if not text:
-        return 0
-    try:
-        # int() would take a sign and underscores too
-        return int(text, 8) if text.isdigit() else int(b"x")
-    except ValueError:
-        raise HeaderError(f"the {what} of a header is not a number") from None
+    found = _NUMBER(field)
+    if found is None:
+        raise HeaderError(f"the {what} of a header is not a number")
+    return int(found[1] or b"0", 8)
 
 
 def is_zero(block: bytes) -> bool:
@@ -352,13 +359,16 @@ def _parse_pax(body: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def nanoseconds(value: bytes) -> int:
-    """The time in a PAX record: decimal seconds, rounded down. Raises HeaderError."""
+    """The time in a PAX record: decimal seconds, rounded down. Raises HeaderError.
+
+    One of more digits than nineteen comes back as some time that no file system keeps either.
+    """
     whole, _, fraction = value.partition(b".")
     if len(fraction) <= 9 and len(whole) <= 19 and whole.isdigit() and fraction.isdigit():
         return int(whole + fraction.ljust(9, b"0"))
     digits = whole.removeprefix(b"-")
-    if not digits.isdigit() or len(digits) > 19 or (fraction and not fraction.isdigit()):
-        raise HeaderError("a PAX time out of range")
+    if not digits.isdigit() or (fraction and not fraction.isdigit()):
+        raise HeaderError("a PAX time that is no number")
     rest = int(fraction[:9].ljust(9, b"0"))
     sign = -1 if whole.startswith(b"-") else 1
-    return sign * (int(digits) * 1_000_000_000 + rest)
+    return sign * (int(digits.lstrip(b"0")[:20] or b"0") * 1_000_000_000 + rest)

@@ -32,8 +32,8 @@ from aufsd_client.errors import InternalError, Overloaded, from_wire
 log = structlog.get_logger(__name__)
 
 _LINE = 1 << 16
-# a page of changes whose paths are all as long as they can be is smaller
-_REPLY_MAX = 256 << 20
+# a page of changes is four megabytes of paths, and one more path, which may be long
+_REPLY_MAX = 64 << 20
 
 
 @dataclass(slots=True)
@@ -271,7 +271,9 @@ class _Child:
     stream: trio.socket.SocketType
     # names the child for good; it comes with the first line
     pidfd: int = -1
-    held: bytes = b""
+    held: bytearray = field(default_factory=bytearray)
+    # how much of that was looked through for the end of a line
+    seen: int = 0
 
     async def send(self, line: bytes, fds: Sequence[int]) -> None:
         """Send the request."""
@@ -300,10 +302,13 @@ class _Child:
     async def result(self) -> requests.Result:
         """What the child results. Raises what it raised, and InternalError if it was killed."""
         while True:
-            while b"\n" not in self.held:
+            while (end := self.held.find(b"\n", self.seen)) < 0:
+                self.seen = len(self.held)
                 if not await self._receive():
                     raise _died(self.job) if self.pidfd >= 0 else _never_began(self.job)
-            line, _, self.held = self.held.partition(b"\n")
+            line = bytes(self.held[:end])
+            del self.held[: end + 1]
+            self.seen = 0
             reply: requests.Reply = requests.decode_reply(line)
             if isinstance(reply, requests.Progress):
                 self.job.bytes, self.job.entries = reply.bytes, reply.entries

@@ -7,7 +7,7 @@ from typing import Final
 
 from aufsd.archive.meter import shown
 from aufsd.store import dialect as marks
-from aufsd_client.errors import ArchiveEscape, BadArchive
+from aufsd_client.errors import ArchiveEscape
 
 ROOT: Final = b""
 _ROUGH: Final = (b".", b"/")
@@ -16,10 +16,11 @@ _ROUGH: Final = (b".", b"/")
 def inside(name: bytes) -> bytes:
     """The name relative to the layer's root, without `.` and `..`; ROOT for the root itself.
 
+    The root is "" too: some tools cut what they put in front off its name, and leave nothing.
     Raises ArchiveEscape for one that leaves the root on its way, wherever it would end.
     """
     if not name:
-        raise BadArchive("an entry without a name")
+        return ROOT
     # the common case: nothing to clean
     bare = name[:-1] if name.endswith(b"/") else name
     if (

@@ -18,7 +18,7 @@ from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
 from aufsd.archive.view import Layer
 from aufsd.store import dialect as marks
-from aufsd_client.errors import InternalError
+from aufsd_client.errors import LayerDamaged
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # not to wait for a writer, should a name have become a fifo since it was listed
@@ -150,10 +150,11 @@ class Packer:
     def _xattrs(self, fd: int, name: bytes, names: Collection[str]) -> list[tuple[bytes, bytes]]:
         for incomplete in self._incomplete:
             if incomplete in names:
-                raise InternalError(
-                    f"{shown(name)} has the attribute {incomplete}: part of it lies in another "
-                    "layer, and this one cannot be read by itself",
+                why = f"it has the attribute {incomplete}: part of it lies in another layer"
+                raise LayerDamaged(
+                    f"{shown(name)} cannot be read by itself: {why}",
                     entry=shown(name),
+                    problem=why,
                 )
         return exported(
             names, lambda text: read_xattr(fd, text), self._settings, self._owners, name

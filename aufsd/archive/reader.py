@@ -5,8 +5,10 @@ layer is `unpack`'s.
 """
 
 import re
+from array import array
 from collections.abc import Iterator
 from typing import Final, TypeAlias
+from urllib.parse import unquote_to_bytes
 from zlib import adler32
 
 from aufsd.archive import headers
@@ -17,9 +19,14 @@ from aufsd_client.errors import BadArchive
 
 # as much as Go's archive/tar takes (maxSpecialFileSize)
 _SPECIAL_MAX: Final = 1 << 20
-# nanoseconds: seconds have to fit into time_t
-_TIME_MAX: Final = (1 << 62) * 1_000_000_000
+_TIME_MAX: Final = headers.TIME_MAX
 _TIME_MIN: Final = -_TIME_MAX
+# bytes: off_t
+_SIZE_MAX: Final = (1 << 63) - 1
+# a map of more pieces than this takes tens of megabytes before the first byte of the file
+_EXTENTS_MAX: Final = 1 << 20
+# records that say nothing if they have no value: then the header's own field counts (pax(1))
+_COUNTS: Final = frozenset((b"mtime", b"size", b"uid", b"gid", b"path", b"linkpath"))
 # -1 stands for "leave it" in chown(2)
 _ID_MAX: Final = (1 << 32) - 2
 # types whose size field says nothing about data that follows
@@ -204,15 +211,19 @@ class Reader:
     def _apply(self, member: Member, records: list[tuple[bytes, bytes]]) -> None:
         """Take over PAX records."""
         sparse: list[tuple[bytes, bytes]] = []
+        xattrs: list[tuple[bytes, bytes]] = []
+        encoded: list[bytes] = []
         for key, value in records:
+            if not value and key in _COUNTS:
+                continue
             if key == b"mtime":
                 member.mtime = self._time(value, member)
             elif key in _UNUSED:
                 continue
             elif key == b"path":
-                member.name = self._name(value, member) or member.name
+                member.name = self._name(value, member)
             elif key == b"linkpath":
-                member.link = self._name(value, member) or member.link
+                member.link = self._name(value, member)
             elif key == b"size":
                 member.size = self._whole(value, member)
             elif key == b"uid":
@@ -221,12 +232,17 @@ class Reader:
                 member.gid = self._whole(value, member)
             elif key.startswith(headers.XATTR_RECORD):
                 name = key[len(headers.XATTR_RECORD) :]
-                name = name.replace(b"%3D", b"=").replace(b"%25", b"%")
-                member.xattrs = [*(member.xattrs or ()), (name, value)]
+                xattrs.append((name.replace(b"%3D", b"=").replace(b"%25", b"%"), value))
             elif key in headers.ACL_RECORDS:
-                member.xattrs = [*(member.xattrs or ()), (key, value)]
+                xattrs.append((key, value))
+            elif key.startswith(headers.LIBARCHIVE_RECORD):
+                encoded.append(unquote_to_bytes(key[len(headers.LIBARCHIVE_RECORD) :]))
             elif key.startswith(b"GNU.sparse."):
                 sparse.append((key, value))
+        if xattrs:
+            member.xattrs = xattrs
+        if encoded:
+            self._tell_encoded(member, encoded, {name for name, _ in xattrs})
         if sparse:
             member.sparse = dict(sparse)
             pairs = [value for key, value in sparse if key in _SPARSE_PAIR]
@@ -235,19 +251,29 @@ class Reader:
             if b"GNU.sparse.name" in member.sparse:
                 member.name = self._name(member.sparse[b"GNU.sparse.name"], member)
 
+    def _tell_encoded(self, member: Member, encoded: list[bytes], known: set[bytes]) -> None:
+        """Warn of xattrs that stand in libarchive's own records alone, which nothing else reads."""
+        for name in encoded:
+            if name not in known:
+                self._meter.warn(
+                    f"dropped the attribute {shown(name)} of {shown(member.name)}: it stands in a "
+                    "LIBARCHIVE.xattr record alone; bsdtar --format=pax writes both forms"
+                )
+
     def _open_body(self, member: Member) -> None:
         """Judge the header as a whole, and stand before the body."""
         kind = member.kind
         if not 0 <= member.uid <= _ID_MAX or not 0 <= member.gid <= _ID_MAX:
             raise self._bad("an owner out of range", member.start, member.name)
         if not _TIME_MIN < member.mtime < _TIME_MAX:
-            raise self._bad("a time out of range", member.start, member.name)
+            # a time is no reason to refuse a layer
+            member.mtime = max(_TIME_MIN + 1, min(member.mtime, _TIME_MAX - 1))
         if kind in _HEADER_ONLY:
             member.size = 0
             return
         stored = member.size
-        if stored < 0:
-            raise self._bad("a header has a negative size", member.start, member.name)
+        if not 0 <= stored <= _SIZE_MAX:
+            raise self._bad("a size out of range", member.start, member.name)
         self._left = stored + -stored % BLOCK
         if kind == headers.REGULAR:
             if member.name.endswith(b"/"):
@@ -266,27 +292,33 @@ class Reader:
     def _old_sparse(self, member: Member) -> None:
         """Four extents and the size stand in the header itself, more in blocks behind it."""
         block = self._block
-        extents: list[tuple[int, int]] = []
+        offsets, lengths = array("q"), array("q")
         numbers, more, real = block[386:482], block[482], block[483:495]
         try:
             member.size = headers.number(real, "real size")
+            if not 0 <= member.size <= _SIZE_MAX:
+                raise self._bad("a size out of range", member.start, member.name)
             while True:
                 for at in range(0, len(numbers) - 23, 24):
                     if numbers[at] == 0:
                         break
-                    extents.append(
-                        (
-                            headers.number(numbers[at : at + 12], "extent"),
-                            headers.number(numbers[at + 12 : at + 24], "extent"),
-                        )
-                    )
+                    offset = headers.number(numbers[at : at + 12], "extent")
+                    length = headers.number(numbers[at + 12 : at + 24], "extent")
+                    if not 0 <= offset <= member.size or not 0 <= length <= member.size - offset:
+                        raise self._bad("a sparse map out of order", member.start, member.name)
+                    # one of nothing marks the end, and may come as often as a compressor likes
+                    if length:
+                        offsets.append(offset)
+                        lengths.append(length)
+                if len(offsets) > _EXTENTS_MAX:
+                    raise self._too_many(member)
                 if not more:
                     break
                 following = self._source.take(BLOCK)
                 numbers, more = following[:504], following[504]
         except HeaderError as error:
             raise self._bad(str(error), member.start, member.name) from None
-        member.extents = extents
+        member.extents = offsets, lengths
 
     def _pax_sparse(self, member: Member, sparse: dict[bytes, bytes]) -> int:
         """Take over what the records say, and the map; how much of the body that took."""
@@ -297,37 +329,46 @@ class Reader:
             numbers, taken = self._sparse_map(member)
         else:
             listed = sparse.get(b"GNU.sparse.map", b"")
-            numbers = [self._whole(n, member) for n in listed.split(b",")] if listed else []
+            pieces = listed.split(b",") if listed else []
+            numbers = array("q", (self._whole(n, member) for n in pieces))
             taken = 0
         if len(numbers) % 2:
             raise self._bad("a sparse map that is cut short", member.start, member.name)
         member.size = self._whole(size, member)
-        member.extents = list(zip(numbers[::2], numbers[1::2], strict=True))
+        member.extents = numbers[::2], numbers[1::2]
         return taken
 
-    def _sparse_map(self, member: Member) -> tuple[list[int], int]:
+    def _sparse_map(self, member: Member) -> tuple["array[int]", int]:
         """Format 1.0: decimal lines at the start of the body, their number first."""
-        text = b""
-        wanted = 1
-        while text.count(b"\n") < wanted:
-            if self._left < BLOCK or len(text) > _SPECIAL_MAX:
+        numbers = array("q")
+        wanted, taken, rest = -1, 0, b""
+        while wanted < 0 or len(numbers) < wanted:
+            # as in Go's archive/tar since 1.25.2, no map is longer than a special header may be
+            if self._left < BLOCK or taken >= _SPECIAL_MAX:
                 raise self._bad("a sparse map that is cut short", member.start, member.name)
-            text += self._source.take(BLOCK)
+            *lines, rest = (rest + self._source.take(BLOCK)).split(b"\n")
             self._left -= BLOCK
-            if wanted == 1 and b"\n" in text:
-                wanted = 1 + 2 * self._whole(text.split(b"\n", 1)[0], member)
-        return [self._whole(line, member) for line in text.split(b"\n")[1:wanted]], len(text)
+            taken += BLOCK
+            if wanted < 0 and lines:
+                wanted = 2 * self._whole(lines.pop(0), member)
+            for line in lines[: wanted - len(numbers)]:
+                numbers.append(self._whole(line, member))
+        return numbers, taken
 
     def _check_extents(self, member: Member, stored: int) -> None:
         assert member.extents is not None
         at = total = 0
-        for offset, length in member.extents:
+        for offset, length in zip(*member.extents, strict=True):
             if offset < at or offset + length > member.size:
                 raise self._bad("a sparse map out of order", member.start, member.name)
             at = offset + length
             total += length
         if total != stored:
             raise self._bad("a sparse map that does not fit", member.start, member.name)
+
+    def _too_many(self, member: Member) -> BadArchive:
+        what = f"a sparse file in more than {_EXTENTS_MAX} pieces"
+        return self._bad(what, member.start, member.name)
 
     # --- values of PAX records -----------------------------------------------------------------
 
@@ -337,9 +378,9 @@ class Reader:
         return value
 
     def _whole(self, value: bytes, member: Member) -> int:
-        if not value.isdigit() or len(value) > 19:
-            raise self._bad("a PAX number out of range", member.start, member.name)
-        return int(value)
+        if value.isdigit() and len(value) <= 19 and (number := int(value)) <= _SIZE_MAX:
+            return number
+        raise self._bad("a PAX number out of range", member.start, member.name)
 
     def _time(self, value: bytes, member: Member) -> int:
         try:

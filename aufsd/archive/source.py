@@ -25,6 +25,21 @@ _WINDOW: Final = 1 << 20
 _STEP: Final = 128 << 10
 # a body that has more than this beyond the window is copied by the kernel
 _LARGE: Final = 256 << 10
+# what it may be instead of a tar, gzip or zstd, by its first bytes; and what makes a tar of it
+_OTHERS: Final = {
+    b"\xfd7zXZ\0": ("compressed with xz", "xz -dc FILE"),
+    b"BZh": ("compressed with bzip2", "bzip2 -dc FILE"),
+    b"\x04\x22\x4d\x18": ("compressed with lz4", "lz4 -dc FILE"),
+    b"\x02\x21\x4c\x18": ("compressed with lz4", "lz4 -dc FILE"),
+    b"\x5d\0\0": ("compressed with lzma", "xz --format=lzma -dc FILE"),
+    b"LZIP": ("compressed with lzip", "lzip -dc FILE"),
+    b"\x89LZO\0": ("compressed with lzop", "lzop -dc FILE"),
+    b"\x1f\x9d": ("compressed with compress", "gzip -dc FILE"),
+    b"PK\3\4": ("a zip archive", "bsdtar -cf - @FILE"),
+    b"7z\xbc\xaf": ("a 7z archive", "bsdtar -cf - @FILE"),
+    b"070701": ("a cpio archive", "bsdtar -cf - @FILE"),
+    b"!<arch>\n": ("an ar archive (a Debian package is one)", "ar p FILE data.tar.gz"),
+}
 _NOT_FOR_THESE: Final = (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EBADF)
 
 
@@ -184,12 +199,26 @@ class Source:
         elif first == zstd.MAGIC or (len(first) == 4 and first[1:] == b"\x2a\x4d\x18"):
             decoder = zstd.Frames
         else:
+            self._refuse(self._view[: min(8, self._end)].tobytes())
             return
         self._raw = self._view[: self._end].tobytes()
         self._at = self._end = 0
         self._mover = None
         self._tar_hash = hashlib.sha256() if self._hash else None
         self._decoder = decoder(self._raw_bytes)
+
+    def _refuse(self, first: bytes) -> None:
+        """Raise BadArchive for a stream that others can read, with the command that makes it a tar.
+
+        A tar may begin with a name that looks like one of these, but says what it is further on.
+        """
+        is_tar = self._view[257:262].tobytes() == b"ustar"
+        for magic, (name, command) in _OTHERS.items():
+            if first.startswith(magic) and not is_tar:
+                raise BadArchive(
+                    f"the stream is {name}, which is not read here: send what `{command}` writes",
+                    offset=0,
+                )
 
     def _gather(self, count: int) -> None:
         """Have at least `count` bytes in the window, unless the stream ends before."""

@@ -52,7 +52,7 @@ class Tree:
     def __init__(self, dialect: Dialect, namespace: str, *, fresh: bool) -> None:
         self.dialect = dialect
         self.fresh = fresh
-        self.here = Directory(ROOT, os.stat(b"/"))
+        self.root = self.here = Directory(ROOT, os.stat(b"/"))
         os.chdir(b"/")
         self._take_default_acl(self.here)
         # whether anything was taken away: then sizes have to be measured

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from aufsd.archive import headers, holes, names
-from aufsd.archive.attributes import Owners, imported, may_travel
-from aufsd.archive.fingerprint import KEPT_UNTIL, Memory, crc32
+from aufsd.archive import errnos, headers, holes, names
+from aufsd.archive.attributes import KEPT_UNTIL, Owners, chown, imported, keep_only, set_time
+from aufsd.archive.fingerprint import Memory, crc32
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
@@ -24,11 +24,15 @@ from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
-from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded, NoSpace
+from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 # old tars say "contiguous", which means nothing here
 _FILES: Final = (headers.REGULAR, b"7")
+# GNU tar's incremental archives have a list of names as the body of a directory
+_DIRECTORIES: Final = (headers.DIRECTORY, b"D")
+# a volume's label, Solaris's ACL, what names a Solaris file
+_NO_FILE: Final = (b"V", b"A", b"N")
 _SPECIAL_BITS: Final = 0o7000
 _ROOT_OWNED: Final = (0, 0)
 _NO_FILES: Final = frozenset((b".", b".."))
@@ -39,20 +43,6 @@ _NODES: Final = {
     headers.BLOCK_DEVICE: stat.S_IFBLK,
     headers.FIFO: stat.S_IFIFO,
 }
-# what a kernel says of a name or value that no file system takes
-_UNTAKEN: Final = {
-    errno.ENAMETOOLONG: "a name that is too long",
-    errno.ENOTDIR: "a file stands where a directory has to be",
-    errno.EFBIG: "larger than the file system takes",
-    errno.ELOOP: "symlinks lead in a circle",
-    errno.EINVAL: "a value that the file system does not take",
-    errno.EOVERFLOW: "a value that the file system does not take",
-}
-# what a file system says of an xattr that it does not take, or not on this type of file
-_XATTR_REFUSED: Final = frozenset(
-    {errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.E2BIG}
-)
-
 # Makes the current directory's attributes those of the directory of this path in the layers below.
 Inherit = Callable[[bytes], bool]
 
@@ -61,7 +51,14 @@ class Unpacker:
     """Unpacks one tar into the layer that is the root directory."""
 
     def __init__(
-        self, reader: Reader, dialect: Dialect, settings: Settings, meter: Meter, inherit: Inherit
+        self,
+        reader: Reader,
+        dialect: Dialect,
+        settings: Settings,
+        meter: Meter,
+        inherit: Inherit,
+        *,
+        base: bool = False,
     ) -> None:
         with os.scandir(b"/") as entries:
             fresh = next(entries, None) is None
@@ -71,12 +68,16 @@ class Unpacker:
         self._depth = settings.limits.depth
         self._meter = meter
         self._inherit = inherit
+        # nothing lies below it
+        self._base = base
         self._owners = Owners(settings, outward=False)
         self._tree = Tree(dialect, settings.namespace, fresh=fresh)
         self._tally = Tally(settings.limits, self._tree)
         # of the current entry, for directories that it implies
         self._mtime = 0
         self._told: set[bytes] = set()
+        # whether an entry says what `/` is to be
+        self._root_named = False
         # what was made; nothing of a layer that held something before
         self.memory = Memory() if fresh else None
 
@@ -91,7 +92,7 @@ class Unpacker:
             try:
                 self._member(member)
             except OSError as error:
-                raise _translated(error, name, member.start) from error
+                raise errnos.answer(error, name, offset=member.start) or error from error
             except (BadArchive, ArchiveEscape, LimitExceeded) as error:
                 error.data.setdefault("entry", shown(name))
                 error.data.setdefault("offset", member.start)
@@ -100,6 +101,9 @@ class Unpacker:
         if marks.PLINKS in self._told and os.path.lexists(b"/" + marks.PLINKS):
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
+        if self._base and tree.fresh and not self._root_named:
+            # not the time of day: the same tar has to give the same layer
+            tree.root.mtime = 0
         tree.finish()
         if self.memory and tree.removed:
             self.memory.forget()
@@ -109,16 +113,22 @@ class Unpacker:
 
     def _member(self, member: Member) -> None:
         raw = member.name
-        path = member.name = names.inside(raw)
         kind = member.kind
+        if kind in _NO_FILE:
+            self._meter.warn(f"left out {shown(raw)}, of type {shown(kind)}, which holds no file")
+            return
+        path = member.name = names.inside(raw)
         if 0 < self._depth < len(path) and path.count(b"/") >= self._depth:
             raise LimitExceeded(f"an entry more than {self._depth} directories deep")
         self._mtime = member.mtime
         if path.find(b".wh.") >= 0 and self._mark(path, member):
             return
         if path == ROOT:
-            if kind != headers.DIRECTORY:
+            if kind not in _DIRECTORIES:
+                if not raw:
+                    raise BadArchive("an entry without a name")
                 raise ArchiveEscape("an entry would take the place of the layer's root")
+            self._root_named = True
             self._tree.enter(ROOT, self._implied)
             self._directory(b".", ROOT, member, made=False)
             return
@@ -129,7 +139,7 @@ class Unpacker:
             self._file(name, member)
             if self._tree.fresh and raw.endswith(name):
                 self._plain_files(raw[: -len(name)])
-        elif kind == headers.DIRECTORY or kind == b"D":
+        elif kind in _DIRECTORIES:
             made = self._tree.make_directory(name, member.mode & 0o1777)
             self._tally.add(made)
             self._directory(name, path, member, made=made)
@@ -141,14 +151,11 @@ class Unpacker:
             self._owner(name, member)
             if member.xattrs:
                 self._set_xattrs(name, member)
-            os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
+            set_time(name, member.mtime, member.name, self._meter)
         elif kind == headers.LINK:
             self._link(name, path, member)
         elif kind in _NODES:
             self._node(name, path, member)
-        elif kind in b"VAN":
-            self._meter.warn(f"left out {shown(path)}, of type {shown(kind)}, which holds no file")
-            return
         else:
             raise BadArchive(f"{shown(path)} has the unknown type {shown(kind)}")
         if not self._tree.fresh:
@@ -177,12 +184,12 @@ class Unpacker:
                     holes.punch(fd, 0, size)
             uid, gid = self._owners.both(member.uid, member.gid, member.name)
             if uid or gid or self._tree.here.setgid:
-                _chown(fd, uid, gid, member)
+                chown(fd, uid, gid, member.name)
             if member.xattrs:
                 self._set_xattrs(fd, member)
             if mode & _SPECIAL_BITS:
                 os.fchmod(fd, mode)
-            os.utime(fd, ns=(member.mtime, member.mtime))
+            set_time(fd, member.mtime, member.name, self._meter)
             if self.memory and body is not None and size <= holes.PIECE and not member.xattrs:
                 self.memory.note(self._tree.here.inode, name, os.fstat(fd), body)
         finally:
@@ -206,6 +213,7 @@ class Unpacker:
             if (
                 mode & _SPECIAL_BITS
                 or size > holes.PIECE
+                or mtime >= KEPT_UNTIL
                 or (name[0] == _DOT and (name in _NO_FILES or name.startswith(marks.WHITEOUT)))
                 or entries < 1
                 or size > room
@@ -245,7 +253,7 @@ class Unpacker:
 
     def _sparse(self, fd: int, member: Member) -> None:
         assert member.extents is not None
-        for offset, length in member.extents:
+        for offset, length in zip(*member.extents, strict=True):
             os.lseek(fd, offset, os.SEEK_SET)
             self._reader.copy(fd, length)
         os.ftruncate(fd, member.size)
@@ -257,7 +265,7 @@ class Unpacker:
         if uid or gid or inherits or not made:
             os.chown(name, uid, gid, follow_symlinks=False)
         if not made:
-            self._remove_xattrs(name, member)
+            keep_only(name, {key for key, _ in member.xattrs or ()}, self._settings)
         record = tree.record(path, name)
         record.default_acl = b""
         if member.xattrs:
@@ -265,22 +273,32 @@ class Unpacker:
         if member.mode & 0o6000 or inherits or not made:
             os.chmod(name, member.mode)
         record.mtime = member.mtime
+        if not 0 <= member.mtime < KEPT_UNTIL:
+            # to see what becomes of it; it is set again when all is written
+            set_time(name, member.mtime, member.name, self._meter)
         record.setgid = bool(member.mode & stat.S_ISGID)
 
     def _link(self, name: bytes, path: bytes, member: Member) -> None:
         target = names.inside(member.link)
+        if not target:
+            raise BadArchive(f"{shown(path)} is a hard link to nothing")
         if not names.is_pseudo_link(target):
             names.check_content(target)
-        if target == path:
-            raise BadArchive(f"{shown(path)} is a hard link to itself")
         try:
             with directory_of(target) as (fd, source):
                 if self._dialect is Dialect.OVERLAY and marks.is_whiteout_node(
                     os.stat(source, dir_fd=fd, follow_symlinks=False)
                 ):
                     raise BadArchive(f"{shown(path)} is a hard link to a deleted file")
-                make = partial(os.link, source, name, src_dir_fd=fd, follow_symlinks=False)
-                self._make(name, make)
+                try:
+                    os.link(source, name, src_dir_fd=fd, follow_symlinks=False)
+                except FileExistsError:
+                    if _is_one(os.stat(source, dir_fd=fd, follow_symlinks=False), name):
+                        # given twice, or a link to itself, which some tools write: it is there
+                        return
+                    self._tree.clear(name)
+                    os.link(source, name, src_dir_fd=fd, follow_symlinks=False)
+                self._tree.unhide(name)
         except FileNotFoundError:
             raise BadArchive(
                 f"{shown(path)} is a hard link to {shown(target)}, which the archive has not put "
@@ -310,7 +328,7 @@ class Unpacker:
         if member.xattrs:
             self._set_xattrs(name, member)
         os.chmod(name, member.mode)
-        os.utime(name, ns=(member.mtime, member.mtime), follow_symlinks=False)
+        set_time(name, member.mtime, member.name, self._meter)
 
     # --- marks --------------------------------------------------------------------------------
 
@@ -362,7 +380,7 @@ class Unpacker:
     def _owner(self, name: bytes, member: Member) -> None:
         uid, gid = self._owners.both(member.uid, member.gid, member.name)
         if uid or gid or self._tree.here.setgid:
-            _chown(name, uid, gid, member)
+            chown(name, uid, gid, member.name)
 
     def _set_xattrs(
         self, where: bytes | int, member: Member, directory: Directory | None = None
@@ -382,20 +400,11 @@ class Unpacker:
                 else:
                     os.setxattr(where, name, value, follow_symlinks=False)
             except OSError as error:
-                if error.errno not in _XATTR_REFUSED:
+                if not errnos.is_attribute_refused(error):
                     raise
                 self._meter.warn(
                     f"dropped the attribute {name} of {shown(member.name)}: {error.strerror}"
                 )
-
-    def _remove_xattrs(self, name: bytes, member: Member) -> None:
-        """The entry says all that a directory which is there already is to have."""
-        wanted = {key for key, _ in member.xattrs or ()}
-        for text in os.listxattr(name, follow_symlinks=False):
-            key = text.encode("utf-8", "surrogateescape")
-            ours = key.startswith(b"user.") and may_travel(key, self._settings)
-            if key not in wanted and (ours or key == b"system.posix_acl_access"):
-                os.removexattr(name, text, follow_symlinks=False)
 
     def _implied(self, path: bytes) -> None:
         """The current directory has just been made, because an entry lies in it."""
@@ -408,32 +417,17 @@ class Unpacker:
         os.utime(b".", ns=(self._mtime, self._mtime))
 
 
-def _translated(error: OSError, name: bytes, start: int) -> Exception:
-    path = shown(name)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"no space left for {path}: {error.strerror}", entry=path)
-    if error.errno in _UNTAKEN:
-        return BadArchive(f"{path}: {_UNTAKEN[error.errno]}", entry=path, offset=start)
-    return error
-
-
-def _chown(where: bytes | int, uid: int, gid: int, member: Member) -> None:
-    try:
-        if isinstance(where, int):
-            os.fchown(where, uid, gid)
-        else:
-            os.chown(where, uid, gid, follow_symlinks=False)
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        raise BadArchive(
-            f"{shown(member.name)} belongs to {uid}:{gid}, which the user namespace that aufsd "
-            "runs in does not map"
-        ) from None
-
-
 def _device(member: Member, path: bytes) -> int:
     # the kernel's dev_t has 12 bits for the major number and 20 for the minor one
     if not 0 <= member.major < 1 << 12 or not 0 <= member.minor < 1 << 20:
         raise BadArchive(f"{shown(path)} is a device with a number out of range")
     return os.makedev(member.major, member.minor)
+
+
+def _is_one(found: os.stat_result, name: bytes) -> bool:
+    """Whether the entry `name` of the current directory is this very inode."""
+    try:
+        there = os.lstat(name)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
