@@ -5,6 +5,7 @@ is deleted after READY. Stop: take no new calls, let running ones end, leave mou
 """
 
 import os
+import resource
 import signal
 import socket
 import time
@@ -198,6 +199,10 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     logging.configure(config.log_level, json=_json(config))
     # descriptors of the caller's working directory and umask must not decide anything
     os.umask(0o022)
+    # The soft limit is 1024 for the sake of select(2), which nothing here calls; every connection,
+    # job and process that holds a reference has descriptors (systemd.exec(5), LimitNOFILE=)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.chdir("/")
     with Notifier() as notifier:
         notifier.tell(f"STATUS=opening the store at {config.root}")

@@ -120,7 +120,8 @@ class Connection:
             self._runner.step_batch()
         elif self._has_more() and self._has_room():
             self._next_line()
-        self._settle()
+        if not self._is_at_rest():
+            self._settle()
 
     def expire(self) -> None:
         """The deadline has passed: an answer was not taken, or the peer was refused."""
@@ -167,6 +168,15 @@ class Connection:
             self._ended(self)
             return
         self._watch()
+
+    def _is_at_rest(self) -> bool:
+        """Whether there is nothing to conclude: so it is after most calls, which were answered."""
+        return (
+            self._state is State.READING
+            and not self._held
+            and not self._buffer
+            and self._runner.is_at_rest
+        )
 
     def _has_more(self) -> bool:
         """Whether there may be a line to begin, or the end to be noticed."""

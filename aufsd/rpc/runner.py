@@ -98,6 +98,11 @@ class Runner:
         return self._waiting + self._pending + len(self._outbox) + (self.batch is not None)
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether no call waits, and no answer for its peer."""
+        return not self._waiting and not self._outbox.held and self.batch is None
+
+    @property
     def has_room(self) -> bool:
         """Whether another call may be begun."""
         limit = self._admission.settings.max_in_flight
