@@ -147,7 +147,7 @@ class Driver:
                     limit=self.backend.max_branches,
                 )
             entry = self.unions.table.entries.get(parent) if parent else None
-            written = entry and (entry.union or self.store.snapshots) and not entry.read_only
+            written = entry and not entry.read_only
             if written and self.backend.live_lower_warning:
                 warnings.append(f"parent {parent}: {self.backend.live_lower_warning}")
             if self.store.snapshots:
@@ -195,7 +195,8 @@ class Driver:
                 dialect = await self.disk.run(self.chains.dialect, id)
         chain = self.store.chain(id)
         entry = self.unions.table.entries.get(id)
-        union = len(chain) > 1 and self.backend.unions
+        mounted = len(chain) > 1 or bool(self.store.children_of(id))
+        union = entry.union if entry else mounted and not self.store.snapshots
         found = {
             "id": id,
             "parents": " ".join(chain[1:]),
@@ -268,7 +269,9 @@ class Driver:
             await self.naming.name(error)
             raise
         if entry is None:
-            return results.Put(0, False, dropped)
+            # what somebody else mounted there stays
+            mounted = self.store.exists(id) and self.unions.is_mount_point(id)
+            return results.Put(0, mounted, dropped)
         return results.Put(len(entry.references), entry.union, dropped)
 
     def put_now(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put | None:
@@ -283,7 +286,10 @@ class Driver:
         for id, failure in failed.items():
             name = str(failure.data["errno"])
             busy = name == "EBUSY"
-            holders = (await self.holders(id)).holders if busy else []
+            found = await self.disk.run(
+                kernel_holders.look, self.store.layout.mount_point(id), busy=busy
+            )
+            holders = found.holders if busy else []
             log.warning("cleanup left a mount", id=id, reason=failure.message)
             rows.append(results.FailedUnmount(id, name, holders))
         return results.Cleanup(list(done), rows)

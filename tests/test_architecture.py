@@ -29,7 +29,7 @@ LEVELS = {
     "aufsd.config": 1,
     "aufsd.tasks": 1,
     "aufsd.threads": 1,
-    "aufsd.active.refs": 0,
+    "aufsd.active.refs": 1,
     "aufsd.kernel.peer": 0,
     "aufsd.results": 0,
     "aufsd.store.ids": 0,

@@ -129,11 +129,159 @@ async def test_the_first_get_mounts_and_the_last_put_unmounts(mounts: Mounts) ->
 
 
 async def test_a_layer_without_parents_counts_and_is_not_mounted(mounts: Mounts) -> None:
-    entry = await get(mounts, BASE, MANUAL, label="")
-    assert not entry.union
-    assert not is_mounted(mounts, BASE)
+    lone = LayerId("lone")
+    make(mounts.store, lone)
+    entry = await get(mounts, lone, MANUAL, label="")
+    assert (entry.union, entry.read_only) == (False, False)
+    assert not is_mounted(mounts, lone)
+    assert (await mounts.put(lone, pid=1)).entry is None
+    assert lone not in mounts.table.entries
+
+
+async def test_a_layer_without_parents_on_which_others_stand_is_shown_read_only(
+    mounts: Mounts,
+) -> None:
+    for label in ("", "system_u:object_r:any_t:s0"):  # it has none of its own
+        entry = await get(mounts, BASE, MANUAL, label=label)
+        assert (entry.union, entry.read_only, entry.backend) == (True, True, "bind")
+    shown = Path(mounts.store.layout.mount_point(BASE))
+    assert (shown / "lower").read_text() == "x"
+    with pytest.raises(OSError, match="Read-only"):
+        (shown / "new").touch()
+    # what is mounted inside does not turn up in the content
+    Path(mounts.store.layout.content(BASE), "d").mkdir()
+    syscalls.mount("tmpfs", str(shown / "d"), "tmpfs", 0, "size=64k")
+    assert not mountinfo.is_mount_point(f"{mounts.store.layout.content(BASE)}/d")
+    syscalls.umount2(str(shown / "d"))
+    assert await mounts.put(BASE, pid=1)
     assert (await mounts.put(BASE, pid=1)).entry is None
-    assert BASE not in mounts.table.entries
+    assert not is_mounted(mounts, BASE)
+
+
+async def test_who_was_given_a_base_layer_to_write_keeps_it_when_a_child_comes(
+    mounts: Mounts,
+) -> None:
+    lone = LayerId("lone")
+    make(mounts.store, lone)
+    assert not (await get(mounts, lone, MANUAL, label="")).read_only
+    make(mounts.store, LayerId("child"), lone)
+    second = await get(mounts, lone, MANUAL, label="")
+    assert (second.union, second.read_only, len(second.references)) == (False, False, 2)
+    for _ in range(2):
+        await mounts.put(lone, pid=1)
+    third = await get(mounts, lone, MANUAL, label="")
+    assert (third.union, third.read_only, len(third.references)) == (True, True, 1)
+
+
+def mount_a_stranger(tmp_path: Path, target: str) -> None:
+    """An overlay that is not the layer's, as somebody else might mount."""
+    for name in ("lower", "upper", "work"):
+        (tmp_path / "foreign" / name).mkdir(parents=True, exist_ok=True)
+    at = tmp_path / "foreign"
+    Path(at, "lower", "FOREIGN").touch()
+    data = f"lowerdir={at}/lower,upperdir={at}/upper,workdir={at}/work"
+    if NAMESPACE == "user":
+        data += ",userxattr"
+    syscalls.mount("none", target, "overlay", 0, data)
+
+
+async def test_another_overlay_in_the_place_of_the_union_is_not_the_layer(
+    mounts: Mounts, tmp_path: Path
+) -> None:
+    await get(mounts, TOP, MANUAL, label="")
+    target = mounts.store.layout.mount_point(TOP)
+    syscalls.umount2(target)
+    mount_a_stranger(tmp_path, target)
+    assert mounts.get_now(TOP, MANUAL, label="") is None
+    with pytest.raises(MountFailed, match="did not mount"):
+        await get(mounts, TOP, MANUAL, label="")
+    assert count(mounts, TOP) == 1, "the reference stands"
+    # nor is it taken down with the last reference, by force, or by cleanup
+    assert (await mounts.put(TOP, pid=1)).entry is None
+    with pytest.raises(UnmountBusy, match="did not mount"):
+        async with mounts.removing(TOP, force=True):
+            pytest.fail("a layer was given away with something mounted at its mount point")
+    done, failed = await mounts.cleanup()
+    assert (done, list(failed)) == ([], [TOP])
+    assert os.listdir(target) == ["FOREIGN"]
+    syscalls.umount2(target)
+    assert len((await get(mounts, TOP, MANUAL, label="")).references) == 1
+
+
+async def test_what_lies_over_a_union_is_named_and_stays(mounts: Mounts) -> None:
+    await get(mounts, TOP, MANUAL, label="")
+    target = mounts.store.layout.mount_point(TOP)
+    syscalls.mount("tmpfs", target, "tmpfs", 0, "size=64k")
+    with pytest.raises(MountFailed, match="did not mount"):
+        await get(mounts, TOP, MANUAL, label="")
+    with pytest.raises(UnmountBusy, match="tmpfs that aufsd did not mount is mounted over it"):
+        await mounts.put(TOP, pid=1)
+    assert mounts.table.busy() == [TOP]
+    done, failed = await mounts.cleanup()
+    assert (done, list(failed)) == ([], [TOP])
+    assert [row.fstype for row in mountinfo.mounted_under(target)] == ["overlay", "tmpfs"]
+    syscalls.umount2(target)
+    assert (await mounts.put(TOP, pid=1)).entry is None
+    assert not is_mounted(mounts, TOP)
+
+
+@pytest.mark.parametrize("journal_is", ["there", "lost"])
+async def test_at_start_a_stranger_is_not_taken_for_the_union(
+    tmp_path: Path, journal_is: str
+) -> None:
+    async with opened(tmp_path) as first:
+        make(first.store, BASE)
+        for id in (TOP, SIDE, LayerId("covered")):
+            make(first.store, id, BASE)
+            await get(first, id, MANUAL, label="")
+        layout = first.store.layout
+    syscalls.umount2(layout.mount_point(TOP))
+    mount_a_stranger(tmp_path, layout.mount_point(TOP))
+    syscalls.mount("tmpfs", layout.mount_point(LayerId("covered")), "tmpfs", 0, "size=64k")
+    if journal_is == "lost":
+        os.unlink(tmp_path / "journal")
+    async with opened(tmp_path) as second:
+        assert TOP not in second.table.entries
+        assert second.counters.differences["foreign"] >= 1
+        with pytest.raises(MountFailed, match="did not mount"):
+            await get(second, TOP, MANUAL, label="")
+        assert count(second, SIDE) == 1
+        assert count(second, LayerId("covered")) == (1 if journal_is == "there" else 0)
+        for id in (TOP, LayerId("covered")):
+            syscalls.umount2(layout.mount_point(id))
+        await second.cleanup()
+        assert mountinfo.mounted_under(layout.mnt) == []
+
+
+async def test_a_damaged_layer_that_is_mounted_is_counted_and_not_removed_under_its_users(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as first:
+        make(first.store, BASE)
+        for id in (TOP, SIDE):
+            make(first.store, id, BASE)
+            await get(first, id, MANUAL, label="")
+        layout = first.store.layout
+    Path(layout.parents_file(TOP)).write_text("")
+    os.unlink(layout.parents_file(SIDE))
+    async with opened(tmp_path) as second:
+        assert TOP in second.store.damaged
+        assert count(second, TOP) == 1
+        with pytest.raises(LayerInUse):
+            async with second.removing(TOP, force=False):
+                pytest.fail("given away under who uses it")
+        # that of the layer that is gone goes too
+        done, failed = await second.cleanup()
+        assert (done, failed) == ([SIDE, TOP], {})
+        assert mountinfo.mounted_under(layout.mnt) == []
+        assert second.table.entries == {}
+
+
+async def test_cleanup_drops_what_is_counted_of_a_mount_that_vanished(mounts: Mounts) -> None:
+    await get(mounts, TOP, MANUAL, label="")
+    syscalls.umount2(mounts.store.layout.mount_point(TOP))
+    assert await mounts.cleanup() == ([], {})
+    assert TOP not in mounts.table.entries
 
 
 async def test_an_unknown_layer_is_no_path(mounts: Mounts) -> None:
@@ -356,6 +504,8 @@ async def test_cleanup_unmounts_everything_whatever_its_count(mounts: Mounts) ->
 async def test_counts_and_mounts_survive_a_restart(tmp_path: Path) -> None:
     async with opened(tmp_path) as first:
         make(first.store, BASE)
+        make(first.store, LayerId("lone"))
+        await get(first, LayerId("lone"), MANUAL, label="")
         for id in (TOP, SIDE, LayerId("gone"), LayerId("new")):
             make(first.store, id, BASE)
         await get(first, TOP, MANUAL, label="")
@@ -370,7 +520,8 @@ async def test_counts_and_mounts_survive_a_restart(tmp_path: Path) -> None:
         second.backend.mount(union)
     async with opened(tmp_path) as third:
         assert count(third, TOP) == 2
-        assert count(third, BASE) == 1
+        assert count(third, BASE) == count(third, LayerId("lone")) == 1
+        await third.put(BASE, pid=1)
         assert LayerId("gone") not in third.table.entries
         assert count(third, LayerId("new")) == 1
         await third.put(TOP, pid=1)

@@ -61,7 +61,8 @@ class OneLayer(RuleBasedStateMachine):
             self.entry = self.before
             return
         self.kernel = self.entry.label
-        self.entry = refs.counted(refs.mounted(self.entry, since=1.0), self.getting)
+        mounted = refs.mounted(self.entry, None, read_only=False, since=1.0)
+        self.entry = refs.counted(mounted, self.getting)
         self.held.append((self.getting.pid, self.getting.hold))
 
     @precondition(settled)

@@ -16,7 +16,7 @@ from aufsd.results import Holder, Holders
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.threads import Disk, MountThread
-from aufsd.union.backend import Backend, NotFlushed
+from aufsd.union.backend import NotFlushed
 from aufsd_client.errors import LayerInUse, NoSpace, UnmountBusy
 
 # umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
@@ -29,24 +29,40 @@ _LOOKED_AT = 4
 _looking = trio.CapacityLimiter(1)
 
 
+class Covered(Exception):
+    """Something that aufsd did not mount lies over a layer's mount; `row` is the uppermost."""
+
+    def __init__(self, row: mountinfo.Mount) -> None:
+        super().__init__(row.mount_point)
+        self.row = row
+
+
 async def unmount(
     id: LayerId,
     target: str,
-    backend: Backend,
+    once: Callable[[], None],
     thread: MountThread,
     *,
     retrying: Callable[[], None],
-    flush: bool = True,
 ) -> None:
-    """Unmount a layer's union in the mount thread; nothing to do where none is mounted.
+    """Unmount a layer's mount in the mount thread, by `once`; `retrying` is told of further tries.
 
-    `retrying` is told of each further try. Without `flush` what is written in it need not last.
-    Raises NoSpace if it cannot be made to last for want of space, UnmountBusy with `errno` and the
-    holders if it stays for any other reason. Cancelled between two tries: it is mounted.
+    `once` raises Covered, NotFlushed, or OSError as umount2(2) does. Raises NoSpace if what is
+    written in it cannot be made to last for want of space, UnmountBusy with `errno` and the holders
+    if it stays for any other reason. Cancelled between two tries: it is mounted.
     """
     for attempt in range(1, TRIES + 1):
         try:
-            return await thread.run(backend.unmount, target, flush=flush)
+            return await thread.run(once)
+        except Covered as covered:
+            over = f"{covered.row.fstype} that aufsd did not mount is mounted over it at {target}"
+            raise UnmountBusy(
+                f"layer {id} stays mounted: {over}; unmount that, then put or cleanup",
+                id=id,
+                errno="EBUSY",
+                holders=[],
+                kernel=[over],
+            ) from covered
         except NotFlushed as failed:
             raise _would_lose(id, failed) from failed
         except OSError as error:

@@ -5,48 +5,42 @@ mount thread and none under the lock. A count changes right after the system cal
 for, in the same task, with no await between.
 """
 
+import errno
 import os
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import structlog
 import trio
 
-from aufsd.active import refs
+from aufsd.active import performing, refs, standing
+from aufsd.active.counters import Counters
 from aufsd.active.in_use import not_readable, unmount
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
-from aufsd.active.replay import replay, rows_in_kernel
+from aufsd.active.replay import replay
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch, ProcessWatch
-from aufsd.kernel import mountinfo
+from aufsd.kernel.mountinfo import Changes
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.tasks import Tasks
 from aufsd.threads import MountThread
-from aufsd.union.backend import Backend, NotFlushed, Union
-from aufsd_client.errors import AufsdError, LabelConflict, LayerHasChildren, MountFailed
+from aufsd.union.backend import Backend, NotFlushed
+from aufsd_client.errors import (
+    AufsdError,
+    LabelConflict,
+    LayerHasChildren,
+    UnmountBusy,
+)
 
 log = structlog.get_logger(__name__)
 
 # a mount that stayed busy without a reference is tried again this often, in the background
 BUSY_RETRY = 30.0  # seconds
-
-
-@dataclass(slots=True)
-class Counters:
-    """What happened since the start; read by metrics."""
-
-    mounts: int = 0
-    unmounts: int = 0
-    busy_retries: int = 0
-    failed_mounts: int = 0
-    vanished_mounts: int = 0
-    # at the start: where the journal and the kernel did not agree, by kind
-    differences: Counter[str] = field(default_factory=Counter)
 
 
 class Dropped(NamedTuple):
@@ -69,6 +63,9 @@ class Mounts:
     counters: Counters = field(default_factory=Counters)
     # of those that stay mounted without a reference, with which errno the last try failed
     stays: dict[LayerId, str] = field(default_factory=dict)
+    changes: Changes = field(default_factory=Changes)
+    # seen to be there since the mount table changed last
+    _seen: set[LayerId] = field(default_factory=set)
     processes: ProcessWatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +101,9 @@ class Mounts:
         return self._count(id, entry, reference)
 
     @asynccontextmanager
-    async def mounting(self, id: LayerId, *, label: str, read_only: bool) -> AsyncIterator[Entry]:
+    async def mounting(
+        self, id: LayerId, *, label: str, read_only: bool, backend: str
+    ) -> AsyncIterator[Entry]:
         """Around a mount of an id whose transition the caller holds: its entry meanwhile.
 
         While it is in the table nobody changes what the layer stands on. Left by an exception or a
@@ -115,7 +114,7 @@ class Mounts:
         if before is not None:
             self.counters.vanished_mounts += 1
             log.warning("mount vanished", id=id, references=len(before.references))
-        entry = refs.mounting(before, label=label, read_only=read_only, backend=self.backend.name)
+        entry = refs.mounting(before, label=label, read_only=read_only, backend=backend)
         table.enter(id, entry)
         try:
             yield entry
@@ -135,25 +134,15 @@ class Mounts:
         Raises MountFailed and TooManyLayers, with nothing left mounted.
         """
         union = self.table.union(id, entry, opaque=opaque)
-        await self.thread.run(self._mount_in_thread, union)
+        mount, read_only = await self.thread.run(
+            performing.mount, self.backend, union, entry.backend
+        )
         self.counters.mounts += 1
         self.helpers.mounted(id)
-        return self._count(id, refs.mounted(entry, since=time.time()), reference)
-
-    def _mount_in_thread(self, union: Union) -> None:
-        self.backend.clear(union.target)
-        try:
-            foreign = mountinfo.is_mount_point(union.target)
-        except FileNotFoundError:
-            os.makedirs(union.target, 0o755)
-            foreign = False
-        if foreign:
-            raise MountFailed(
-                f"something that aufsd did not mount is at {union.target}; unmount it first",
-                id=union.id,
-                errno="EBUSY",
-            )
-        self.backend.mount(union)
+        if read_only and not entry.read_only:
+            log.warning("the kernel mounted a layer read-only; is the disk full?", id=id)
+        mounted = refs.mounted(entry, mount, read_only=read_only, since=time.time())
+        return self._count(id, mounted, reference)
 
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
         # then the journal has it; one that was just mounted is not there yet
@@ -188,7 +177,7 @@ class Mounts:
                 entry = table.entries.get(id)
                 if not self.store.exists(id):
                     return Dropped(None, False)
-                live = entry is None and self._live(id, None)
+                live = entry is None and self.is_mount_point(id)
                 step, at = refs.on_put(entry, pid=pid, live=live, name=name)
                 waiting = table.moving(id)
                 if waiting is None:
@@ -248,22 +237,27 @@ class Mounts:
             self.table.end(id)
 
     async def _unmount(self, id: LayerId, *, flush: bool = True) -> None:
-        """Unmount an id whose transition the caller holds, and drop its entry and references."""
+        """Unmount an id whose transition the caller holds, and drop its entry and references.
+
+        What somebody else mounted there is left alone, and no error if the layer's own mount is not
+        below it.
+        """
         table = self.table
-        with table.locked():
-            # no entry: the kernel has it mounted, and nobody counted it
-            entry = table.entries.get(id) or Entry(
-                State.MOUNTED, union=True, since=time.time(), backend=self.backend.name
-            )
-            if not entry.union:
-                table.leave(id)
-                table.record(id)
-                return
-            table.enter(id, refs.unmounting(entry))
+        entry = table.entries.get(id)
+        if entry is None:
+            # the kernel has something there, and nobody counted it
+            entry = await self.thread.run(standing.uncounted_at, self.store.layout, id)
+        if entry is None:
+            return
+        if not entry.union:
+            table.leave(id)
+            table.record(id)
+            return
+        table.enter(id, refs.unmounting(entry))
         try:
             target = self.store.layout.mount_point(id)
-            tries = self._retrying
-            await unmount(id, target, self.backend, self.thread, retrying=tries, flush=flush)
+            once = partial(performing.unmount, self.backend, target, entry, flush=flush)
+            await unmount(id, target, once, self.thread, retrying=self._retrying)
         except BaseException as error:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
@@ -319,25 +313,48 @@ class Mounts:
 
         await table.claim(id, refuse)
         try:
-            if id in table.entries or (id not in self.store.damaged and self._live(id, None)):
+            if id in table.entries or self.is_mount_point(id):
                 # its content goes next, and on a full disk that is how to get space
                 await self._unmount(id, flush=False)
+            if self.is_mount_point(id):
+                raise self._not_ours(id)
             yield
         finally:
             table.end(id)
 
     async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, AufsdError]]:
-        """Unmount every mount of the store, as the kernel has them; what was, and what was not."""
+        """Unmount every mount of the store, as the kernel has them; what was, and what was not.
+
+        Of a layer whose mount has vanished the references go. So does a mount whose layer is gone;
+        one that somebody else made there is told and stays.
+        """
         done: list[LayerId] = []
         failed: dict[LayerId, AufsdError] = {}
-        for id in await self.thread.run(self._mounted_in_kernel):
+        found = set(await self.thread.run(standing.rows_at, self.store.layout))
+        counted = {id for id, entry in self.table.entries.items() if entry.union}
+        for id in sorted(found | counted):
             await self.table.claim(id)
             try:
                 await self._take_down(id)
-                done.append(id)
+                if self.is_mount_point(id):
+                    raise self._not_ours(id)
+                if id in found:
+                    done.append(id)
             except AufsdError as error:
                 failed[id] = error
+            except OSError as error:
+                name = errno.errorcode.get(error.errno or 0, "EIO")
+                failed[id] = UnmountBusy(f"layer {id}: {error.strerror}", id=id, errno=name)
         return done, failed
+
+    def _not_ours(self, id: LayerId) -> UnmountBusy:
+        target = self.store.layout.mount_point(id)
+        return UnmountBusy(
+            f"something that aufsd did not mount is at {target}; unmount it, then try again",
+            id=id,
+            errno="EBUSY",
+            holders=[],
+        )
 
     async def retry_busy(self) -> None:
         """Try again, after a while, to unmount what stayed busy with no reference left."""
@@ -355,27 +372,33 @@ class Mounts:
 
     # --- the kernel's side --------------------------------------------------------------------
 
-    def _live(self, id: LayerId, entry: Entry | None) -> bool:
-        """Whether the kernel has it mounted: one statx(2) a turn, which does not block."""
-        if entry is not None and not entry.union:
+    def _live(self, id: LayerId, entry: Entry) -> bool:
+        """Whether the entry's own mount is there, and seen. Does not block.
+
+        It is looked at again after any change of the mount table, and in each turn if a process
+        serves it, which may have died. Otherwise it is as it was.
+        """
+        if not entry.union:
             return True
         turn = self.table.turn
         if id in turn.standing:
             return True
         target = self.store.layout.mount_point(id)
-        if entry is None or entry.backend == self.backend.name:
+        if standing.is_served(entry.backend) and entry.backend == self.backend.name:
             found = self.backend.is_mounted(target)
         else:
-            try:
-                found = mountinfo.is_mount_point(target)
-            except FileNotFoundError:
-                found = False
+            if self.changes.any():
+                self._seen.clear()
+            found = id in self._seen or standing.is_on_top(target, entry)
+            if found:
+                self._seen.add(id)
         if found and turn.taken:
             turn.standing.add(id)
         return found
 
-    def _mounted_in_kernel(self) -> list[LayerId]:
-        return sorted(id for id in rows_in_kernel(self.store) if self.store.exists(id))
+    def is_mount_point(self, id: LayerId) -> bool:
+        """Whether anything is mounted at the layer's mount point, whoever did. Does not block."""
+        return standing.is_mount_point(self.store.layout.mount_point(id))
 
     async def breathe(self) -> None:
         """Return once the lock can be taken and the mount thread answers, for the watchdog."""
@@ -410,3 +433,4 @@ async def open_mounts(
         finally:
             nursery.cancel_scope.cancel()
             mounts.thread.close()
+            mounts.changes.close()

@@ -4,18 +4,23 @@
                        | failed: as before          ^ busy: MOUNTED(0)   |
                        v                            +--------------------+
 
-A layer without parents is never mounted: its entry is MOUNTED with `union` false, and only counts.
+A layer without parents that may be written to is not mounted: its entry is MOUNTED with `union`
+false, and only counts.
 `mounts.py` performs what is decided here, and tells the outcome back, in the same task as the
 system call and with no await between, so that a count changes only with the mount it stands for.
 """
 
 from enum import Enum, StrEnum
-from typing import Literal
+from typing import Final, Literal
 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aufsd.kernel.mountinfo import Identity
+
 Hold = Literal["manual", "process"]
+# as `backend` of an entry (aufsd.union.bind)
+BIND: Final = "bind"
 
 
 class State(StrEnum):
@@ -48,7 +53,13 @@ class Reference(Struct, frozen=True):
 
 
 class Entry(Struct, frozen=True):
-    """One line of the active-mount table."""
+    """One line of the active-mount table.
+
+    `union`: whether something of ours is mounted at the layer's mount point; else its content
+    directory is given out. `backend` is who mounted it, "bind" for content that is shown read-only.
+    `mount` is which mount it is (mountinfo.Identity); None until it stands, and where an older
+    aufsd wrote the entry.
+    """
 
     state: State
     union: bool
@@ -57,6 +68,7 @@ class Entry(Struct, frozen=True):
     read_only: bool = False
     since: float = 0.0
     backend: str = ""
+    mount: Identity | None = None
 
 
 class OnGet(Enum):
@@ -89,6 +101,9 @@ def on_get(entry: Entry | None, *, label: str, live: bool) -> OnGet:
     if not live:
         # unmounted behind our back: mount again, the references stand
         return OnGet.MOUNT
+    if entry.backend == BIND:
+        # it is the file system that the store lies on, and has no label of its own
+        return OnGet.COUNT
     # one superblock has one label; a mount that no one references is still that superblock
     return OnGet.COUNT if entry.label == label else OnGet.CONFLICT
 
@@ -99,9 +114,9 @@ def mounting(entry: Entry | None, *, label: str, read_only: bool, backend: str) 
     return Entry(State.MOUNTING, True, references, label, read_only, 0.0, backend)
 
 
-def mounted(entry: Entry, *, since: float) -> Entry:
-    """The mount stands; nothing has been counted yet."""
-    return replace(entry, state=State.MOUNTED, since=since)
+def mounted(entry: Entry, mount: Identity | None, *, read_only: bool, since: float) -> Entry:
+    """The mount stands, as the kernel says; nothing has been counted yet."""
+    return replace(entry, state=State.MOUNTED, since=since, mount=mount, read_only=read_only)
 
 
 def counts(entry: Entry, reference: Reference) -> bool:

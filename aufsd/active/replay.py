@@ -4,22 +4,24 @@ Mounts outlive the daemon, counts are in the journal, and people unmount by hand
 not agree the kernel is right.
 """
 
-import time
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Literal, NamedTuple, get_args
 
-from aufsd.active import refs
-from aufsd.active.refs import Entry, Reference, State
+from msgspec.structs import replace
+
+from aufsd.active import refs, standing
+from aufsd.active.refs import Entry
 from aufsd.active.table import Table
-from aufsd.kernel import mountinfo
+from aufsd.kernel.mountinfo import Mount
 from aufsd.kernel.peer import process
-from aufsd.store.ids import LayerId, is_id
-from aufsd.store.layers import Store
+from aufsd.store.ids import LayerId
+from aufsd.store.layout import Layout
 from aufsd.union.backend import Backend
 from aufsd_client.errors import MountFailed
 
 # what can be otherwise than when the last daemon ended
-Difference = Literal["vanished", "appeared", "partial", "holder"]
+Difference = Literal["vanished", "appeared", "partial", "foreign", "holder"]
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 
 
@@ -31,55 +33,72 @@ class Note(NamedTuple):
     text: str
 
 
-def rows_in_kernel(store: Store) -> dict[LayerId, mountinfo.Mount]:
-    """The mountinfo rows of the store's mount points: reads all of mountinfo once. Blocking."""
-    prefix = f"{store.layout.mnt}/"
-    found = {}
-    for row in mountinfo.mounted_under(store.layout.mnt):
-        name = row.mount_point.removeprefix(prefix)
-        if is_id(name):
-            found[LayerId(name)] = row
-    return found
-
-
 def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> list[Note]:
     """Set the table from the journal and the kernel, at start; what did not agree.
 
-    Mounted without an entry counts 1; an entry without a mount counts 0 and goes, but for a layer
-    without parents, which is never mounted. A union that lacks branches, because the last daemon
-    was killed between two mount calls, was never given to anybody: it is unmounted. References of
-    processes that have ended are noted, and stand until who watches processes puts them. Blocking;
-    called before the first call.
+    An entry stands if the mount that it was made for does, also below another one. Otherwise it
+    counts 0 and goes; so does nothing of a layer whose content directory is given out. A mount of
+    the layer that no entry knows counts 1. What somebody else mounted there is told and left alone.
+    A union that lacks branches, because the last daemon was killed between two mount calls, was
+    never given to anybody: it is unmounted. References of processes that have ended are noted, and
+    stand until who watches processes puts them. Blocking; called before the first call.
     """
     store = table.store
     notes: list[Note] = []
-    live = {id: row for id, row in rows_in_kernel(store).items() if id in store.parent}
+    live = {id: rows for id, rows in standing.rows_at(store.layout).items() if store.exists(id)}
     for id, entry in recorded.items():
-        if id not in store.parent:
+        if not store.exists(id) or not (entry.references or entry.union):
             continue
-        if entry.union and id not in live:
+        stands = _stands(store.layout, id, entry, live.get(id, []))
+        if stands is None:
             dropped = len(entry.references)
             notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
-        elif entry.references or entry.union:
-            table.enter(id, refs.busy(entry))
+        else:
+            table.enter(id, refs.busy(stands))
             notes += _ended(id, entry)
-    for id, row in live.items():
-        if id in table.entries:
-            continue
-        entry = _found(row)
-        if entry.backend == backend.name and not backend.is_whole(table.union(id, entry)):
-            backend.unmount(row.mount_point, flush=False)
-            text = "mounted in part when the daemon was killed: unmounted"
-            notes.append(Note(id, "partial", text))
-            continue
-        if not entry.read_only:
-            # whoever mounted it may have written to it
-            with suppress(MountFailed):
-                store.unrecord(id)
-        table.enter(id, entry)
-        notes.append(Note(id, "appeared", "mounted without an entry: counts 1"))
+    for id, rows in live.items():
+        known = table.entries.get(id)
+        if known is None or not known.union:
+            notes.append(_appeared(table, backend, id, rows[-1]))
     table.journal.rewrite(table.entries)
     return notes
+
+
+def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) -> Entry | None:
+    """The entry of the journal, if its mount is still there."""
+    if not entry.union:
+        return entry
+    if not rows:
+        return None
+    if entry.mount is None:
+        # an older aufsd wrote it: what is mounted has to do
+        found = standing.uncounted(layout, id, rows[-1])
+        return None if found is None else replace(entry, mount=found.mount)
+    on_top = standing.is_on_top(layout.mount_point(id), entry)
+    return entry if on_top or standing.is_below(rows, entry) else None
+
+
+def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> Note:
+    """A mount without an entry: the layer's own is counted, anything else told."""
+    store = table.store
+    entry = standing.uncounted(store.layout, id, row)
+    if entry is None:
+        return Note(id, "foreign", f"{row.fstype} that aufsd did not mount is there: left alone")
+    if entry.backend == backend.name and id in store.parent:
+        union = table.union(id, entry)
+        if not backend.is_whole(union):
+            # one call mounts all of it or nothing
+            if len(backend.plan(union)) == 1:
+                text = "its branches are not the layer's parents: left alone"
+                return Note(id, "foreign", text)
+            backend.unmount(row.mount_point, flush=False)
+            return Note(id, "partial", "mounted in part when the daemon was killed: unmounted")
+    if not entry.read_only:
+        # whoever mounted it may have written to it
+        with suppress(MountFailed):
+            store.unrecord(id)
+    table.enter(id, entry)
+    return Note(id, "appeared", "mounted without an entry: counts 1")
 
 
 def _ended(id: LayerId, entry: Entry) -> list[Note]:
@@ -89,16 +108,3 @@ def _ended(id: LayerId, entry: Entry) -> list[Note]:
         for pid, start in sorted(held)
         if process(pid)[1] != start
     ]
-
-
-def _found(row: mountinfo.Mount) -> Entry:
-    now = time.time()
-    return Entry(
-        State.MOUNTED,
-        union=True,
-        references=(Reference(0, 0, "", "manual", now, 0),),
-        read_only="ro" in row.options,
-        since=now,
-        # fuse.NAME, of a file system that a process serves
-        backend=row.fstype.removeprefix("fuse."),
-    )

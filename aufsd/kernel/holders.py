@@ -69,14 +69,14 @@ def holders(target: str) -> list[Holder]:
         return []
     # the device number of a union is its superblock's own, so it finds every copy
     own = os.readlink("/proc/self/ns/mnt")
-    spaces: dict[str, _Namespace] = {own: _namespace(0, own_mounts, row.device)}
+    spaces: dict[str, _Namespace] = {own: _namespace(0, own_mounts, row)}
     processes: list[_Process] = []
     for pid in _pids():
         for task in _tasks(pid):
             with suppress(OSError):
                 link = os.readlink(f"/proc/{task}/ns/mnt")
                 if link not in spaces:
-                    spaces[link] = _namespace(pid, mountinfo.read(task), row.device)
+                    spaces[link] = _namespace(pid, mountinfo.read(task), row)
                 processes.append(_Process(pid, task, spaces[link]))
                 break
     copies = frozenset().union(*(space.copies for space in spaces.values()))
@@ -85,7 +85,8 @@ def holders(target: str) -> list[Holder]:
     for process in processes:
         with suppress(OSError):
             bound = _bound_sockets(process, sockets)
-            uses = list(_uses(process, copies, row.device))
+            device = row.device if row.root == "/" else None
+            uses = list(_uses(process, copies, device))
             if bound and "fd" not in uses:
                 uses.append("fd")
             if uses:
@@ -148,11 +149,17 @@ def _tasks(pid: int) -> Iterator[int]:
         yield from (tid for tid in map(int, os.listdir(f"/proc/{pid}/task")) if tid != pid)
 
 
-def _namespace(first: int, mounts: Sequence[Mount], device: int) -> _Namespace:
-    return _Namespace(first, mounts, frozenset(row.id for row in mounts if row.device == device))
+def _namespace(first: int, mounts: Sequence[Mount], own: Mount) -> _Namespace:
+    # of content that is shown read-only the device is the whole disk's, and the root tells
+    copies = (
+        row.id
+        for row in mounts
+        if row.device == own.device and (own.root == "/" or row.root == own.root)
+    )
+    return _Namespace(first, mounts, frozenset(copies))
 
 
-def _uses(process: _Process, copies: Collection[int], device: int) -> Iterator[Use]:
+def _uses(process: _Process, copies: Collection[int], device: int | None) -> Iterator[Use]:
     space, task = process.space, process.task
     for link in _LINKS:
         if any(_link_leads_in(path, space, copies) for path in _links(process, link)):
@@ -266,7 +273,7 @@ def _mount_id(fdinfo: str) -> int:
     return int(rest.partition("\n")[0]) if found else -1
 
 
-def _has_mapped(task: int, space: _Namespace, device: int) -> bool:
+def _has_mapped(task: int, space: _Namespace, device: int | None) -> bool:
     """Whether a mapped file shows the union's device or a path in it.
 
     Before Linux 6.6 a map shows the device of the branch's file, but the path in the union all the

@@ -9,7 +9,7 @@ import re
 import select
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from aufsd.kernel import syscalls
 
@@ -94,3 +94,59 @@ def is_mount_point(path: str) -> bool:
         return found.mounted
     # before Linux 5.8: a union is always another device than the directory above its mount point
     return os.lstat(path).st_dev != os.lstat(os.path.dirname(path)).st_dev
+
+
+class Identity(NamedTuple):
+    """Which mount it is. `unique` is never given to another one; 0 where the kernel has none.
+
+    `id` is the first column of mountinfo. It comes again, so that without `unique` the device and
+    the inode of the mount's root count too; the inode is 0 where a process serves it and may change
+    what it says.
+    """
+
+    unique: int
+    id: int
+    device: int
+    inode: int
+
+    def is_same(self, other: "Identity") -> bool:
+        """Whether both are of one mount; for certain where the kernel has unique ids."""
+        if self.unique or other.unique:
+            return self.unique == other.unique
+        by_inode = bool(self.inode and other.inode)
+        return self[1:3] == other[1:3] and (not by_inode or self.inode == other.inode)
+
+
+def identify(path: str, *, served: bool = False) -> Identity | None:
+    """The mount whose root is seen at `path`; None if none is. `served`: by a process (FUSE).
+
+    Does not block.
+    """
+    try:
+        found = syscalls.statx_mount_ids(path)
+        mounted = found.root.mounted if found.root.known else is_mount_point(path)
+    except FileNotFoundError:
+        return None
+    inode = 0 if served else found.inode
+    return Identity(found.unique, found.id, found.device, inode) if mounted else None
+
+
+class Changes:
+    """Tells whether the mount table of this process has changed. Owns a descriptor until `close`.
+
+    poll(2) of mountinfo says so once for each time that something was mounted, unmounted or moved
+    (proc_pid_mountinfo(5)), before the call that did it returns: to ask costs a fifth of an lstat.
+    """
+
+    def __init__(self) -> None:
+        self._fd = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._poll = select.poll()
+        self._poll.register(self._fd, select.POLLPRI)
+
+    def any(self) -> bool:
+        """Whether it has changed since this was asked last, or since it was made."""
+        return bool(self._poll.poll(0))
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        os.close(self._fd)

@@ -9,7 +9,7 @@ and convert of the same id wait for, and which waits for them; the chain is read
 from dataclasses import dataclass
 
 from aufsd.active.mounts import Mounts
-from aufsd.active.refs import Entry, Reference
+from aufsd.active.refs import BIND, Entry, Reference
 from aufsd.layers.branches import Chains
 from aufsd.layers.snapshots import Snapshots
 from aufsd.store.ids import LayerId
@@ -62,7 +62,7 @@ class Access:
         if store.snapshots:
             await self.snapshots.make_ready(id, read_only=read_only)
             return self.mounts.count_content(id, reference, read_only=read_only)
-        if len(chain) == 1:
+        if len(chain) == 1 and not read_only:
             await self._unrecord(id)
             return self.mounts.count_content(id, reference, read_only=False)
         return await self._mount(chain, reference, label, read_only=read_only)
@@ -71,8 +71,12 @@ class Access:
         self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, read_only: bool
     ) -> Entry:
         id, mounts = chain[0], self.mounts
-        async with mounts.mounting(id, label=label, read_only=read_only) as entry:
-            opaque = await self.chains.prepare(chain)
+        # one alone is no union: its content is shown, and has no label of its own
+        alone = len(chain) == 1
+        backend = BIND if alone else mounts.backend.name
+        label = "" if alone else label
+        async with mounts.mounting(id, label=label, read_only=read_only, backend=backend) as entry:
+            opaque = frozenset() if alone else await self.chains.prepare(chain)
             for parent in filter(mounts.table.entries.__contains__, chain[1:]):
                 # one that is mounted writable: what it changed shows here under all its names
                 await mounts.flush(parent)

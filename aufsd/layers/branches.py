@@ -5,6 +5,7 @@ from typing import Literal
 
 import structlog
 
+from aufsd.active.refs import BIND
 from aufsd.active.table import Table
 from aufsd.archive.requests import Branch
 from aufsd.layers.background import Upkeep
@@ -74,7 +75,7 @@ class Chains:
 
     def _refuse_mounted_otherwise(self, id: LayerId) -> None:
         for other, entry in self.table.entries.items():
-            foreign = entry.union and entry.backend != self.backend.name
+            foreign = entry.union and entry.backend not in (self.backend.name, BIND)
             if foreign and id in self.store.chain(other):
                 raise self.table.in_use(other)
 

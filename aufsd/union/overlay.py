@@ -10,11 +10,11 @@ import os
 import shutil
 import stat
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Final
 
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
-from aufsd.kernel import syscalls
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.dialect import Dialect, XattrNamespace, is_whiteout_node, opaque_xattr
 from aufsd.store.layout import Layout
@@ -55,8 +55,6 @@ class Overlay:
     live_lower_warning: str = (
         "the parent is mounted read-write, and overlayfs may not show later writes to it"
     )
-    # the root of each union that was seen mounted
-    roots: dict[str, tuple[int, int]] = field(default_factory=dict, compare=False, repr=False)
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """As Backend.plan: one call."""
@@ -92,8 +90,6 @@ class Overlay:
     def mount(self, union: Union) -> None:
         """As Backend.mount. EBUSY: another live mount, maybe a detached one, writes its branch."""
         calls = self.plan(union)
-        # of a union that somebody else unmounted
-        self.roots.pop(union.target, None)
         if union.read_only:
             return runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         with runner.explained(union.id, calls[0], self.log):
@@ -115,27 +111,19 @@ class Overlay:
     def unmount(self, target: str, *, flush: bool = True) -> None:
         """As Backend.unmount, for a union of the last backend too: those outlive the daemon."""
         plink.unmount(target, flush=flush)
-        self.roots.pop(target, None)
 
     def is_mounted(self, target: str) -> bool:
-        """As Backend.is_mounted.
-
-        What was found to be overlayfs is known again by its root's device and inode, in one call of
-        Python's own: a mount over it, or what lies under it, has others.
-        """
-        root = _root(target)
-        if root is not None and root == self.roots.get(target):
-            return True
-        mounted = runner.is_mounted(target, MAGIC)
-        if not mounted:
-            self.roots.pop(target, None)
-        elif root is not None and root == _root(target):
-            self.roots[target] = root
-        return mounted
+        """As Backend.is_mounted."""
+        return runner.is_mounted(target, MAGIC)
 
     def is_whole(self, union: Union) -> bool:
-        """As Backend.is_whole: one call mounts all of it or nothing."""
-        return self.is_mounted(union.target)
+        """As Backend.is_whole: the branches are those that the kernel shows."""
+        if not self.is_mounted(union.target):
+            return False
+        row = mountinfo.mounted_under(union.target)[-1:]
+        shown = shown_branches(row[0].super_options) if row else ()
+        expected = self._merged(union)
+        return shown in ((), expected, (*expected, self.empty))
 
     def helper(self, target: str) -> tuple[int, int] | None:
         """As Backend.helper: the kernel serves it."""
@@ -216,6 +204,23 @@ def _try_out(backend: Overlay) -> bool:
             runner.undo(union.target)
 
 
+def shown_branches(super_options: str) -> tuple[str, ...]:
+    """The branches of a union, topmost first, by its row of mountinfo.
+
+    () where they were given by number, and are shown so: only we mount that way.
+    """
+    upper: list[str] = []
+    lowers: list[str] = []
+    for option in super_options.split(","):
+        name, _, value = option.partition("=")
+        if name == "upperdir":
+            upper = [value]
+        elif name in ("lowerdir", "lowerdir+"):
+            lowers += value.split(":")
+    shown = (*upper, *lowers)
+    return () if all(name.isdecimal() for name in shown) else shown
+
+
 def _is_opaque(path: str, namespace: XattrNamespace) -> bool:
     name = opaque_xattr(namespace)
     try:
@@ -245,15 +250,6 @@ def _parameters() -> frozenset[str]:
         return frozenset(os.listdir("/sys/module/overlay/parameters"))
     # no sysfs here: every kernel since 4.19 has all three
     return frozenset(name for name, _ in _OPTIONS)
-
-
-def _root(target: str) -> tuple[int, int] | None:
-    """Device and inode of what a path shows, which for a mount point is the root of the mount."""
-    try:
-        found = os.lstat(target)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _known_options() -> tuple[str, ...]:

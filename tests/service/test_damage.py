@@ -293,9 +293,11 @@ def write_through_a_mount(stacked: Daemon, client: Client) -> None:
 
 
 def write_into_a_base_layer(stacked: Daemon, client: Client) -> None:
-    path = Path(client.get("base").path)
+    client.create("alone")
+    client.apply_diff("alone", tar({"base": b"x"}))
+    path = Path(client.get("alone").path)
     (path / "base").write_bytes(b"changed")
-    client.put("base")
+    client.put("alone")
 
 
 def convert_there_and_back(stacked: Daemon, client: Client) -> None:
@@ -328,7 +330,7 @@ def write_while_nobody_serves_through_a_mount_that_aufsd_did_not_make(
         str(root / "mnt/top"),
         "overlay",
         0,
-        f"lowerdir={root}/diff/middle,upperdir={root}/diff/top,workdir={work}",
+        f"lowerdir={root}/diff/middle:{root}/diff/base,upperdir={root}/diff/top,workdir={work}",
     )
     (root / "mnt/top/top").write_bytes(b"changed")
     stacked.start()
@@ -362,16 +364,18 @@ def test_the_record_is_gone_from_the_disk_before_anybody_can_write(
     if why := untraceable():
         pytest.skip(why)
     assert stacked.process is not None
+    client.create("alone")
+    client.apply_diff("alone", tar({"file": b"x"}))
     content = stacked.root / "diff"
     with traced([stacked.process.pid], "trace=removexattr,fsync,mount,move_mount") as trace:
         path = client.get("top").path
-        client.get("base")
+        client.get("alone")
     calls = [
         rf'removexattr\("{content}/top", "{FINGERPRINT}"',
         rf"fsync\(\d+<{content}/top>",
         rf'mount\(.*"{path}"',
-        rf'removexattr\("{content}/base", "{FINGERPRINT}"',
-        rf"fsync\(\d+<{content}/base>",
+        rf'removexattr\("{content}/alone", "{FINGERPRINT}"',
+        rf"fsync\(\d+<{content}/alone>",
     ]
     found = [next(at for at, line in enumerate(trace.lines) if re.search(c, line)) for c in calls]
     assert found == sorted(found)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from aufsd.active.replay import DIFFERENCES
 from aufsd.kernel import syscalls
 from aufsd_client import Client, errors
 from aufsd_client.wire import encode_request
@@ -21,12 +22,13 @@ pytestmark = pytest.mark.service
 
 @pytest.fixture
 def mounted(served: Daemon, client: Client) -> Daemon:
-    """`top` on `base` with two references, and `base` with one."""
+    """`top` on `base` with two references, and `alone`, whose content is given out, with one."""
     client.create("base")
     client.create("top", parent="base")
+    client.create("alone")
     client.get("top")
     client.get("top")
-    client.get("base")
+    client.get("alone")
     return served
 
 
@@ -37,11 +39,11 @@ def test_counts_and_mounts_survive(mounted: Daemon, how: str) -> None:
     mounted.start()
     with mounted.client() as client:
         rows = {row.id: row.references for row in client.mounts().mounts}
-        assert rows == {"top": 2, "base": 1}
+        assert rows == {"top": 2, "alone": 1}
         assert client.put("top").references == 1
         assert client.put("top").mounted is False
         assert mounted.mounts() == []
-        assert client.put("base").references == 0
+        assert client.put("alone").references == 0
 
 
 def test_every_get_that_was_answered_before_a_kill_is_counted_after_it(mounted: Daemon) -> None:
@@ -72,7 +74,7 @@ def test_a_mount_that_vanished_while_nobody_served_counts_nothing(mounted: Daemo
     with mounted.client() as client:
         assert differences(client) == {"vanished": 1}
         assert "no longer mounted, 2 references dropped" in mounted.log
-        assert [row.id for row in client.mounts().mounts] == ["base"]
+        assert [row.id for row in client.mounts().mounts] == ["alone"]
         assert client.get("top").references == 1
 
 
@@ -137,7 +139,7 @@ def differences(client: Client) -> dict[str, int]:
     found = re.findall(
         r'^aufsd_start_differences_total\{kind="(\w+)"\} (\d+)', client.metrics().text, re.MULTILINE
     )
-    assert {kind for kind, _ in found} == {"vanished", "appeared", "partial", "holder"}
+    assert {kind for kind, _ in found} == set(DIFFERENCES)
     return {kind: int(count) for kind, count in found if int(count)}
 
 

@@ -1,0 +1,60 @@
+"""One mount made, or one unmounted, in the mount thread: only what is the entry's own."""
+
+import os
+
+import structlog
+
+from aufsd.active import standing
+from aufsd.active.in_use import Covered
+from aufsd.active.refs import BIND, Entry
+from aufsd.kernel import mountinfo, syscalls
+from aufsd.kernel.mountinfo import Identity
+from aufsd.union import bind
+from aufsd.union.backend import Backend, Union
+from aufsd_client.errors import MountFailed
+
+log = structlog.get_logger(__name__)
+
+
+def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, bool]:
+    """Mount a union, by the backend or as "bind": which mount it is, and whether read-only.
+
+    Raises MountFailed, TooManyLayers; EBUSY if somebody else mounted something there.
+    """
+    backend.clear(union.target)
+    try:
+        foreign = mountinfo.is_mount_point(union.target)
+    except FileNotFoundError:
+        os.makedirs(union.target, 0o755)
+        foreign = False
+    if foreign:
+        raise MountFailed(
+            f"something that aufsd did not mount is at {union.target}; unmount it first",
+            id=union.id,
+            errno="EBUSY",
+        )
+    if by == BIND:
+        bind.mount(union)
+    else:
+        backend.mount(union)
+    try:
+        read_only = standing.is_read_only(union.target)
+    except OSError:  # of one whose helper has just died
+        read_only = union.read_only
+    return standing.identify(union.target, by), read_only
+
+
+def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> None:
+    """Unmount the entry's own mount once, if it is what is seen there.
+
+    Nothing to do if it is not mounted at all. Raises Covered, NotFlushed, OSError.
+    """
+    if not standing.is_on_top(target, entry):
+        rows = [row for row in mountinfo.mounted_under(target) if row.mount_point == target]
+        if standing.is_below(rows, entry):
+            raise Covered(rows[-1])
+        log.warning("mount vanished", path=target)
+    elif entry.backend == BIND:
+        syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
+    else:
+        backend.unmount(target, flush=flush)

@@ -1,0 +1,105 @@
+"""What stands at a layer's mount point: the mount that was made for it, or somebody else's.
+
+An entry knows its mount by the kernel's own id, so that is one question. Where no entry knows,
+after a lost journal, what is mounted is held against the layer: its branches, or its content.
+Blocking where mountinfo is read.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+
+from aufsd.active.refs import BIND, Entry, Reference, State
+from aufsd.kernel import mountinfo
+from aufsd.kernel.mountinfo import Mount
+from aufsd.store.ids import LayerId, is_id
+from aufsd.store.layout import Layout
+from aufsd.union import bind, helper, overlay
+
+# of unions that a process serves, in mountinfo
+_FUSE = "fuse.fuse-overlayfs"
+
+
+def is_mount_point(target: str) -> bool:
+    """Whether anything at all is mounted there. Does not block."""
+    try:
+        return mountinfo.is_mount_point(target)
+    except FileNotFoundError:
+        return False
+
+
+def is_served(backend: str) -> bool:
+    """Whether a process serves the mounts of this backend."""
+    return backend == _FUSE.removeprefix("fuse.")
+
+
+def identify(target: str, backend: str) -> mountinfo.Identity | None:
+    """Which mount is seen there; None if none is. Does not block."""
+    return mountinfo.identify(target, served=is_served(backend))
+
+
+def is_on_top(target: str, entry: Entry) -> bool:
+    """Whether the entry's own mount is what is seen at the target. Does not block."""
+    found = identify(target, entry.backend)
+    return found is not None and entry.mount is not None and found.is_same(entry.mount)
+
+
+def is_below(rows: Sequence[Mount], entry: Entry) -> bool:
+    """Whether the entry's own mount is among these rows of its mount point."""
+    return any(entry.mount is not None and row.id == entry.mount.id for row in rows)
+
+
+def rows_at(layout: Layout) -> dict[LayerId, list[Mount]]:
+    """The mountinfo rows of the store's mount points, the uppermost last: reads all of it once."""
+    prefix = f"{layout.mnt}/"
+    found: dict[LayerId, list[Mount]] = {}
+    for row in mountinfo.mounted_under(layout.mnt):
+        name = row.mount_point.removeprefix(prefix)
+        if is_id(name):
+            found.setdefault(LayerId(name), []).append(row)
+    return found
+
+
+def uncounted(layout: Layout, id: LayerId, row: Mount) -> Entry | None:
+    """An entry that counts 1 for a mount that none knows; None if it is not the layer's.
+
+    A union is the layer's if its uppermost branch is the layer's content; whether the others are
+    its parents' is the backend's to say (Backend.is_whole).
+    """
+    name = row.fstype.removeprefix("fuse.")
+    content = layout.content(id)
+    if bind.is_bind(row.mount_point, content):
+        name, own = BIND, "ro" in row.options
+    elif row.fstype == "overlay":
+        own = overlay.shown_branches(row.super_options)[:1] in ((), (content,))
+    elif row.fstype == _FUSE:
+        serving = helper.read(layout.work(id))
+        own = serving is not None and serving.device == row.device
+    else:
+        own = row.fstype == "aufs"
+    if not own:
+        return None
+    now = time.time()
+    return Entry(
+        State.MOUNTED,
+        union=True,
+        references=(Reference(0, 0, "", "manual", now, 0),),
+        read_only="ro" in row.options or "ro" in row.super_options.split(","),
+        since=now,
+        backend=name,
+        mount=identify(row.mount_point, name),
+    )
+
+
+def is_read_only(target: str) -> bool:
+    """Whether the kernel lets nobody write there: the mount, or its file system. May block.
+
+    overlayfs mounts read-only by itself where it cannot make its work directory, on a full disk.
+    """
+    return bool(os.statvfs(target).f_flag & os.ST_RDONLY)
+
+
+def uncounted_at(layout: Layout, id: LayerId) -> Entry | None:
+    """As `uncounted`, of what is seen at a layer's mount point; None if nothing is."""
+    rows = rows_at(layout).get(id, [])
+    return uncounted(layout, id, rows[-1]) if rows else None

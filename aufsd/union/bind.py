@@ -1,0 +1,52 @@
+"""The content of a layer without parents, shown read-only at its mount point: no union.
+
+Other layers stand on it, or it is sealed, so it is not given out as the directory that it is. Works
+beside every backend that mounts.
+"""
+
+import errno
+import os
+from typing import Final
+
+from aufsd.kernel import syscalls
+from aufsd.union.backend import Union
+from aufsd_client.errors import MountFailed
+
+NAME: Final = "bind"
+
+
+def mount(union: Union) -> None:
+    """Show `union.top` at the target, read-only from the first moment. Raises MountFailed.
+
+    A mount of its own, and private until it is in place: what is mounted inside it later does not
+    turn up in the content.
+    """
+    at, empty = syscalls.AT_FDCWD, syscalls.AT_EMPTY_PATH
+    try:
+        tree = syscalls.open_tree(
+            at, union.top, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC
+        )
+        try:
+            read_only, private = syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_PRIVATE
+            syscalls.mount_setattr(tree, "", empty, attr_set=read_only, propagation=private)
+            to = syscalls.MOVE_MOUNT_F_EMPTY_PATH
+            syscalls.move_mount(tree, "", at, union.target, to)
+        finally:
+            os.close(tree)
+    except OSError as error:
+        name = errno.errorcode.get(error.errno or 0, str(error.errno))
+        raise MountFailed(
+            f"showing the content of layer {union.id} read-only failed with {name}: "
+            f"{error.strerror}",
+            id=union.id,
+            errno=name,
+            options="bind,ro",
+        ) from error
+
+
+def is_bind(union_target: str, content: str) -> bool:
+    """Whether what is seen at the target is the content directory itself."""
+    try:
+        return os.path.samestat(os.lstat(union_target), os.lstat(content))
+    except OSError:
+        return False
