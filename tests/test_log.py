@@ -145,3 +145,13 @@ def test_what_is_held_is_not_lost_when_the_log_is_set_up_anew() -> None:
     assert [line["number"] for line in found[:-1]] == list(range(written))
     os.close(ours)
     os.close(theirs)
+
+
+def test_lines_beyond_a_rate_are_counted_and_not_written() -> None:
+    limit = log.RateLimit(3, 2.0)
+    assert [limit.allows(1, 0.0) for _ in range(5)] == [True] * 3 + [False] * 2
+    assert limit.allows(2, 0.0), "another one's"
+    assert [limit.allows(1, 1.0) for _ in range(3)] == [True, True, False]
+    assert limit.take_left_out() == {1: 3}
+    assert limit.take_left_out() == {}
+    assert [limit.allows(1, 1000.0) for _ in range(4)] == [True] * 3 + [False]

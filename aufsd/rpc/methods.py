@@ -8,6 +8,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
 from aufsd import results
@@ -55,14 +56,14 @@ def metrics(call: Call, /) -> results.Metrics:
     return call.driver.metrics()
 
 
-def discover_(call: Call, /) -> dict[str, object]:
+def discover_(call: Call, /) -> msgspec.Raw:
     """This document."""
     return _document()
 
 
 @cache
-def _document() -> dict[str, object]:
-    return discover.document(TABLE)
+def _document() -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(discover.document(TABLE)))
 
 
 # --- layers -----------------------------------------------------------------------------------
