@@ -1,6 +1,6 @@
 """What `list` and `mounts` answer: from memory, nothing is asked of disk or kernel."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from aufsd import results
 from aufsd.active.refs import Entry
@@ -9,24 +9,55 @@ from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
 
 
-def layers(
-    store: Store, entries: Mapping[LayerId, Entry], *, after: str, limit: int
-) -> results.Layers:
-    """The layers by id, one page, damaged ones included."""
+def page(store: Store, *, after: str, limit: int) -> tuple[list[LayerId], str]:
+    """The ids of one page of `list`, damaged layers included; and the cursor to the next."""
     ids = sorted(id for id in (*store.parent, *store.damaged) if id > after)
-    page = ids[:limit]
-    more = page[-1] if len(ids) > limit else ""
-    return results.Layers([_layer(store, entries.get(id), id) for id in page], more)
+    found = ids[:limit]
+    return found, found[-1] if len(ids) > limit else ""
 
 
-def _layer(store: Store, entry: Entry | None, id: LayerId) -> results.LayerRow:
+def layers(
+    store: Store,
+    entries: Mapping[LayerId, Entry],
+    ids: Sequence[LayerId],
+    depths: dict[LayerId, int],
+) -> list[results.LayerRow]:
+    """The rows of these layers, without those that are gone.
+
+    `depths` is kept from one piece of a page to the next: each parent is looked at once for all
+    that stand on it.
+    """
+    return [
+        _layer(store, entries.get(id), id, _depth(store, id, depths))
+        for id in ids
+        if store.exists(id)
+    ]
+
+
+def _layer(store: Store, entry: Entry | None, id: LayerId, depth: int) -> results.LayerRow:
     return results.LayerRow(
         id=id,
         parent=store.parent.get(id) or "",
-        depth=0 if id in store.damaged else len(store.chain(id)),
+        depth=depth,
         references=len(entry.references) if entry else 0,
         mounted=bool(entry and entry.union),
     )
+
+
+def _depth(store: Store, id: LayerId, known: dict[LayerId, int]) -> int:
+    """How many layers the chain has; 0 for a damaged one."""
+    if id in store.damaged:
+        return 0
+    above: LayerId | None = id
+    new = []
+    while above is not None and above not in known:
+        new.append(above)
+        above = store.parent.get(above)
+    depth = 0 if above is None else known[above]
+    for each in reversed(new):
+        depth += 1
+        known[each] = depth
+    return depth
 
 
 def mounts(layout: Layout, entries: Mapping[LayerId, Entry]) -> results.MountTable:

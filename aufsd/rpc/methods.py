@@ -102,9 +102,9 @@ async def get_metadata(call: Call, /, *, id: str) -> results.Metadata:
     return await call.driver.get_metadata(parse_id(id))
 
 
-def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
+async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
     """The layers by id, one page."""
-    return call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
+    return await call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
 
 
 # --- mounts -----------------------------------------------------------------------------------

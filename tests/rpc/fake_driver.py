@@ -98,7 +98,7 @@ class FakeDriver:
         self.calls.append(f"exists {id}")
         return results.Exists(id in self.parents)
 
-    def layers(self, *, after: str, limit: int) -> results.Layers:
+    async def layers(self, *, after: str, limit: int) -> results.Layers:
         ids = sorted(id for id in self.parents if id > after)
         rows = [results.LayerRow(id, self.parents[id] or "", 0, 0, False) for id in ids[:limit]]
         return results.Layers(rows, rows[-1].id if len(ids) > limit else "")
