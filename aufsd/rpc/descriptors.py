@@ -11,6 +11,13 @@ from collections import deque
 
 from aufsd_client.errors import InvalidDescriptor
 
+# how the document of rpc.discover says it
+DESCRIPTORS = (
+    "Always 0: the oldest descriptor of the connection that no line has claimed yet. Send it with "
+    "SCM_RIGHTS in the sendmsg(2) of the line, or of a part of it: a pipe, a socket or a regular "
+    "file, open for writing for diff and for reading for apply_diff. The daemon closes its copy "
+    "when the call has ended."
+)
 # more than this many unclaimed ones, and the connection is dropped (api.md section 1)
 MAX_UNCLAIMED = 4
 # A sendmsg(2) that is longer than this may reach us as several segments, its descriptors with the

@@ -8,8 +8,13 @@ import msgspec
 
 from aufsd import __version__
 from aufsd.rpc.calls import Method
+from aufsd.rpc.descriptors import DESCRIPTORS
 from aufsd_client.errors import BY_NAME, AufsdError
 
+_TRANSPORT = (
+    "JSON-RPC 2.0 over a Unix stream socket, one JSON value a line in UTF-8, ended by a newline. "
+    f"{DESCRIPTORS}"
+)
 _REF = "#/components/schemas/{name}"
 
 
@@ -31,6 +36,7 @@ def document(table: Mapping[str, Method]) -> dict[str, object]:
             "version": __version__,
             "description": "Layered root file systems and their union mounts",
             "license": {"name": "Apache-2.0"},
+            "x-transport": _TRANSPORT,
         },
         "methods": [
             _method(row, params[name], schema_of.get(row.result, {"type": "object"}))
@@ -55,11 +61,15 @@ def _method(row: Method, params: dict[str, Any], result: dict[str, Any]) -> dict
         "paramStructure": "by-name",
         "params": _params(params),
         "result": {"name": "result", "schema": result},
-        "errors": [{"$ref": f"#/components/errors/{name}"} for name in _ANYWHERE],
+        "errors": [{"$ref": f"#/components/errors/{name}"} for name in _errors_of(row)],
         "x-kind": row.kind,
         "x-monitor": row.monitor,
         "x-descriptor": row.streams,
     }
+
+
+def _errors_of(row: Method) -> list[str]:
+    return [*_ANYWHERE, *(kind.__name__ for kind in row.errors)]
 
 
 _ANYWHERE = ("InvalidParams", "InternalError", "ShuttingDown", "Overloaded", "PermissionDenied")

@@ -14,13 +14,44 @@ from msgspec import Meta
 from aufsd import results
 from aufsd.rpc import discover
 from aufsd.rpc.calls import Call, Method, method
+from aufsd.rpc.descriptors import DESCRIPTORS
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId, parse_id, parse_label, parse_name
+from aufsd_client.errors import (
+    ArchiveEscape,
+    BackendUnsupported,
+    BadArchive,
+    ConversionNeeded,
+    IncompatibleFilesystem,
+    InvalidDescriptor,
+    InvalidLabel,
+    InvalidLayerId,
+    LabelConflict,
+    LayerDamaged,
+    LayerExists,
+    LayerHasChildren,
+    LayerInUse,
+    LayerNotFound,
+    LimitExceeded,
+    MountFailed,
+    NoSpace,
+    ParentNotFound,
+    StreamBroken,
+    TooManyLayers,
+    UnmountBusy,
+)
 
 # more than this many rows are never put into one answer; `next` leads on
 MAX_PAGE = 10_000
 
 Limit = Annotated[int, Meta(ge=1)]
+# What the document says of these. parse_id and parse_label refuse with their own errors, so the
+# patterns are not msgspec's to check.
+_ID = "(?!.*-removing$)[A-Za-z0-9][A-Za-z0-9_.-]{0,199}"
+Id = Annotated[str, Meta(extra_json_schema={"pattern": f"^{_ID}$"})]
+OptionalId = Annotated[str, Meta(extra_json_schema={"pattern": f"^({_ID})?$"})]
+Label = Annotated[str, Meta(extra_json_schema={"pattern": "^[^\\x00-\\x1f\\x7f\"'\\\\]{0,255}$"})]
+Descriptor = Annotated[Literal[0], Meta(extra_json_schema={"description": DESCRIPTORS})]
 _NONE: Mapping[str, str] = MappingProxyType({})
 
 
@@ -69,7 +100,7 @@ def _document() -> msgspec.Raw:
 # --- layers -----------------------------------------------------------------------------------
 
 
-def exists(call: Call, /, *, id: str) -> results.Exists:
+def exists(call: Call, /, *, id: Id) -> results.Exists:
     """Whether there is a layer of this id."""
     return call.driver.exists(parse_id(id))
 
@@ -78,9 +109,9 @@ async def create(
     call: Call,
     /,
     *,
-    id: str,
-    parent: str = "",
-    mount_label: str = "",
+    id: Id,
+    parent: OptionalId = "",
+    mount_label: Label = "",
     storage_opt: Mapping[str, str] = _NONE,
 ) -> results.Created:
     """Make an empty layer, on top of `parent` if that is given. All or nothing."""
@@ -92,12 +123,12 @@ async def create(
     )
 
 
-async def remove(call: Call, /, *, id: str, force: bool = False) -> results.Removed:
+async def remove(call: Call, /, *, id: Id, force: bool = False) -> results.Removed:
     """Remove a layer that nothing stands on. One that is referenced stays, unless `force`."""
     return await call.driver.remove(parse_id(id), force=force)
 
 
-async def get_metadata(call: Call, /, *, id: str) -> results.Metadata:
+async def get_metadata(call: Call, /, *, id: Id) -> results.Metadata:
     """Where everything of a layer is, as strings."""
     return await call.driver.get_metadata(parse_id(id))
 
@@ -114,8 +145,8 @@ def get(
     call: Call,
     /,
     *,
-    id: str,
-    mount_label: str = "",
+    id: Id,
+    mount_label: Label = "",
     hold: Literal["manual", "process"] = "manual",
     name: str = "",
 ) -> results.Got | Coroutine[Any, Any, results.Got]:
@@ -129,9 +160,7 @@ def get(
     return counted or driver.get(layer, peer=peer, mount_label=label, hold=hold, name=called)
 
 
-def put(
-    call: Call, /, *, id: str, name: str = ""
-) -> results.Put | Coroutine[Any, Any, results.Put]:
+def put(call: Call, /, *, id: Id, name: str = "") -> results.Put | Coroutine[Any, Any, results.Put]:
     """Drop one reference to a layer, that of the `name` if given; the last one unmounts it."""
     layer, called, driver = parse_id(id), parse_name(name), call.driver
     dropped = driver.put_now(layer, peer=call.peer, name=called)
@@ -148,7 +177,7 @@ def mounts(call: Call, /) -> results.MountTable:
     return call.driver.mounts()
 
 
-async def holders(call: Call, /, *, id: str) -> results.Holders:
+async def holders(call: Call, /, *, id: Id) -> results.Holders:
     """The processes that keep a layer's mount busy, across mount namespaces."""
     return await call.driver.holders(parse_id(id))
 
@@ -157,7 +186,7 @@ async def holders(call: Call, /, *, id: str) -> results.Holders:
 
 
 async def diff(
-    call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
+    call: Call, /, *, id: Id, fd: Descriptor, parent: OptionalId = "", digest: bool = False
 ) -> results.Streamed:
     """Write what a layer changed against `parent`, as a tar, to the descriptor that came along."""
     layer, against = parse_id(id), _parse_optional(parent)
@@ -166,7 +195,7 @@ async def diff(
 
 
 async def apply_diff(
-    call: Call, /, *, id: str, fd: Literal[0], parent: str = "", digest: bool = False
+    call: Call, /, *, id: Id, fd: Descriptor, parent: OptionalId = "", digest: bool = False
 ) -> results.Streamed:
     """Unpack the tar that comes through the descriptor into a layer. All or nothing."""
     layer, against = parse_id(id), _parse_optional(parent)
@@ -174,13 +203,13 @@ async def apply_diff(
     return await call.driver.apply_diff(layer, parent=against, source=source, digest=digest)
 
 
-async def diff_size(call: Call, /, *, id: str, parent: str = "") -> results.Size:
+async def diff_size(call: Call, /, *, id: Id, parent: OptionalId = "") -> results.Size:
     """Bytes of the regular files in a layer's own content."""
     return await call.driver.diff_size(parse_id(id), parent=_parse_optional(parent))
 
 
 async def changes(
-    call: Call, /, *, id: str, parent: str = "", after: str = "", limit: Limit = MAX_PAGE
+    call: Call, /, *, id: Id, parent: OptionalId = "", after: str = "", limit: Limit = MAX_PAGE
 ) -> results.Changes:
     """What a layer changed against `parent`, path by path, one page."""
     return await call.driver.changes(
@@ -192,7 +221,7 @@ async def changes(
 
 
 async def check(
-    call: Call, /, *, id: str = "", deep: bool = False, repair: bool = False
+    call: Call, /, *, id: OptionalId = "", deep: bool = False, repair: bool = False
 ) -> results.Check:
     """Hold what is on disk, in the table and in the kernel against each other."""
     layer = _parse_optional(id)
@@ -201,10 +230,24 @@ async def check(
     return await call.driver.check(id=layer, deep=deep, repair=repair)
 
 
-async def convert(call: Call, /, *, id: str, to: Literal["aufs", "overlay"]) -> results.Converted:
+async def convert(call: Call, /, *, id: Id, to: Literal["aufs", "overlay"]) -> results.Converted:
     """Rewrite a layer's whiteouts for another union file system."""
     return await call.driver.convert(parse_id(id), to=Dialect(to))
 
+
+# what methods of a kind may answer beside the errors of every method
+_LAYER = (InvalidLayerId, LayerNotFound, LayerDamaged)
+_CREATE = (
+    *(InvalidLayerId, InvalidLabel, LayerExists, ParentNotFound, LayerDamaged, LayerInUse),
+    *(TooManyLayers, NoSpace),
+)
+_GET = (
+    *(*_LAYER, InvalidLabel, MountFailed, LabelConflict, LayerInUse, BackendUnsupported),
+    *(IncompatibleFilesystem, ConversionNeeded, NoSpace),
+)
+_COMPARE = (*_LAYER, ParentNotFound)
+_STREAM = (InvalidDescriptor, StreamBroken)
+_UNPACK = (*(LayerHasChildren, LayerInUse, BadArchive, ArchiveEscape, LimitExceeded, NoSpace),)
 
 TABLE: dict[str, Method] = {
     row.name: row
@@ -214,22 +257,22 @@ TABLE: dict[str, Method] = {
         method(status, "read", monitor=True),
         method(health, "read", monitor=True),
         method(metrics, "read", monitor=True),
-        method(exists, "read"),
-        method(create, "change"),
-        method(remove, "change"),
-        method(get, "use", short=True),
-        method(put, "use", short=True),
-        method(diff, "use", streams=True),
-        method(apply_diff, "change", streams=True),
-        method(diff_size, "read"),
-        method(changes, "read"),
-        method(get_metadata, "read"),
+        method(exists, "read", InvalidLayerId),
+        method(create, "change", *_CREATE),
+        method(remove, "change", InvalidLayerId, LayerHasChildren, UnmountBusy, NoSpace),
+        method(get, "use", *_GET, short=True),
+        method(put, "use", InvalidLayerId, LayerInUse, UnmountBusy, NoSpace, short=True),
+        method(diff, "use", *_COMPARE, *_STREAM, streams=True),
+        method(apply_diff, "change", *_COMPARE, *_STREAM, *_UNPACK, streams=True),
+        method(diff_size, "read", *_COMPARE),
+        method(changes, "read", *_COMPARE),
+        method(get_metadata, "read", *_LAYER),
         method(cleanup, "change"),
         method(list_, "read", name="list"),
         method(mounts, "read"),
-        method(holders, "read"),
-        method(check, "read"),
-        method(convert, "change"),
+        method(holders, "read", *_LAYER),
+        method(check, "read", *_LAYER),
+        method(convert, "change", *_LAYER, LayerInUse, IncompatibleFilesystem, NoSpace),
         method(discover_, "read", name="rpc.discover", monitor=True),
     )
 }

@@ -1,6 +1,7 @@
 """The document, the table, the client and the contract name the same things."""
 
 import inspect
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from aufsd import results as answers
 from aufsd.rpc import discover
 from aufsd.rpc.methods import TABLE
+from aufsd.store.ids import is_id
 from aufsd_client import Client, calls, results
 from aufsd_client.errors import BY_NAME
 from tests.rpc.raw_peer import name
@@ -188,3 +190,32 @@ async def test_the_control_socket_serves_every_method(
         assert name(answer) == wanted[method]
     else:
         assert isinstance(answer["result"], dict)
+
+
+@pytest.mark.parametrize("method", [name for name, text in CONTRACT.items() if "id" in text])
+def test_the_pattern_of_an_id_takes_what_the_daemon_takes(method: str) -> None:
+    schemas = {each["name"]: each["schema"] for each in METHODS[method]["params"]}
+    for parameter in ("id", "parent"):
+        if parameter not in schemas:
+            continue
+        pattern = schemas[parameter]["pattern"]
+        for id in ("a", "0", "A-b_c.d", "x" * 200, "a-removing-b", "", "a/b", ".a", "x-removing"):
+            optional = schemas[parameter].get("default") == ""
+            assert bool(re.search(pattern, id)) == (is_id(id) or (optional and not id)), id
+
+
+def test_every_method_names_the_errors_of_its_own() -> None:
+    named = {
+        method: {each["$ref"].rpartition("/")[2] for each in row["errors"]}
+        for method, row in METHODS.items()
+    }
+    assert {"LayerNotFound", "MountFailed", "LabelConflict"} <= named["get"]
+    assert {"BadArchive", "InvalidDescriptor", "NoSpace"} <= named["apply_diff"]
+    assert "LayerNotFound" not in named["ping"]
+    assert set().union(*named.values()) <= set(DOCUMENT["components"]["errors"])
+
+
+def test_the_document_says_how_descriptors_travel() -> None:
+    for method in ("diff", "apply_diff"):
+        (fd,) = [each for each in METHODS[method]["params"] if each["name"] == "fd"]
+        assert "SCM_RIGHTS" in fd["schema"]["description"]
