@@ -14,6 +14,7 @@ from aufsd.rpc import dispatch, framing
 from aufsd.rpc.descriptors import MAX_UNCLAIMED, Descriptors
 from aufsd.rpc.framing import ReceiveBuffer, Unfinished
 from aufsd.rpc.outbox import Outbox
+from aufsd.rpc.poller import GONE, READABLE, WRITABLE
 from aufsd.rpc.reader import Reader
 from aufsd.rpc.runner import Edge, Runner
 from aufsd.rpc.states import Event, State, after
@@ -102,15 +103,15 @@ class Connection:
 
     # --- what the reader tells ----------------------------------------------------------------
 
-    def on_ready(self, *, readable: bool, writable: bool, gone: bool) -> None:
-        """Do what the socket is ready for."""
-        if gone:
+    def on_ready(self, events: int) -> None:
+        """Do what the socket is ready for: read once, send on, notice that the peer is gone."""
+        if events & GONE:
             # what it sent is carried out
             self._runner.close_outbox()
             self._settle()
-        elif writable:
+        elif events & WRITABLE:
             self._flush()
-        if readable:
+        if events & READABLE:
             self._read()
 
     def step(self) -> None:

@@ -13,25 +13,17 @@ import os
 import select
 import socket
 from collections.abc import Iterator
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 import trio
 
 P = TypeVar("P")
 
-_GONE = select.EPOLLHUP | select.EPOLLERR
-
-
-class Ready(NamedTuple, Generic[P]):
-    """What the kernel says of a socket, and on whose behalf it is watched."""
-
-    who: P
-    # there is something to read, or nothing will come any more
-    readable: bool
-    # it takes more
-    writable: bool
-    # the peer has closed it; told once while it is not read
-    gone: bool
+# what `ready` says of a socket: there is something to read, or nothing will come any more; it takes
+# more; its peer has closed it, which is told once while it is not read
+READABLE = select.EPOLLIN
+WRITABLE = select.EPOLLOUT
+GONE = select.EPOLLHUP | select.EPOLLERR
 
 
 class Poller(Generic[P]):
@@ -72,13 +64,11 @@ class Poller(Generic[P]):
     async def wait(self) -> None:
         """Until a socket is ready or `wake` is called. One task at a time."""
         self._waiting = True
-        try:
-            await trio.lowlevel.wait_readable(self._fd)
-        finally:
-            self._waiting = False
+        await trio.lowlevel.wait_readable(self._fd)
+        self._waiting = False
 
-    def ready(self, most: int = -1) -> Iterator[Ready[P]]:
-        """The sockets that are ready now.
+    def ready(self, most: int = -1) -> Iterator[tuple[P, int]]:
+        """The sockets that are ready now, with what they are ready for.
 
         Of more than `most` the others come first at the next call: the kernel puts those that it
         has told at the end of its list (fs/eventpoll.c, ep_send_events).
@@ -88,12 +78,7 @@ class Poller(Generic[P]):
                 os.eventfd_read(fd)
             # one may be removed by what another one that was ready has brought about
             elif (who := self._of.get(fd)) is not None:
-                yield Ready(
-                    who,
-                    bool(events & select.EPOLLIN),
-                    bool(events & select.EPOLLOUT),
-                    bool(events & _GONE),
-                )
+                yield who, events
 
     def close(self) -> None:
         """Close the epoll instance. Nothing may wait in `wait` any more."""

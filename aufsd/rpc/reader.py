@@ -29,8 +29,8 @@ class Connection(Queued, Protocol):
     # when it is given up if nothing changes (Trio's clock); the reader looks now and then
     deadline: float
 
-    def on_ready(self, *, readable: bool, writable: bool, gone: bool) -> None:
-        """Do what the socket is ready for: read once, send on, notice that the peer is gone."""
+    def on_ready(self, events: int) -> None:
+        """Do what the socket is ready for, as the poller says it."""
 
     def step(self) -> None:
         """Begin what comes next, if anything does."""
@@ -133,11 +133,9 @@ class Reader:
             await trio.sleep((time.perf_counter() - began) * self._rest)
 
     def _receive(self) -> None:
-        for connection, readable, writable, gone in self.poller.ready(
-            _SOCKETS if self._rest else -1
-        ):
+        for connection, events in self.poller.ready(_SOCKETS if self._rest else -1):
             try:
-                connection.on_ready(readable=readable, writable=writable, gone=gone)
+                connection.on_ready(events)
             except Exception as error:
                 connection.fail(error)
 
