@@ -344,13 +344,22 @@ class Driver:
                     return await self.snapshots.apply(id, source, digest=digest)
                 finally:
                     self.erase.set()
+            if settled := await self.disk.run(self.store.settled_on, id):
+                raise LayerInUse(
+                    f"layer {id} has to stay as it is: whiteouts of {settled[0]}, which stands on "
+                    "it, were judged by what it holds; apply a layer before those that stand on it",
+                    id=id,
+                    layers=settled[:20],
+                )
             staged = ""
             try:
                 chain, empty, staged = await self.disk.run(self._stage, self.store.chain(id))
                 if not empty:
                     await self.jobs.clone(id, staged)
                 made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
-                await self.disk.run(self.store.swap_in, id, staged, made.fingerprint)
+                await self.disk.run(
+                    self.store.swap_in, id, staged, made.fingerprint, settled=made.settled
+                )
                 staged = ""
             finally:
                 if staged:

@@ -3,9 +3,10 @@
 import os
 import stat
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -115,11 +116,25 @@ def times(at: Path) -> dict[str, int]:
     }
 
 
+def kept(node: Node, *, cut: bool = False, top: bool = True) -> Node:
+    """What a conversion keeps: whiteouts where nothing lies below hide nothing."""
+    below = cut or node.opaque
+    return replace(
+        node,
+        below=tuple(
+            (name, kept(inner, cut=below, top=False))
+            for name, inner in node.below
+            if top or not below or inner.kind != "whiteout"
+        ),
+    )
+
+
 @given(layer=LAYERS, source=st.sampled_from(WITH_MARKS))
 @settings(deadline=None, max_examples=150)
 def test_any_layer_is_the_same_there_and_back(layer: Node, source: Dialect) -> None:
     target = next(dialect for dialect in WITH_MARKS if dialect is not source)
     with tempfile.TemporaryDirectory() as directory:
+        layer = kept(layer)
         here = made(Path(directory, "here"), layer, source)
         there = made(Path(directory, "there"), layer, target)
         before, exact = snapshot(here), times(here)
@@ -129,3 +144,32 @@ def test_any_layer_is_the_same_there_and_back(layer: Node, source: Dialect) -> N
         assert convert(here, source) == 0
         assert snapshot(here) == before
         assert times(here) == exact
+
+
+@pytest.mark.parametrize("source", WITH_MARKS)
+def test_whiteouts_that_hide_nothing_are_not_written_again(tmp_path: Path, source: Dialect) -> None:
+    """overlayfs lists them where it does not merge; stores that have them are healed."""
+    target = next(dialect for dialect in WITH_MARKS if dialect is not source)
+    gone, file = Node("whiteout", 0, 0, b""), Node("file", 0o644, 5, b"x")
+    rows = ((b"gone", gone), (b"kept", file))
+    inner = Node("dir", 0o755, 7, b"", below=rows)
+    layer = Node(
+        "dir",
+        *(0o755, 7, b""),
+        below=(
+            *rows,
+            (b"merged", inner),
+            (b"new", inner),
+            (b"opaque", replace(inner, opaque=True, below=(*rows, (b"deep", inner)))),
+        ),
+    )
+    at = made(tmp_path / "layer", layer, source)
+    os.setxattr(at, f"{NAMESPACE}.aufsd.fingerprint", b"2 a b")
+    exact = times(at)
+    assert convert(at, target, lambda path: path in (b"merged", b"opaque", b"opaque/deep")) == 0
+    found = {name: entry for name, entry in snapshot(at).items() if b"gone" in name}
+    assert {os.path.dirname(name) for name in found} == {b"", b"merged"}
+    assert times(at) == exact
+    # what was recorded counted them, and its parents have to stay now
+    assert f"{NAMESPACE}.aufsd.fingerprint" not in os.listxattr(at)
+    assert marks.is_settled(at, NAMESPACE)

@@ -10,6 +10,7 @@ from operator import itemgetter
 from typing import Final
 
 from aufsd.archive import headers
+from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.store.idmap import to_container, to_host
@@ -232,6 +233,23 @@ def set_time(where: bytes | int, mtime: int, name: bytes, meter: Meter) -> None:
             f"the time of {shown(name) or '/'} is none that the file system keeps; it is {kept} "
             "seconds since 1970 now"
         )
+
+
+def device(member: Member, path: bytes) -> int:
+    """The number of the device that an entry is. Raises BadArchive."""
+    # the kernel's dev_t has 12 bits for the major number and 20 for the minor one
+    if not 0 <= member.major < 1 << 12 or not 0 <= member.minor < 1 << 20:
+        raise BadArchive(f"{shown(path)} is a device with a number out of range")
+    return os.makedev(member.major, member.minor)
+
+
+def is_one(found: os.stat_result, name: bytes) -> bool:
+    """Whether the entry `name` of the current directory is this very inode."""
+    try:
+        there = os.lstat(name)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)
 
 
 def keep_only(name: bytes, wanted: Collection[bytes], settings: Settings) -> None:

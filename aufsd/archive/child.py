@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from aufsd.archive import (
     changes,
@@ -152,13 +153,8 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             _drop(settings, confine.WRITING, trusted=True)
             clone.clone(source, staging, settings.namespace)
             return requests.Cloned()
-        case requests.Convert(to):
-            confine.enter(fds[0], read_only=False)
-            _drop(settings, confine.WRITING, trusted=True)
-            sync = settings.sync == "filesystem"
-            return requests.Converted(
-                conversion.convert(_here(), to, settings.namespace, sync=sync)
-            )
+        case requests.Convert():
+            return _convert(request.work, fds, settings)
         case requests.Relabel(label):
             confine.enter(fds[0], read_only=False)
             # security.* of another's file (cap_inode_setxattr(), selinux_inode_setxattr())
@@ -191,24 +187,64 @@ def _apply(
     assert below is not None
     trusted = any(branch.dialect is Dialect.OVERLAY for branch in work.chain)
     _drop(settings, confine.WRITING, trusted=trusted)
-    merged: list[view.Place] | None = None
-
-    def inherit_from_below(path: bytes) -> bool:
-        nonlocal merged
-        # most archives name every directory, and then this is never asked for
-        if merged is None:
-            merged = view.roots(below, parents, settings.namespace)
-        return inherit(view.open_directory(merged, path) if merged else None)
-
+    lower = _Parents(below, parents, settings)
     source = Source(stream, meter, digest=work.digest)
     reader = Reader(source, meter)
-    unpacker = Unpacker(reader, own.dialect, settings, meter, inherit_from_below, base=not parents)
+    unpacker = Unpacker(
+        reader,
+        own.dialect,
+        settings,
+        meter,
+        lower.inherit,
+        lower.lies_below if parents else None,
+    )
     size = unpacker.run()
     layer = view.Layer(own, _here(), settings.namespace)
     found = fingerprint.of_new(layer, settings, unpacker.memory)
     if settings.sync == "filesystem":
         syscalls.syncfs(_here())
-    return _packed(meter, size, source.digest(), source.diff_id(), found)
+    packed = _packed(meter, size, source.digest(), source.diff_id(), found)
+    return replace(packed, settled=bool(parents) and unpacker.settled)
+
+
+def _convert(work: requests.Convert, fds: list[int], settings: Settings) -> requests.Converted:
+    branches = None if work.parents is None else fds[1]
+    below = confine.enter(fds[0], read_only=False, branches=branches)
+    _drop(settings, confine.WRITING, trusted=True)
+    lower = None if below is None else _Parents(below, work.parents or (), settings)
+    sync = settings.sync == "filesystem"
+    lies_below = lower.lies_below if lower else None
+    done = conversion.convert(
+        _here(), work.to, settings.namespace, sync=sync, lies_below=lies_below
+    )
+    return requests.Converted(done)
+
+
+class _Parents:
+    """The merged view of what lies below a layer, opened when it is first asked for."""
+
+    def __init__(self, below: int, chain: Sequence[Branch], settings: Settings) -> None:
+        self._below = below
+        self._chain = chain
+        self._namespace = settings.namespace
+        # most archives name every directory and delete nothing: then this is never asked for
+        self._merged: list[view.Place] | None = None
+
+    def inherit(self, path: bytes) -> bool:
+        """Give the current directory the attributes of the directory that is there; or False."""
+        return inherit(self._opened(path))
+
+    def lies_below(self, path: bytes) -> bool:
+        """Whether there is a directory of this path."""
+        found = self._opened(path)
+        if found is not None:
+            os.close(found)
+        return found is not None
+
+    def _opened(self, path: bytes) -> int | None:
+        if self._merged is None:
+            self._merged = view.roots(self._below, self._chain, self._namespace)
+        return view.open_directory(self._merged, path) if self._merged else None
 
 
 def _packed(

@@ -237,7 +237,7 @@ class _Reading:
         row = _row(name, found, layer.mtime(fd, found), 0, self._xattrs(b"."))
         self._names.update(row)
         self._meter.entries += 1
-        rows = listed(self._meter, layer, prefix, opaque=opaque)
+        rows = listed(self._meter, layer, prefix, opaque=opaque, cut=None)
         return fd, prefix, rows, self._memory.of(found.st_ino)
 
     def _entry(

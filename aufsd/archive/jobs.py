@@ -158,15 +158,21 @@ class Jobs:
         work = requests.Clone(f"/diff/{id}", staging.removeprefix(root))
         _expect(await self._run(id, "clone", work, [root], []), requests.Cloned)
 
-    async def convert(self, id: str, to: Dialect) -> bool:
+    async def convert(
+        self, id: str, to: Dialect, parents: tuple[Branch, ...] | None = None
+    ) -> bool:
         """Rewrite the layer's whiteouts; False if it was in that dialect already.
+
+        `parents` are what it stands on, None if that cannot be known: those that hide nothing there
+        are not written again.
 
         The caller sees to it that nobody uses the layer. Cancelled or killed it stays half done,
         is read correctly, and the next call finishes it. Raises LayerDamaged if the layer holds
         what the other dialect cannot say.
         """
         path = f"{self.layout.diff}/{id}"
-        result = await self._run(id, "convert", requests.Convert(to), [path], [])
+        mounts = [path] if parents is None else [path, self.layout.diff]
+        result = await self._run(id, "convert", requests.Convert(to, parents), mounts, [])
         return _expect(result, requests.Converted).converted
 
     async def staged_size(self, id: str, staging: str, parent: str) -> int:

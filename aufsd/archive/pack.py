@@ -173,14 +173,15 @@ def pack(packer: Packer, layer: Layer) -> None:
     """
     levels: list[tuple[int, bytes, Listed]] = []
 
-    def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool) -> None:
+    def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool, cut: bool) -> None:
         xattrs = packer.directory(name, fd, layer)
         if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
             opaque = layer.is_opaque(fd)
         os.fchdir(fd)
-        levels.append((fd, prefix, listed(packer.meter, layer, prefix, opaque=opaque)))
+        here = listed(packer.meter, layer, prefix, opaque=opaque, cut=cut)
+        levels.append((fd, prefix, here))
 
-    enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)
+    enter(os.open(".", _DIRECTORY), b".", b"", opaque=False, cut=False)
     while levels:
         fd, prefix, here = levels[-1]
         for name, entry in here.rows:
@@ -197,7 +198,7 @@ def pack(packer: Packer, layer: Layer) -> None:
                 except OSError as error:
                     packer.vanished(path, error)
                     continue
-                enter(below, path, path + b"/", opaque=name in here.opaque)
+                enter(below, path, path + b"/", opaque=name in here.opaque, cut=here.cut)
                 break
         else:
             os.close(fd)
@@ -211,14 +212,20 @@ class Listed(NamedTuple):
     """What a directory holds, sorted; the same in both dialects.
 
     `opaque` are directories that stand beside a whiteout of their own name, which means that.
+    `cut`: for what the directories in it hold, nothing lies below in this layer's parents.
     """
 
     rows: Iterator[_Row]
     opaque: Collection[bytes]
+    cut: bool
 
 
-def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool) -> Listed:
-    """List the current directory, which is `opaque` also if a whiteout of its name says so."""
+def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool, cut: bool | None) -> Listed:
+    """List the current directory, which is `opaque` also if a whiteout of its name says so.
+
+    `cut`: one above it is opaque. Then, or if it is opaque itself, whiteouts in it hide nothing,
+    and are left out (whiteouts.py); but not in the root, which is always merged. None: not at all.
+    """
     rows: list[_Row] = [(marks.OPAQUE, None)] if opaque else []
     deleted = set()
     with os.scandir(b".") as entries:
@@ -239,10 +246,14 @@ def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool) -> Listed
             else:
                 rows.append((name, entry))
     beside = deleted.intersection([name for name, _ in rows]) if deleted else ()
+    if cut is not None:
+        cut = cut or opaque or any(entry is None for _, entry in rows)
+        if cut and prefix:
+            deleted = set()
     # what stands beside a whiteout of its own is there, and what lies below it is not
     rows += [(marks.WHITEOUT + name, None) for name in deleted.difference(beside)]
     rows.sort(key=itemgetter(0))
-    return Listed(iter(rows), beside)
+    return Listed(iter(rows), beside, bool(cut))
 
 
 def _is_whiteout(layer: Layer, entry: os.DirEntry[bytes]) -> bool:

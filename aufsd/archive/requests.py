@@ -97,9 +97,13 @@ class Clone(Struct, frozen=True, tag=True):
 
 
 class Convert(Struct, frozen=True, tag=True):
-    """Rewrite whiteouts. Descriptors: the layer's content."""
+    """Rewrite whiteouts. Descriptors: the layer's content, and all branches if `parents` are known.
+
+    `parents` None: what lies below the layer is not known.
+    """
 
     to: Dialect
+    parents: tuple[Branch, ...] | None = None
 
 
 class Relabel(Struct, frozen=True, tag=True):
@@ -143,6 +147,8 @@ class Packed(Struct, frozen=True, tag=True):
 
     streamed: Streamed
     fingerprint: str = ""
+    # whether whiteouts were left out because nothing lies below them
+    settled: bool = False
 
 
 class Compared(Struct, frozen=True, tag=True):

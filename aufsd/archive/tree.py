@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
+from aufsd.archive.erase import erase
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
 from aufsd.store import dialect as marks
@@ -40,6 +41,10 @@ class Directory:
         self.setgid = bool(found.st_mode & stat.S_ISGID)
         self.default_acl = b""
 
+    def inside(self, name: bytes) -> bytes:
+        """The path of what lies in it under this name."""
+        return self.path + b"/" + name if self.path else name
+
 
 class Tree:
     """Moves through the layer, makes and removes. `fresh` says that it was empty at the start.
@@ -57,10 +62,13 @@ class Tree:
         self._take_default_acl(self.here)
         # whether anything was taken away: then sizes have to be measured
         self.removed = False
+        self._namespace = namespace
         self._opaque_xattr = marks.opaque_xattr(namespace)
         self._put: set[tuple[int, bytes]] = set()
         self._hidden: set[tuple[int, bytes]] = set()
         self.hides = dialect is Dialect.AUFS and not fresh
+        # directories in which whiteouts were made: some of them may have nothing below to hide
+        self.marked: dict[int, Directory] = {}
         self._by_path = {ROOT: self.here}
         self._by_inode = {self.here.inode: self.here}
         self.at: bytes | None = None
@@ -80,17 +88,32 @@ class Tree:
         if known is None:
             known = self._walk(path, implied)
         else:
-            change_directory(path)
+            change_directory(known.path)
         self.at = path
         self.here = known
 
-    def _walk(self, path: bytes, implied: Callable[[bytes], None]) -> Directory:
+    def reach(self, path: bytes) -> bool:
+        """As `enter`, but for a directory that is not there: nothing is made, and it is False."""
+        if path == self.at:
+            return True
+        known = self._by_path.get(path)
+        try:
+            if known is None:
+                known = self._walk(path, None)
+            else:
+                change_directory(known.path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        self.at, self.here = path, known
+        return True
+
+    def _walk(self, path: bytes, implied: Callable[[bytes], None] | None) -> Directory:
         done = path
         while done not in self._by_path:
             done = done.rpartition(b"/")[0]
-        change_directory(done)
-        self.at = None
         here = self._by_path[done]
+        change_directory(here.path)
+        self.at = None
         for part in path[len(done) :].lstrip(b"/").split(b"/"):
             self.here = here
             done = done + b"/" + part if done else part
@@ -98,6 +121,8 @@ class Tree:
             try:
                 os.chdir(part)
             except (FileNotFoundError, NotADirectoryError):
+                if implied is None:
+                    raise
                 self._make_missing(part, done)
                 os.chdir(part)
                 implied(done)
@@ -107,7 +132,7 @@ class Tree:
                     raise
                 raise BadArchive(f"{shown(done)} leads in a circle") from None
             self.note(part)
-            here = self._known(done, made=made)
+            here = self._known(done, part, made=made)
         return here
 
     def _make_missing(self, name: bytes, path: bytes) -> None:
@@ -120,18 +145,38 @@ class Tree:
                 raise BadArchive(f"{shown(path)} is not a directory")
         self.make_directory(name, 0o755)
 
-    def _known(self, path: bytes, *, made: bool) -> Directory:
-        """The record of the current directory, which may be known by another path too."""
+    def _known(self, path: bytes, part: bytes, *, made: bool) -> Directory:
+        """The record of the current directory, `part` of the one that `here` still says.
+
+        It is kept under the path that leads there with no symlink, which stays true whatever
+        becomes of the symlink by which the archive got there.
+        """
         known = self._by_path.get(path)
         if known is None:
             found = os.stat(b".")
             known = self._by_inode.get(found.st_ino)
             if known is None:
-                known = self._by_inode[found.st_ino] = Directory(path, found)
+                own = self.here.inside(part)
+                if not made and not self._is_here(found, own):
+                    own = os.getcwdb().lstrip(b"/")
+                known = self._by_inode[found.st_ino] = Directory(own, found)
                 if made or not self.fresh:
                     self._take_default_acl(known)
             self._by_path[path] = known
         return known
+
+    def _is_here(self, found: os.stat_result, path: bytes) -> bool:
+        """Whether the current directory is what has this path from the root, and no symlink to it.
+
+        One of a path that is longer than a path can be is taken by its name alone.
+        """
+        if len(path) >= _PATH_MAX:
+            return True
+        try:
+            there = os.lstat(b"/" + path)
+        except OSError:
+            return False
+        return there.st_ino == found.st_ino
 
     def _take_default_acl(self, directory: Directory) -> None:
         if DEFAULT_ACL in os.listxattr(b"."):
@@ -145,7 +190,7 @@ class Tree:
             found = os.lstat(name)
             known = self._by_inode.get(found.st_ino)
             if known is None:
-                known = self._by_inode[found.st_ino] = Directory(path, found)
+                known = self._by_inode[found.st_ino] = Directory(self.here.inside(name), found)
             self._by_path[path] = known
         return known
 
@@ -238,6 +283,18 @@ class Tree:
             self.set_opaque(name)
         return False
 
+    def is_opaque(self) -> bool:
+        """Whether the current directory is opaque."""
+        if self.dialect is Dialect.OVERLAY:
+            return marks.has_opaque_xattr(b".", self._namespace)
+        return os.path.lexists(marks.OPAQUE)
+
+    def says(self, name: bytes) -> bool:
+        """Whether the current directory says anything of a name: an entry, or that it is gone."""
+        if os.path.lexists(name):
+            return True
+        return self.dialect is Dialect.AUFS and os.path.lexists(marks.WHITEOUT + name)
+
     def set_opaque(self, name: bytes) -> None:
         """Make a directory opaque."""
         if self.dialect is Dialect.NONE:
@@ -292,6 +349,8 @@ class Tree:
             os.unlink(name)
         except IsADirectoryError:
             gone = set(erase(name))
+            for inode in gone:
+                self.marked.pop(inode, None)
             self._by_path = {p: d for p, d in self._by_path.items() if d.inode not in gone}
             self._by_inode = {i: d for i, d in self._by_inode.items() if i not in gone}
             self._hidden = {key for key in self._hidden if key[0] not in gone}
@@ -306,6 +365,7 @@ class Tree:
         if self.dialect is Dialect.NONE:
             # what was to be hidden is gone
             return False
+        self.marked[self.here.inode] = self.here
         if self.dialect is Dialect.OVERLAY:
             os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
             self.note(name)
@@ -373,23 +433,3 @@ def directory_of(path: bytes) -> Iterator[tuple[int | None, bytes]]:
         yield there, name
     finally:
         os.close(there)
-
-
-def erase(name: bytes) -> Iterator[int]:
-    """Remove the directory `name` in the current one with all that is in it: the inodes of the
-    directories that went."""
-    levels = [(name, os.open(name, _DIRECTORY))]
-    while levels:
-        name, fd = levels[-1]
-        with os.scandir(fd) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    below = os.fsencode(entry.name)
-                    levels.append((below, os.open(below, _DIRECTORY, dir_fd=fd)))
-                    break
-                os.unlink(entry.name, dir_fd=fd)
-            else:
-                levels.pop()
-                yield os.fstat(fd).st_ino
-                os.close(fd)
-                os.rmdir(name, dir_fd=levels[-1][1] if levels else None)

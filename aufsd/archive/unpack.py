@@ -12,8 +12,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from aufsd.archive import errnos, headers, holes, names
-from aufsd.archive.attributes import KEPT_UNTIL, Owners, chown, imported, keep_only, set_time
+from aufsd.archive import errnos, headers, holes, names, whiteouts
+from aufsd.archive.attributes import (
+    KEPT_UNTIL,
+    Owners,
+    chown,
+    device,
+    imported,
+    is_one,
+    keep_only,
+    set_time,
+)
 from aufsd.archive.fingerprint import Memory, crc32
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
@@ -57,8 +66,7 @@ class Unpacker:
         settings: Settings,
         meter: Meter,
         inherit: Inherit,
-        *,
-        base: bool = False,
+        lies_below: whiteouts.Below | None = None,
     ) -> None:
         with os.scandir(b"/") as entries:
             fresh = next(entries, None) is None
@@ -68,8 +76,11 @@ class Unpacker:
         self._depth = settings.limits.depth
         self._meter = meter
         self._inherit = inherit
-        # nothing lies below it
-        self._base = base
+        self._base = lies_below is None
+        self._lies_below = lies_below or whiteouts.nowhere
+        self._waiting = whiteouts.Waiting()
+        # whether whiteouts were left out that hide nothing
+        self.settled = False
         self._owners = Owners(settings, outward=False)
         self._tree = Tree(dialect, settings.namespace, fresh=fresh)
         self._tally = Tally(settings.limits, self._tree)
@@ -101,6 +112,7 @@ class Unpacker:
         if marks.PLINKS in self._told and os.path.lexists(b"/" + marks.PLINKS):
             tree.enter(ROOT, self._implied)
             tree.clear(marks.PLINKS)
+        self._settle_whiteouts()
         if self._base and tree.fresh and not self._root_named:
             # not the time of day: the same tar has to give the same layer
             tree.root.mtime = 0
@@ -293,7 +305,7 @@ class Unpacker:
                 try:
                     os.link(source, name, src_dir_fd=fd, follow_symlinks=False)
                 except FileExistsError:
-                    if _is_one(os.stat(source, dir_fd=fd, follow_symlinks=False), name):
+                    if is_one(os.stat(source, dir_fd=fd, follow_symlinks=False), name):
                         # given twice, or a link to itself, which some tools write: it is there
                         return
                     self._tree.clear(name)
@@ -312,13 +324,13 @@ class Unpacker:
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
         kind = _NODES[member.kind]
-        device = 0
+        number = 0
         if member.kind != headers.FIFO:
-            device = _device(member, path)
-            if kind == stat.S_IFCHR and device == 0 and self._dialect is Dialect.OVERLAY:
+            number = device(member, path)
+            if kind == stat.S_IFCHR and number == 0 and self._dialect is Dialect.OVERLAY:
                 raise ArchiveEscape(f"{shown(path)} would read as a deleted file in this store")
         try:
-            self._make(name, partial(os.mknod, name, kind | member.mode & 0o777, device))
+            self._make(name, partial(os.mknod, name, kind | member.mode & 0o777, number))
         except PermissionError:
             # as in any user namespace but the first
             self._meter.warn(f"left out the device {shown(path)}: making one is not permitted")
@@ -342,14 +354,30 @@ class Unpacker:
         if member.kind not in (headers.REGULAR, headers.LINK, b"7"):
             raise ArchiveEscape(f"{shown(path)} stands for a deleted file, and is no regular file")
         directory = path.rpartition(b"/")[0]
-        self._tree.enter(directory, self._implied)
-        if deleted:
-            self._tally.add(self._tree.whiteout(deleted))
-        else:
+        if not deleted:
+            self._tree.enter(directory, self._implied)
             self._tree.keep_put(b".", self._tree.here.inode)
             self._tree.set_opaque(b".")
             self._tally.add(self._dialect is Dialect.AUFS)
+        elif self._tree.reach(directory):
+            self._tally.add(self._tree.whiteout(deleted))
+        else:
+            self._waiting.add(directory, deleted)
         return True
+
+    def _settle_whiteouts(self) -> None:
+        """Put on disk what waited for its directory, and take away what hides nothing."""
+        tree, lies_below = self._tree, self._lies_below
+        if self._dialect is Dialect.NONE:
+            # what is hidden goes from the layer itself, and lies nowhere else
+            lies_below = whiteouts.nowhere
+        rows = self._waiting.those_to_make(tree, lies_below)
+        for directory, name in rows:
+            tree.enter(directory, self._implied)
+            self._tally.add(tree.whiteout(name))
+        taken = whiteouts.settle(tree, lies_below)
+        self._tally.add(-taken)
+        self.settled = bool(taken) or self._waiting.left_out(rows)
 
     def _housekeeping(self, path: bytes, member: Member) -> bool:
         """aufs's own at the top of a branch is dropped; what links point to is kept meanwhile."""
@@ -415,19 +443,3 @@ class Unpacker:
         os.chmod(b".", 0o755)
         # not the time of day: the same tar has to give the same layer
         os.utime(b".", ns=(self._mtime, self._mtime))
-
-
-def _device(member: Member, path: bytes) -> int:
-    # the kernel's dev_t has 12 bits for the major number and 20 for the minor one
-    if not 0 <= member.major < 1 << 12 or not 0 <= member.minor < 1 << 20:
-        raise BadArchive(f"{shown(path)} is a device with a number out of range")
-    return os.makedev(member.major, member.minor)
-
-
-def _is_one(found: os.stat_result, name: bytes) -> bool:
-    """Whether the entry `name` of the current directory is this very inode."""
-    try:
-        there = os.lstat(name)
-    except OSError:
-        return False
-    return (there.st_dev, there.st_ino) == (found.st_dev, found.st_ino)

@@ -160,19 +160,25 @@ def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
 
 def open_directory(merged: Sequence[Place], path: bytes) -> int | None:
     """The topmost directory that the merged view has at `path`; the caller closes it."""
-    current: list[Place] = list(merged)
-    opened: list[Place] = []
+    current: Sequence[Place] = merged
     try:
         for part in path.split(b"/"):
             top = lookup(current, part)
             if top is None or not stat.S_ISDIR(top.stat.st_mode):
                 return None
-            current = descend(current, part, top)
-            opened += current
+            below = descend(current, part, top)
+            if current is not merged:
+                _close(current)
+            current = below
         return os.dup(current[0].fd) if current else None
     finally:
-        for place in opened:
-            place.close()
+        if current is not merged:
+            _close(current)
+
+
+def _close(places: Sequence[Place]) -> None:
+    for place in places:
+        place.close()
 
 
 def _exists(fd: int, name: bytes) -> bool:

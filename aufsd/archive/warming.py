@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Final
 
 from aufsd.archive import headers, requests
+from aufsd.archive.erase import erase
 from aufsd.archive.fingerprint import fingerprint
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
@@ -18,7 +19,6 @@ from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Branch, Settings
 from aufsd.archive.sink import Sink
 from aufsd.archive.source import Source
-from aufsd.archive.tree import erase
 from aufsd.archive.unpack import Unpacker
 from aufsd.archive.view import Layer
 from aufsd.store.dialect import Dialect

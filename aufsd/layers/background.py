@@ -11,6 +11,7 @@ import trio
 
 from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
+from aufsd.archive.requests import Branch
 from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -84,11 +85,18 @@ class Upkeep:
         """
         before = await self.disk.run(self.store.dialect, id)
         try:
-            return await self.jobs.convert(id, to)
+            return await self.jobs.convert(id, to, await self.disk.run(self._parents, id))
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self._bring_back(id, before)
             raise
+
+    def _parents(self, id: LayerId) -> tuple[Branch, ...] | None:
+        """What a layer stands on; None if one of them cannot be read."""
+        try:
+            return tuple(Branch(one, self.store.dialect(one)) for one in self.store.chain(id)[1:])
+        except (AufsdError, OSError):
+            return None
 
     async def _bring_back(self, id: LayerId, before: Dialect) -> None:
         try:
@@ -96,7 +104,7 @@ class Upkeep:
             # with no mark it may be whole and not known to last, or not begun: converting back
             # is right for the one and nothing for the other
             if half is not None or await self.disk.run(self.store.dialect, id) is not before:
-                await self.jobs.convert(id, before)
+                await self.jobs.convert(id, before, await self.disk.run(self._parents, id))
         except (AufsdError, OSError) as error:
             log.warning("a conversion is left half done", id=id, error=str(error))
             self.half_converted.add(id)
@@ -125,7 +133,7 @@ class Upkeep:
         async with self.table.changing(id):
             half = await self.disk.run(self._interrupted, id)
             if half is not None:
-                await self.jobs.convert(id, half)
+                await self.jobs.convert(id, half, await self.disk.run(self._parents, id))
                 self.recovered.append(Recovered("finished", "convert", id))
                 log.warning("recovered", action="finished", what="convert", name=id)
 

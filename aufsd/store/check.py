@@ -25,7 +25,7 @@ from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
-from aufsd_client.errors import LayerNotFound
+from aufsd_client.errors import LayerDamaged, LayerNotFound
 
 P = ParamSpec("P")
 
@@ -176,7 +176,10 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
     dialect = dialects.read_dialect(content, store.xattr_namespace)
     opaque = dialects.opaque_xattr(store.xattr_namespace)
     elsewhere = {f"{store.xattr_namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
+    parents = [store.layout.content(parent) for parent in _known_chain(store, id)[1:]]
     for inside, fd, rows in _walk(content):
+        if dialect is Dialect.OVERLAY and inside != b"/":
+            yield from _listed(id, parents, store.xattr_namespace, inside, fd, rows)
         for name, directory in rows:
             path = os.fsdecode(inside + name)
             if directory:
@@ -204,6 +207,42 @@ def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
             if dialect is Dialect.AUFS and _is_long(name):
                 detail = f"{path}: aufs lists names of more than 242 bytes, and cannot open them"
                 yield Problem(id, "long-name", detail, False)
+
+
+def _known_chain(store: Store, id: LayerId) -> tuple[LayerId, ...]:
+    try:
+        return store.chain(id)
+    except LayerDamaged:
+        return (id,)
+
+
+def _listed(
+    id: LayerId,
+    parents: Sequence[str],
+    namespace: str,
+    inside: bytes,
+    fd: int,
+    rows: Sequence[tuple[bytes, bool]],
+) -> Iterator[Problem]:
+    """Whiteouts that overlayfs lists, for it merges their directory with none below it."""
+    alone: bool | None = None
+    for name, directory in rows:
+        if directory:
+            continue
+        with suppress(FileNotFoundError):
+            if not dialects.is_whiteout_node(os.lstat(name, dir_fd=fd)):
+                continue
+            if alone is None:
+                alone = dialects.has_opaque_xattr(fd, namespace) or not any(
+                    os.path.isdir(os.fsencode(parent) + inside) for parent in parents
+                )
+            if alone:
+                path = os.fsdecode(inside + name)
+                detail = (
+                    f"{path} is a whiteout in a directory with nothing below it, and shows as a "
+                    "name that nothing opens; converting the layer to aufs and back takes it away"
+                )
+                yield Problem(id, "listed-whiteout", detail, False)
 
 
 def _says_opaque(fd: int, name: bytes) -> bool:

@@ -125,6 +125,16 @@ def mark_converting(where: Where, target: Dialect | None, namespace: str) -> Non
         os.setxattr(where, f"{namespace}.aufsd.converting", target.value.encode())
 
 
+def mark_settled(where: Where, namespace: str) -> None:
+    """Note on a layer that it lacks whiteouts which, by what its parents held then, hid nothing."""
+    os.setxattr(where, f"{namespace}.aufsd.settled", b"1")
+
+
+def is_settled(where: Where, namespace: str) -> bool:
+    """Whether that is noted: then its parents have to stay as they are. Raises OSError."""
+    return _read(where, f"{namespace}.aufsd.settled") is not None
+
+
 def is_opaque_root(path: str, dialect: Dialect, namespace: str) -> bool:
     """Whether a layer's `/` is opaque: then what its parents hold does not show."""
     if dialect is Dialect.OVERLAY:

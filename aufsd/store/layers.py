@@ -19,7 +19,13 @@ from aufsd.kernel import syscalls
 from aufsd.store import content as contents
 from aufsd.store import records
 from aufsd.store.content import copy_attributes, erase, fsync
-from aufsd.store.dialect import Dialect, XattrNamespace, read_dialect
+from aufsd.store.dialect import (
+    Dialect,
+    XattrNamespace,
+    is_settled,
+    mark_settled,
+    read_dialect,
+)
 from aufsd.store.format import Format, Sync, write_durably, write_format
 from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
@@ -327,10 +333,12 @@ class Store:
             self.discard_staged(path)
             raise
 
-    def swap_in(self, id: LayerId, staged: str, fingerprint: str = "") -> None:
+    def swap_in(
+        self, id: LayerId, staged: str, fingerprint: str = "", *, settled: bool = False
+    ) -> None:
         """Put staged content in the layer's place with one rename; the old content is discarded.
 
-        `fingerprint` is recorded of it, "" for nothing.
+        `fingerprint` is recorded of it, "" for nothing; `settled`: see dialect.mark_settled.
         The content was synced by who wrote it; here the names are (renameat2(2),
         RENAME_EXCHANGE: both names exist at every moment). Raises OSError, with nothing done.
         """
@@ -339,6 +347,8 @@ class Store:
         if self.snapshots:
             contents.freeze(content, False)
         records.write(staged, fingerprint, self.xattr_namespace)
+        if settled:
+            mark_settled(staged, self.xattr_namespace)
         syscalls.renameat2(at, staged, at, content, syscalls.RENAME_EXCHANGE)
         if self.sync != "none":
             try:
@@ -354,6 +364,18 @@ class Store:
     def dialect(self, id: LayerId) -> Dialect:
         """How the layer's content says what is deleted. Raises OSError, where there is none."""
         return read_dialect(self.layout.content(id), self.xattr_namespace)
+
+    def settled_on(self, id: LayerId) -> list[LayerId]:
+        """Layers on this one that lack whiteouts which, by what it held, hide nothing."""
+        found = []
+        pending = list(self.children_of(id))
+        while pending:
+            above = pending.pop()
+            pending += self.children_of(above)
+            with contextlib.suppress(OSError):
+                if is_settled(self.layout.content(above), self.xattr_namespace):
+                    found.append(above)
+        return sorted(found)
 
     def recorded(self, id: LayerId) -> str:
         """What an apply recorded of the layer's content; "" for nothing."""

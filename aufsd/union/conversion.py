@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from aufsd.kernel import syscalls
@@ -23,9 +23,17 @@ _TIMES: Final = "aufsd.times"
 _NAME_MAX: Final = 255
 
 
-def convert(root: int, target: Dialect, namespace: str, *, sync: bool) -> bool:
+# whether the layers below show a directory of this path
+Below = Callable[[bytes], bool]
+
+
+def convert(
+    root: int, target: Dialect, namespace: str, *, sync: bool, lies_below: Below | None = None
+) -> bool:
     """Bring the layer with the root directory `root` (a descriptor) into a dialect.
 
+    Whiteouts in a directory with nothing below it hide nothing, and overlayfs would list them: they
+    are not written again. With no `lies_below` that is known of opaque directories only.
     False if it was in it already. Raises LayerDamaged, with nothing changed, if the layer holds
     what the other dialect cannot say; a conversion that was cut off is finished without asking.
     With `sync` the content is on disk before it counts as converted.
@@ -42,7 +50,7 @@ def convert(root: int, target: Dialect, namespace: str, *, sync: bool) -> bool:
     marks.mark_converting(root, target, namespace)
     if sync:
         syscalls.syncfs(root)
-    rewrite(root, target, namespace)
+    rewrite(root, target, namespace, lies_below)
     if sync:
         syscalls.syncfs(root)
     marks.write_dialect(root, target, namespace)
@@ -52,18 +60,53 @@ def convert(root: int, target: Dialect, namespace: str, *, sync: bool) -> bool:
     return True
 
 
-def rewrite(root: int, target: Dialect, namespace: str) -> None:
+def rewrite(root: int, target: Dialect, namespace: str, lies_below: Below | None = None) -> None:
     """Rewrite every mark of the other dialect below `root`, whatever state a crash left."""
     change = _to_overlay if target is Dialect.OVERLAY else _to_aufs
-    for fd in _walk(root):
+    # of each directory on the way, whether what it holds has nothing below it
+    cut: list[bool] = []
+    for fd, way in _walk(root):
+        del cut[len(way) :]
+        opaque = marks.has_opaque_xattr(fd, namespace) or os.path.lexists(marks.OPAQUE)
+        cut.append(opaque or (bool(way) and cut[-1]))
+        # the root is always merged
+        alone = bool(way) and (cut[-1] or (lies_below is not None and _alone(way, lies_below)))
         with _times_kept(fd, namespace):
+            if alone:
+                _drop_whiteouts(root, namespace)
             change(fd, namespace)
+
+
+def _alone(way: list[bytes], lies_below: Below) -> bool:
+    """Whether the current directory, this way from the root, has whiteouts and nothing below."""
+    with os.scandir(b".") as entries:
+        some = any(_is_whiteout(entry) for entry in entries)
+    return some and not lies_below(b"/".join(way))
+
+
+def _drop_whiteouts(root: int, namespace: str) -> None:
+    """Remove the whiteouts of either dialect in the current directory, and note it on the root."""
+    with os.scandir(b".") as entries:
+        found = [entry.name for entry in entries if _is_whiteout(entry)]
+    present = set(os.listdir(b"."))
+    # beside a name of its own one means that what lies below that is not there
+    found = [name for name in found if marks.deleted_name(name) not in present]
+    if found:
+        # what was recorded of the layer counts them
+        marks.remove_xattr(root, f"{namespace}.aufsd.fingerprint")
+        marks.mark_settled(root, namespace)
+    for name in found:
+        os.unlink(name)
+
+
+def _is_whiteout(entry: os.DirEntry[bytes]) -> bool:
+    return marks.deleted_name(entry.name) is not None or _is_node(entry)
 
 
 def _refuse(root: int, target: Dialect, namespace: str) -> None:
     """Raise LayerDamaged if something in the layer has no way of being said in `target`."""
     overlay = f"{namespace}.overlay."
-    for _ in _walk(root):
+    for _, _ in _walk(root):
         with os.scandir(b".") as entries:
             for entry in entries:
                 name = entry.name
@@ -178,17 +221,19 @@ def _has_work() -> bool:
         return any(entry.name.startswith(marks.WHITEOUT) or _is_node(entry) for entry in entries)
 
 
-def _walk(root: int) -> Iterator[int]:
+def _walk(root: int) -> Iterator[tuple[int, list[bytes]]]:
     """A descriptor of every directory, from the top down, which is the current one then.
 
-    The names below are read after the directory was handed out.
+    With it the names on the way to it from the root, good until the next one. The names below are
+    read after the directory was handed out.
     """
     top = os.open(b".", _DIRECTORY, dir_fd=root)
     levels: list[tuple[int, list[bytes]]] = []
+    way: list[bytes] = []
     below = top
     while True:
         os.fchdir(below)
-        yield below
+        yield below, way
         with os.scandir(b".") as entries:
             names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
         levels.append((below, names))
@@ -196,4 +241,7 @@ def _walk(root: int) -> Iterator[int]:
             os.close(levels.pop()[0])
         if not levels:
             return
-        below = os.open(levels[-1][1].pop(), _DIRECTORY, dir_fd=levels[-1][0])
+        name = levels[-1][1].pop()
+        below = os.open(name, _DIRECTORY, dir_fd=levels[-1][0])
+        del way[len(levels) - 1 :]
+        way.append(name)

@@ -33,10 +33,10 @@ def in_child(work: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def convert(at: Path, target: Dialect) -> int:
+def convert(at: Path, target: Dialect, lies_below: Callable[[bytes], bool] | None = None) -> int:
     def work() -> None:
         fd = os.open(at, os.O_RDONLY)
-        done = conversion.convert(fd, target, NAMESPACE, sync=False)
+        done = conversion.convert(fd, target, NAMESPACE, sync=False, lies_below=lies_below)
         assert done is not conversion.convert(fd, target, NAMESPACE, sync=False)
 
     return in_child(work)
@@ -92,8 +92,8 @@ def build(at: Path, dialect: Dialect) -> None:
     os.utime(at / "link", (5, 5), follow_symlinks=False)
     os.setxattr(at / "file", "user.overlay.opaque" if NAMESPACE == "trusted" else "user.x", b"y")
     gone(at / "gone")
-    gone(at / "d" / "é\n")
-    gone(at / "d" / "e" / "deep")
+    # below an opaque directory, and so below this root, one would not be kept
+    gone(at / "é\n")
     opaque(at / "opaque")
     opaque(at / "d" / "e")
     opaque(at)

@@ -98,7 +98,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "time": (lambda at: os.utime(at / "large", (7, 7)), NAMES),
     "size": (lambda at: os.truncate(at / "d/small", 3), f"{NAMES} and {CONTENTS}"),
     "a file gone": (lambda at: (at / "large").unlink(), f"{NAMES} and {CONTENTS}"),
-    "a whiteout gone": (lambda at: (at / "d/gone").unlink(), NAMES),
+    "a whiteout gone": (lambda at: (at / "gone").unlink(), NAMES),
     "a symlink": (retarget, NAMES),
     "two files changed places": (
         lambda at: [(at / a).rename(at / b) for a, b in (("a", "x"), ("b", "a"), ("x", "b"))],
@@ -109,7 +109,7 @@ LAYER = tar(
     directory("d"),
     entry("d/small", b"small" * 10),
     entry("d/other"),
-    entry("d/.wh.gone"),
+    entry(".wh.gone"),
     entry("large", bytes(range(256)) * 4096 + bytes(1 << 20) + b"end"),
     symlink("s", "large"),
     entry("a", b"a"),

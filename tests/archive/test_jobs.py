@@ -25,6 +25,7 @@ from aufsd_client.errors import (
     AufsdError,
     BadArchive,
     InternalError,
+    LayerDamaged,
     LimitExceeded,
     NoSpace,
     Overloaded,
@@ -393,7 +394,7 @@ async def test_an_owner_without_a_counterpart_is_an_error(
         (at / "x").unlink()
         os.chown(at, 100_000, 100_000)
         (at / "y").touch()
-        with pytest.raises(InternalError, match="y belongs to user 0"):
+        with pytest.raises(LayerDamaged, match="y belongs to user 0"):
             await shelf.diff("a")
 
 

@@ -1,0 +1,124 @@
+"""Which whiteouts a layer keeps: those in a directory that has something below it to hide.
+
+overlayfs merges a directory only where a lower branch has it too, and lists any other one as it
+lies on disk (ovl_iterate() in fs/overlayfs/readdir.c): a whiteout in a directory that is opaque, or
+that is new in its layer, shows as a name that no call finds, and `ls`, `find` and `tar` fail on it.
+There it hides nothing, so it is not kept. The layer's root is always merged.
+"""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from aufsd.archive.meter import shown
+from aufsd.archive.names import ROOT
+from aufsd.archive.tree import Tree, change_directory
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect
+from aufsd_client.errors import LimitExceeded
+
+# bytes of whiteouts whose directory is not there yet
+_WAITING_MAX: Final = 4 << 20
+# whether the layers below show a directory of this path
+Below = Callable[[bytes], bool]
+
+
+def nowhere(_: bytes) -> bool:
+    """For a layer with none below it."""
+    return False
+
+
+class Waiting:
+    """Whiteouts in directories that the archive has not made yet, and may never make.
+
+    A directory in which nothing but a whiteout lies is no content: it is made only where the layers
+    below have one, from which something is hidden.
+    """
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[bytes, bytes]] = []
+        self._held = 0
+
+    def add(self, directory: bytes, name: bytes) -> None:
+        """Keep one for later. Raises LimitExceeded."""
+        self._rows.append((directory, name))
+        self._held += len(directory) + len(name) + 128
+        if self._held > _WAITING_MAX:
+            raise LimitExceeded(
+                "too many whiteouts lie in directories that the archive has not put before them, "
+                f"such as {shown(directory)}"
+            )
+
+    def left_out(self, made: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Whether some of them are not among these."""
+        return len(made) < len(self._rows)
+
+    def those_to_make(self, tree: Tree, lies_below: Below) -> list[tuple[bytes, bytes]]:
+        """Directory and name of those that hide something."""
+        return [
+            row
+            for row in self._rows
+            if tree.reach(row[0]) or _shows_below(tree, row[0], lies_below)
+        ]
+
+
+def settle(tree: Tree, lies_below: Below) -> int:
+    """Take away the whiteouts of this archive that hide nothing; how many those were."""
+    taken = 0
+    for directory in list(tree.marked.values()):
+        if directory.path != ROOT and not _merges(tree, directory.path, lies_below):
+            change_directory(directory.path)
+            taken += _take_away(tree.dialect)
+    tree.at = None
+    return taken
+
+
+def _take_away(dialect: Dialect) -> int:
+    """Remove every whiteout in the current directory; how many there were."""
+    with os.scandir(b".") as entries:
+        found = [
+            entry.name
+            for entry in entries
+            if (
+                marks.deleted_name(entry.name) is not None
+                if dialect is Dialect.AUFS
+                else not (
+                    entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
+                )
+                and marks.is_whiteout_node(os.lstat(entry.name))
+            )
+        ]
+    for name in found:
+        os.unlink(name)
+    return len(found)
+
+
+def _merges(tree: Tree, path: bytes, lies_below: Below) -> bool:
+    """Whether the directory of this layer is merged with one below it."""
+    if not lies_below(path):
+        return False
+    return not any(tree.reach(above) and tree.is_opaque() for above in _way(path))
+
+
+def _shows_below(tree: Tree, path: bytes, lies_below: Below) -> bool:
+    """Whether a directory that this layer does not have shows from below."""
+    if not lies_below(path):
+        return False
+    for above in _way(path):
+        if not tree.reach(above):
+            directory, _, name = above.rpartition(b"/")
+            # neither a file nor a whiteout of it may stand in the way
+            return tree.reach(directory) and not tree.says(name)
+        if tree.is_opaque():
+            return False
+    return True
+
+
+def _way(path: bytes) -> Collection[bytes]:
+    """The path of each directory on the way from the root to this one, both among them."""
+    found = [ROOT]
+    end = path.find(b"/")
+    while end >= 0:
+        found.append(path[:end])
+        end = path.find(b"/", end + 1)
+    return [*found, path]
