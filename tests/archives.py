@@ -1,8 +1,12 @@
-"""Small tars for tests, made with Python's own tarfile, which shares no code with ours."""
+"""Small tars for tests, made with Python's own tarfile, which shares no code with ours; and those
+that the tests come with, unpacked by GNU tar."""
 
 import io
+import lzma
+import subprocess
 import tarfile
 from collections.abc import Mapping
+from pathlib import Path
 
 Entry = bytes | str | tarfile.TarInfo | None
 
@@ -33,3 +37,10 @@ def names(stream: bytes) -> list[str]:
     """The names in a tar, as tarfile reads it."""
     with tarfile.open(fileobj=io.BytesIO(stream)) as archive:
         return archive.getnames()
+
+
+def unpack_xz(archive: Path, directory: Path) -> None:
+    """What GNU tar makes of a tar.xz, owners and all xattrs; xz need not be installed."""
+    command = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xpf", "-"]
+    with lzma.open(archive) as file:
+        subprocess.run([*command, "-C", directory], input=file.read(), check=True)

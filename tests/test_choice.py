@@ -154,6 +154,7 @@ def test_a_survey_leaves_nothing_behind(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.userns
 def test_an_unprivileged_user_is_served_through_user_xattrs(tmp_path: Path) -> None:
     """In a user namespace, where trusted.* cannot be written (Linux 5.11)."""
     script = """

@@ -6,6 +6,7 @@ stay behind on the host. An ordinary user gets a user namespace first, as `make 
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from aufsd.kernel import syscalls
@@ -37,6 +38,13 @@ def _enter_namespace() -> str:
     return ""
 
 
+def _userns() -> str:
+    """user_namespaces(7): a process under chroot may make none; a sysctl may forbid it."""
+    command = ["unshare", "--user", "true"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stderr.strip()
+
+
 def _aufs() -> str:
     if "\taufs\n" in Path("/proc/filesystems").read_text():
         return ""
@@ -58,6 +66,7 @@ def _fuse() -> str:
 
 
 OFF: dict[str, str] = {"mounts": _enter_namespace()}
+OFF["userns"] = OFF["mounts"] or _userns()
 OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namespace"
 OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or without("systemd") or box.missing()

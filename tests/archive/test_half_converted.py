@@ -24,7 +24,7 @@ async def test_every_job_reads_it_right(shelf: Shelf, source: Dialect) -> None:
     stream = await shelf.diff("whole")
     changes = await shelf.jobs.changes(shelf.chain("whole"), against=shelf.chain("base"))
     halves = 0
-    for lines in range(30, 1000, 45):
+    for lines in range(30, 1000, 30):
         id = f"half{lines}"
         at = shelf.add(id, source)
         build(at, source)

@@ -17,7 +17,7 @@ from tests.archive.shelf import NAMESPACE, Shelf, open_shelf
 from tests.archive.tars import CHARACTER, directory, entry, listing, tar
 from tests.tiers import ROOT_IN_HOST
 
-pytestmark = pytest.mark.mounts
+pytestmark = [pytest.mark.mounts, pytest.mark.userns]
 
 
 def test_archives_in_a_user_namespace(tmp_path: Path) -> None:

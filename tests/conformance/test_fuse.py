@@ -258,6 +258,7 @@ def test_without_the_program_the_verdict_says_so(
     assert "has the version 1.4; it has to be 1.5 or later" in found.reason
 
 
+@pytest.mark.userns
 def test_an_unprivileged_user_is_served_in_a_user_namespace(tmp_path: Path) -> None:
     """By name: where overlayfs is refused there, as before Linux 5.11, `auto` comes to it."""
     program = """

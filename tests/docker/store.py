@@ -7,15 +7,15 @@ tests/data/docker-aufs/README.md says how it was made. `views` is what aufs itse
 import base64
 import hashlib
 import json
-import lzma
 import os
 import stat
-import subprocess
 import tarfile
 from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from tests.archives import unpack_xz
 
 DATA = Path(__file__).parent.parent / "data/docker-aufs"
 LAYERS: dict[str, Any] = json.loads((DATA / "layers.json").read_text())["layers"]
@@ -34,9 +34,7 @@ def label(id: str) -> str:
 
 def unpack(directory: Path) -> Path:
     """The store as it was in /var/lib/docker; its root."""
-    command = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xpf", "-"]
-    with lzma.open(DATA / "aufs-root.tar.xz") as file:
-        subprocess.run([*command, "-C", directory], input=file.read(), check=True)
+    unpack_xz(DATA / "aufs-root.tar.xz", directory)
     return directory / "aufs"
 
 

@@ -6,14 +6,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.archives import unpack_xz
+
 DATA = Path(__file__).parent.parent / "data/docker-overlay2"
 AUFSD = Path(sys.executable).parent / "aufsd"
 
 
 def unpack(directory: Path) -> Path:
     """The data root as it was in /var/lib/docker."""
-    command = ["tar", "--numeric-owner", "--xattrs", "--xattrs-include=*", "-xpf"]
-    subprocess.run([*command, DATA / "data-root.tar.xz", "-C", directory], check=True)
+    unpack_xz(DATA / "data-root.tar.xz", directory)
     return directory
 
 

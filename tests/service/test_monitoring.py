@@ -70,7 +70,7 @@ def test_one_that_is_degraded_is_a_warning_that_says_why(served: Daemon, client:
         client.put("top")
     status, line = check(served.monitor_socket)
     assert status == 1
-    why = "mounts: 1 mounts are busy though no reference is left: top"
+    why = "mounts: 1 mounts stand though no reference is left: top (EBUSY)"
     assert line.startswith(f"AUFSD WARNING - {why} | ")
     assert figures(line)["busy"][0] == "1"
 
