@@ -67,10 +67,9 @@ class Connection:
     async def _event(self) -> h11.Event | type[h11.PAUSED]:
         while True:
             event = self.http.next_event()
-            if event is h11.NEED_DATA:
-                self.http.receive_data(await self.stream.receive_some(_READ))
-                continue
-            return event
+            if isinstance(event, h11.Event) or event is h11.PAUSED:
+                return event
+            self.http.receive_data(await self.stream.receive_some(_READ))
 
     async def _answer(self, request: h11.Request) -> None:
         target = urlsplit(request.target.decode("ascii", "replace"))

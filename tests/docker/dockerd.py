@@ -1,4 +1,4 @@
-"""dockerd with the aufs driver, over a store that holds layers of somebody else."""
+"""dockerd, with its own aufs driver over a store of somebody else's, or with a plugin of ours."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +71,29 @@ def sha256(text: str) -> str:
 
 
 @contextmanager
-def dockerd(data: Path, run: Path) -> Iterator[Dockerd]:
+def dockerd(data: Path, run: Path, driver: str = "aufs", *flags: str) -> Iterator[Dockerd]:
     """A daemon, ready; `run` is an empty directory with a short name, for its sockets."""
-    address = f"unix://{run}/s"
-    containerd = [
+    with containerd(run), alone(data, run, driver, *flags) as made:
+        yield made
+
+
+@contextmanager
+def alone(data: Path, run: Path, driver: str, *flags: str) -> Iterator[Dockerd]:
+    """The same with a containerd that runs already."""
+    with started(_command(data, run, driver, *flags), run):
+        yield Dockerd(data, f"unix://{run}/s")
+
+
+def _command(data: Path, run: Path, driver: str, *flags: str) -> list[str]:
+    command = ["dockerd", "-s", driver, "--data-root", str(data), "--exec-root", f"{run}/e"]
+    command += ["--containerd", f"{run}/c", "-p", f"{run}/pid", "-H", f"unix://{run}/s"]
+    return [*command, "--bridge=none", "--iptables=false", *flags]
+
+
+@contextmanager
+def containerd(run: Path) -> Iterator[None]:
+    """The containerd of a dockerd, which starts one itself but does not wait long for it."""
+    command = [
         "containerd",
         "--address",
         f"{run}/c",
@@ -83,19 +102,18 @@ def dockerd(data: Path, run: Path) -> Iterator[Dockerd]:
         "--state",
         f"{run}/t",
     ]
-    # dockerd starts one itself, but waits for it no longer than an ordinary machine takes
-    command = ["dockerd", "-s", "aufs", "--data-root", str(data), "--exec-root", f"{run}/e"]
-    command += ["--containerd", f"{run}/c", "-p", f"{run}/pid", "-H", address]
-    command += ["--bridge=none", "--iptables=false"]
-    with _started(containerd, run), _started(command, run):
-        yield Dockerd(data, address)
+    with started(command, run):
+        yield
 
 
 @contextmanager
-def _started(command: Sequence[str], run: Path) -> Iterator[None]:
+def started(command: Sequence[str], run: Path) -> Iterator["subprocess.Popen[bytes]"]:
     """A process that says when it is ready as systemd has it (sd_notify(3))."""
-    said = run / f"{command[0]}.log"
-    address = f"{run}/{command[0]}.ready"
+    name = Path(command[0]).name
+    said = run / f"{name}.log"
+    address = f"{run}/{name}.ready"
+    with suppress(FileNotFoundError):
+        os.unlink(address)
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, said.open("wb") as log:
         ready.bind(address)
         ready.settimeout(0.1)
@@ -108,7 +126,7 @@ def _started(command: Sequence[str], run: Path) -> Iterator[None]:
                         break
                 except TimeoutError:
                     assert process.poll() is None, said.read_text()
-            yield
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             process.wait(READY_WITHIN)

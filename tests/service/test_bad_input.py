@@ -183,7 +183,7 @@ def test_the_second_daemon_on_a_root_is_refused(filled: Daemon) -> None:
 
 def test_what_the_command_line_gets_wrong_is_one_sentence(tmp_path: Path) -> None:
     cases = {
-        ("--max-jobs", "many"): "max_jobs",
+        ("--max-jobs", "many"): "--max-jobs many",
         ("--backend", "zfs"): "backend",
         ("--state-dir", "/no/such/place"): "/no/such/place",
         ("--config", "/no/such/file"): "/no/such/file",
