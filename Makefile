@@ -16,14 +16,14 @@ export APT VENV
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/installed: pyproject.toml client/pyproject.toml
+$(VENV)/installed: pyproject.toml client/pyproject.toml docker/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "aufsd needs Python 3.11 or later: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -m tests.packages setup
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null \
 		|| { echo "this Python has no venv; on Debian: apt-get install python3-venv"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 -e './client[cli,trio]' -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 -e './client[cli,trio]' -e '.[dev]' -e ./docker
 	@touch $@
 
 demo: $(VENV)/installed ## load a root file system, stack two layers, mount, change, export, compare

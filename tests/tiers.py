@@ -57,6 +57,15 @@ def _dockerd() -> str:
     return "needs a dockerd that has the aufs driver: docker.io of Debian 12"
 
 
+def _docker() -> str:
+    """Why not; the tests do not install it, for its package starts a dockerd of its own."""
+    needed = ("dockerd", "docker", "containerd", "runc", "busybox")
+    missing = [program for program in needed if not shutil.which(program)]
+    if missing:
+        return f"needs docker.io of Debian 12 and busybox-static ({', '.join(missing)} not found)"
+    return "" if Path("/sys/fs/cgroup").is_mount() else "no cgroups, which dockerd needs"
+
+
 def _loop() -> str:
     return "" if os.access("/dev/loop-control", os.R_OK | os.W_OK) else "there are no loop devices"
 
@@ -73,6 +82,7 @@ OFF["systemd"] = OFF["service"] or without("systemd") or box.missing()
 OFF["crash"] = OFF["service"] or without("crash") or untraceable()
 OFF["aufs"] = OFF["mounts"] or _aufs()
 OFF["dockerd"] = OFF["aufs"] or _dockerd()
+OFF["docker"] = OFF["service"] or _docker()
 OFF["oci"] = without("oci")
 OFF["fuse"] = OFF["mounts"] or _fuse() or without("fuse")
 OFF["btrfs"] = OFF["service"] or _loop() or without("btrfs")

@@ -6,12 +6,13 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from aufsd.kernel import mountinfo, syscalls
 from tests.daemon import Daemon, daemon, eventually
 from tests.docker.dockerd import Dockerd, alone, containerd, started
 
@@ -61,10 +62,21 @@ class Engine:
             return [row.id for row in client.list().layers]
 
 
+@contextmanager
+def _short() -> Iterator[str]:
+    """A directory; a dockerd that was killed leaves mounts in it."""
+    with tempfile.TemporaryDirectory(prefix="d") as place:
+        try:
+            yield place
+        finally:
+            for row in reversed(mountinfo.mounted_under(place)):
+                syscalls.umount2(row.mount_point, syscalls.MNT_DETACH)
+
+
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     """Sockets want a short path, so not below pytest's own directory."""
-    with tempfile.TemporaryDirectory(prefix="d") as place, ExitStack() as stack:
+    with _short() as place, ExitStack() as stack:
         (Path(place) / "a").mkdir()
         aufsd = stack.enter_context(daemon(Path(place) / "a", "--sync", "none"))
         made = Engine(Path(place), aufsd, stack)
