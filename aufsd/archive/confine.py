@@ -9,6 +9,7 @@ import os
 import resource
 from typing import Final
 
+from aufsd.kernel import seccomp
 from aufsd.kernel import syscalls as sc
 
 # <linux/capability.h>
@@ -30,6 +31,9 @@ TRUSTED_XATTRS: Final = frozenset({sc.CAP_SYS_ADMIN})
 LABELLING: Final = frozenset({sc.CAP_DAC_OVERRIDE, sc.CAP_FOWNER, sc.CAP_SYS_ADMIN})
 # of `enter` itself: chroot(2), mount_setattr(2)
 _ENTERING: Final = frozenset({sc.CAP_SYS_CHROOT, sc.CAP_SYS_ADMIN})
+# Every archive child makes these calls and no other: a child that writes overlayfs's marks keeps
+# CAP_SYS_ADMIN, with which it could mount something, and reach the host's disks from there
+_CALLS: Final = seccomp.compiled(seccomp.NUMBERS) if seccomp.is_known() else None
 _HELD: Final = WRITING | READING | TRUSTED_XATTRS
 
 
@@ -104,13 +108,21 @@ def enter(root: int, *, read_only: bool, branches: int | None = None) -> int | N
 def drop(keep: frozenset[int], *, open_files: int) -> None:
     """Keep only these capabilities, and at most as many descriptors; fewer if the host says so.
 
-    A container's root may lack some, CAP_MKNOD above all: then what needs it is refused.
+    A container's root may lack some, CAP_MKNOD above all: then what needs it is refused. From here
+    on the process makes only the system calls that reading and writing files take (on x86_64).
     """
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY:
         open_files = min(open_files, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
     sc.capset(keep & sc.capget())
+    if _CALLS is not None:
+        try:
+            seccomp.install(_CALLS)
+        except OSError as error:
+            # a kernel built without it
+            if error.errno not in (errno.EINVAL, errno.ENOSYS):
+                raise
 
 
 def _restricted(mount: int, *, read_only: bool) -> int:
