@@ -42,7 +42,7 @@ from aufsd.kernel import syscalls
 from aufsd.results import Streamed
 from aufsd.store.dialect import Dialect
 from aufsd.union import conversion
-from aufsd_client.errors import AufsdError, InternalError, LimitExceeded
+from aufsd_client.errors import AufsdError, BadArchive, InternalError, LimitExceeded
 
 _FDS_MAX = 8
 
@@ -106,7 +106,12 @@ def _reply(
             deep = "the layer is too deep, or its chain too long, for the descriptors of a process"
             return requests.Failed(LimitExceeded(deep).to_wire())
         answer = errnos.answer(error)
-        return _unexpected(error) if answer is None else requests.Failed(answer.to_wire())
+        # only where there is an archive it can be a bad one
+        if answer is None or (
+            isinstance(answer, BadArchive) and not isinstance(request.work, requests.Apply)
+        ):
+            return _unexpected(error)
+        return requests.Failed(answer.to_wire())
     except MemoryError:
         large = "it takes more memory than an archive process may have"
         return requests.Failed(LimitExceeded(large).to_wire())
