@@ -10,10 +10,11 @@ import stat
 from typing import Final
 
 from aufsd.archive.attributes import read_xattr
+from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import dialect as marks
+from aufsd.store.walk import Descent
 from aufsd.union import conversion
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _CHUNK: Final = 1 << 24
 
 
@@ -23,44 +24,48 @@ def clone(source: str, staging: str, namespace: str) -> None:
     Owners, modes, times and xattrs too, the root's marks included. Aufs housekeeping is left out.
     If a conversion of the source was cut off, the copy is brought back into its dialect.
     """
-    from_fd = os.open(source, _DIRECTORY)
-    to_fd = os.open(staging, _DIRECTORY)
+    from_fd = os.open(source, DIRECTORY)
+    to_fd = os.open(staging, DIRECTORY)
     half = marks.interrupted(from_fd, namespace)
     dialect = marks.read_dialect(from_fd, namespace)
-    _copy_tree(from_fd, os.dup(to_fd), namespace)
+    with Descent(from_fd) as original, Descent(to_fd) as copy:
+        _copy_tree(original, copy)
     if half is not None:
         marks.remove_xattr(to_fd, f"{namespace}.aufsd.converting")
         conversion.rewrite(to_fd, dialect, namespace)
 
 
-def _copy_tree(source: int, target: int, namespace: str) -> None:
-    levels = [(source, target, _copy_here(source, target, top=True))]
-    while levels:
-        source, target, names = levels[-1]
-        if names:
-            name = names.pop()
-            below = os.open(name, _DIRECTORY, dir_fd=source)
-            os.mkdir(name, 0o700, dir_fd=target)
-            made = os.open(name, _DIRECTORY, dir_fd=target)
-            levels.append((below, made, _copy_here(below, made)))
+def _copy_tree(original: Descent, copy: Descent) -> None:
+    _copy_here(original, copy.fd)
+    while True:
+        name = original.take()
+        if name is not None:
+            original.down(name)
+            os.mkdir(name, 0o700, dir_fd=copy.fd)
+            copy.down(name)
+            _copy_here(original, copy.fd)
             continue
-        levels.pop()
-        _copy_attributes(source, target)
-        os.close(source)
-        os.close(target)
+        _copy_attributes(original.fd, copy.fd)
+        depth = original.depth - 1
+        if depth < 0:
+            return
+        original.up()
+        copy.up()
+        if (original.depth, copy.depth) != (depth, depth):
+            raise OSError(errno.ESTALE, "directories were moved while the layer was copied")
 
 
-def _copy_here(source: int, target: int, *, top: bool = False) -> list[bytes]:
-    """Copy what a directory holds but the directories in it: their names."""
-    directories = []
-    os.fchdir(source)
+def _copy_here(original: Descent, target: int) -> None:
+    """Copy what a directory holds but the directories in it, which come later."""
+    top = not original.depth
+    os.fchdir(original.fd)
     with os.scandir(b".") as entries:
         for entry in entries:
             name = entry.name
             if top and name in marks.HOUSEKEEPING:
                 continue
             if entry.is_dir(follow_symlinks=False):
-                directories.append(name)
+                original.later(name)
                 continue
             try:
                 os.link(name, name, dst_dir_fd=target, follow_symlinks=False)
@@ -69,7 +74,6 @@ def _copy_here(source: int, target: int, *, top: bool = False) -> list[bytes]:
                 if error.errno != errno.EMLINK:
                     raise
                 _copy_file(name, target)
-    return directories
 
 
 def _copy_file(name: bytes, target: int) -> None:

@@ -12,8 +12,10 @@ import errno
 import os
 from typing import Final
 
+from aufsd.kernel.beneath import DIRECTORY
+from aufsd.store.walk import walk
+
 XATTR: Final = "security.selinux"
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def relabel(label: str) -> int:
@@ -30,26 +32,20 @@ def relabel(label: str) -> int:
     changed = 0
     if not some or _label_of("/") != value:
         changed += _set("/", value)
-    # the directories on the way down, each with the names in it that are still to be entered
-    way = [(os.open("/", _DIRECTORY), ["."])]
-    while way:
-        above, below = way[-1]
-        if not below:
-            os.close(way.pop()[0])
-            continue
-        here = os.open(below.pop(), _DIRECTORY, dir_fd=above)
-        os.fchdir(here)
-        inner: list[str] = []
-        with os.scandir(here) as entries:
-            for entry in entries:
-                name = entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    inner.append(name)
-                if not some or _label_of(name) != value:
-                    changed += _set(name, value)
-        # as they were found: those that were made together lie together
-        inner.reverse()
-        way.append((here, inner))
+    top = os.open("/", DIRECTORY)
+    try:
+        for here in walk(top):
+            os.fchdir(here.fd)
+            with os.scandir(here.fd) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if entry.is_dir(follow_symlinks=False):
+                        # as they are found: those that were made together lie together
+                        here.later(name)
+                    if not some or _label_of(name) != value:
+                        changed += _set(name, value)
+    finally:
+        os.close(top)
     return changed
 
 

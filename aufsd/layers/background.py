@@ -53,7 +53,9 @@ class Upkeep:
 
     async def _delete(self) -> None:
         left = await self._finish_removals()
-        left += await self.disk.run(self.store.erase_removed)
+        undeleted = await self.disk.run(self.store.erase_removed)
+        self.store.undeleted = len(undeleted)
+        left += [one.error() for one in undeleted.values()]
         if left:
             raise ExceptionGroup("removed content could not be deleted", left)
 

@@ -54,6 +54,11 @@ def store(layers: Store, overview: Overview, recovered: list[Recovered]) -> Sour
         done = by("action", {action: actions[action] for action in ACTIONS})
         yield gauge("aufsd_layers", "Layers in the store", len(layers.parent))
         yield gauge("aufsd_layers_quarantined", "Damaged layers", len(layers.damaged))
+        yield gauge(
+            "aufsd_removals_left",
+            "Removed layers whose content could not be deleted",
+            layers.undeleted,
+        )
         yield counter("aufsd_recovery_actions_total", "What was cut off and put right", done)
         try:
             found = os.statvfs(layers.layout.root)

@@ -1,9 +1,7 @@
-"""A layer's content: a directory, or on btrfs a subvolume. Made, copied, frozen, deleted."""
+"""A layer's content: a directory, or on btrfs a subvolume. Made, copied, frozen."""
 
 import contextlib
-import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 
@@ -34,31 +32,6 @@ def fsync(path: str) -> None:
     """fsync(2) of a directory."""
     with _opened(path) as fd:
         os.fsync(fd)
-
-
-def erase(path: str, device: int) -> None:
-    """Delete a tree that lies on `device` as a whole; OSError if something is mounted below it.
-
-    containerd lost root file systems by deleting through a mount whose unmount had failed
-    (containerd#10721). A subvolume of btrfs has a device of its own, and goes as one.
-    """
-    found = os.lstat(path)
-    if not stat.S_ISDIR(found.st_mode):
-        os.unlink(path)
-        return
-    if btrfs.is_subvolume(found, path):
-        delete_subvolume(path)
-        return
-    for directory, names, _, fd in os.fwalk(path):
-        for name in names:
-            below = os.lstat(name, dir_fd=fd)
-            if below.st_dev == device:
-                continue
-            inside = os.path.join(directory, name)
-            if not btrfs.is_subvolume(below, inside):
-                raise OSError(errno.EBUSY, "something is mounted below", directory)
-            delete_subvolume(inside)
-    shutil.rmtree(path)
 
 
 # --- subvolumes -----------------------------------------------------------------------------------
@@ -132,26 +105,6 @@ def holds_subvolumes(path: str) -> bool:
     """Whether other subvolumes lie in one."""
     with _opened(path) as fd:
         return bool(btrfs.nested(fd))
-
-
-def delete_subvolume(path: str) -> None:
-    """Delete a subvolume and those in it, innermost first. Costs nothing for what they hold."""
-    pending = [path]
-    while pending:
-        path = pending[-1]
-        with _opened(path) as fd:
-            if btrfs.is_read_only(fd):
-                btrfs.set_read_only(fd, False)
-            inside = [
-                os.path.join(path, os.fsdecode(btrfs.ino_lookup_user(fd, directory, id)))
-                for id, directory in btrfs.nested(fd)
-            ]
-        if inside:
-            pending += inside
-            continue
-        directory, name = os.path.split(pending.pop())
-        with _opened(directory) as fd:
-            btrfs.snap_destroy(fd, os.fsencode(name))
 
 
 @contextlib.contextmanager

@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aufsd.kernel import syscalls
+from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import content as contents
 from aufsd.store import records
-from aufsd.store.content import copy_attributes, erase, fsync
+from aufsd.store.content import copy_attributes, fsync
 from aufsd.store.dialect import (
     Dialect,
     XattrNamespace,
@@ -26,6 +27,7 @@ from aufsd.store.dialect import (
     mark_settled,
     read_dialect,
 )
+from aufsd.store.erase import Left, erase
 from aufsd.store.format import Format, Sync, write_durably, write_format
 from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
@@ -58,6 +60,8 @@ class Store:
     damaged: dict[LayerId, str] = field(default_factory=dict)
     # those of which nothing is recorded, as far as it is known
     unrecorded: set[LayerId] = field(default_factory=set)
+    # removed layers whose content could not be deleted at the last try
+    undeleted: int = 0
     # below the store's private directory, and could not be moved away when their time was over
     _left: list[str] = field(default_factory=list)
     _serial: "itertools.count[int]" = field(default_factory=itertools.count)
@@ -247,6 +251,8 @@ class Store:
         if not failures:
             try:
                 os.unlink(layout.removal(id))
+            except FileNotFoundError:
+                pass  # the removal of which this was left has come to its end
             except OSError as error:
                 failures.append(error)
         return failures
@@ -270,24 +276,33 @@ class Store:
     def _removing_name(self, name: str) -> str:
         return f"{self.layout.removing}/{os.getpid()}.{next(self._serial)}.{name[:200]}"
 
-    def erase_removed(self) -> list[OSError]:
-        """Delete what removals left behind; what could not be deleted stays for the next time."""
+    def erase_removed(self) -> dict[str, Left]:
+        """Delete what removals left behind; what could not be, by its name in `removing`."""
         left, self._left = self._left, []
         for path in left:
             self.discard_staged(path)
-        failures: list[OSError] = []
+        directory = self.layout.removing
+        found: dict[str, Left] = {}
         try:
-            device = os.lstat(self.layout.removing).st_dev
-            names = os.listdir(self.layout.removing)
+            removing = os.open(directory, DIRECTORY)
         except OSError as error:
-            return [error]
+            return {"": Left.of(error, directory)}
+        try:
+            for name in sorted(self._removed(removing)):
+                one = erase(removing, os.fsencode(name), f"{directory}/{name}")
+                if one is not None:
+                    found[name] = one
+        except OSError as error:
+            found[""] = Left.of(error, directory)
+        finally:
+            os.close(removing)
+        return found
+
+    def _removed(self, removing: int) -> set[str]:
+        """What waits in there; the parents files of layers that are being removed do not."""
+        names = os.listdir(removing)
         half = {os.path.basename(self.layout.removal(id)) for id in self.layout.marked(names)}
-        for name in sorted(set(names) - half):
-            try:
-                erase(f"{self.layout.removing}/{name}", device)
-            except OSError as error:
-                failures.append(error)
-        return failures
+        return set(names) - half
 
     # --- content ------------------------------------------------------------------------------
 
