@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from aufsd_client import Client
 from tests import packages
 from tests.btrfs import btrfs_at
+from tests.daemon import Daemon, daemon
 from tests.tiers import OFF
 
 
@@ -52,3 +54,17 @@ def on_btrfs(btrfs_ground: Path) -> Path:
     made = btrfs_ground / f"{len(list(btrfs_ground.iterdir()))}"
     made.mkdir()
     return made
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon over a new store; a module that wants another has a fixture of this name."""
+    with daemon(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture
+def client(served: Daemon) -> Iterator[Client]:
+    """A client of it."""
+    with served.client() as made:
+        yield made

@@ -53,12 +53,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield made
 
 
-@pytest.fixture
-def client(served: Daemon) -> Iterator[Client]:
-    with served.client() as made:
-        yield made
-
-
 @contextmanager
 def unchanged(served: Daemon, client: Client) -> Iterator[str]:
     """A layer with content, which the block must leave as it is."""

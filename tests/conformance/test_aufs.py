@@ -4,7 +4,7 @@ import os
 import resource
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,16 +17,15 @@ from aufsd.union.backend import Union
 from aufsd.union.choice import PROBES
 from aufsd.union.overlay import Overlay
 from aufsd_client.errors import MountFailed
-from tests.conformance.layers import Layers, open_layers, tree
+from tests.conformance.layers import Layers, tree
 
 pytestmark = [pytest.mark.mounts, pytest.mark.aufs]
 
 
 @pytest.fixture
-def layers(tmp_path: Path) -> Iterator[Layers]:
-    """An empty store served by aufs."""
-    with open_layers("aufs", f"{tmp_path}/store") as opened:
-        yield opened
+def backend_name() -> str:
+    """The one backend of these tests."""
+    return "aufs"
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +16,15 @@ from aufsd.union import fuse, helper
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.fuse import Fuse
 from aufsd_client.errors import MountFailed
-from tests.conformance.layers import Layers, open_layers, tree
+from tests.conformance.layers import Layers, tree
 
 pytestmark = [pytest.mark.mounts, pytest.mark.fuse]
 
 
 @pytest.fixture
-def layers(tmp_path: Path) -> Iterator[Layers]:
-    """An empty store served by fuse-overlayfs."""
-    with open_layers("fuse-overlayfs", f"{tmp_path}/store") as opened:
-        yield opened
+def backend_name() -> str:
+    """The one backend of these tests."""
+    return "fuse-overlayfs"
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """What only overlayfs does, and what has to be done about it."""
 
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,16 +12,15 @@ from aufsd.union import runner
 from aufsd.union.branches import DATA_MAX, MountCall, longest
 from aufsd.union.overlay import Overlay
 from aufsd_client.errors import MountFailed
-from tests.conformance.layers import Layers, open_layers, tree
+from tests.conformance.layers import Layers, tree
 
 pytestmark = pytest.mark.mounts
 
 
 @pytest.fixture
-def layers(tmp_path: Path) -> Iterator[Layers]:
-    """An empty store served by overlayfs."""
-    with open_layers("overlay", f"{tmp_path}/store") as opened:
-        yield opened
+def backend_name() -> str:
+    """The one backend of these tests."""
+    return "overlay"
 
 
 @pytest.mark.parametrize("read_only", [False, True])
