@@ -45,8 +45,11 @@ def is_on_top(target: str, entry: Entry) -> bool:
 
 
 def is_below(rows: Sequence[Mount], entry: Entry) -> bool:
-    """Whether the entry's own mount is among these rows of its mount point."""
-    return any(entry.mount is not None and row.id == entry.mount.id for row in rows)
+    """Whether the entry's own mount is below the uppermost of these rows of its mount point.
+
+    The uppermost was found to be another: it may have the id that ours had (mnt_alloc_id()).
+    """
+    return any(entry.mount is not None and row.id == entry.mount.id for row in rows[:-1])
 
 
 def rows_at(layout: Layout) -> dict[LayerId, list[Mount]]:
