@@ -8,6 +8,7 @@ was marked as made on a parent. An emptied file would silently turn a layer into
 
 import errno
 import os
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -17,6 +18,8 @@ from aufsd.store.layout import Layout
 # on diff/<id>: the parent that it was made on; layers that aufsd did not make have none
 PARENT_XATTR = "aufsd.parent"
 _NO_PARENT = "-"
+# of a parents file: 201 bytes a line, and more lines than any kernel takes branches
+_LONGEST = 1 << 22
 
 Record = tuple[str, ...] | str
 
@@ -105,10 +108,15 @@ def read_parent_mark(content: str, namespace: str) -> LayerId | None:
 
 def read_parents(path: str) -> Record:
     """The parents that the file lists, nearest first; or, as a str, what is wrong with it."""
-    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # O_NONBLOCK: a fifo would be waited for
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
-        # 201 bytes a line; as many layers as fit are more than any kernel takes
-        text = os.read(fd, 1 << 22)
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            return "its parents file is no file"
+        if found.st_size > _LONGEST:
+            return f"its parents file is of more than {_LONGEST} bytes"
+        text = os.read(fd, _LONGEST)
     finally:
         os.close(fd)
     if not text:

@@ -1,22 +1,30 @@
 """A store is opened: adopted or refused, locked, laid out, its index read."""
 
 import contextlib
+import errno
 import fcntl
 import os
+import stat
 import time
 from typing import Final
 
+from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store.content import fsync
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.format import Format, Sync, read_format, write_format
 from aufsd.store.index import read_index
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
-from aufsd_client.errors import StoreLocked, StoreNotAdopted
+from aufsd_client.errors import IncompatibleFilesystem, StoreLocked, StoreNotAdopted
 
 # a whole store may be walked by root and the remapped group only: 0701 let any user of the host
 # run set-id files out of images (moby 03f1c3d78f, CVE-2021-41091)
 _MODE: Final = 0o710
+# what lies in a root where a store was begun, and on a new file system
+_OWN: Final = frozenset({"layers", "diff", "mnt", ".aufsd", "lost+found"})
+_PRIVATE: Final = tuple(
+    f".aufsd/{name}" for name in ("staging", "removing", "quarantine", "probes", "work")
+)
 # a minute in all, for a disk that is slow to give back what waits for it
 _JOBS_TRIES: Final = 6000
 _JOBS_PAUSE: Final = 0.01  # seconds
@@ -34,10 +42,12 @@ def open_store(
     """Lock the store at `root` (absolute, resolved, existing) and read its index.
 
     Makes a store where the directory is empty. Raises StoreLocked if a process has it open, and
-    StoreNotAdopted if it holds layers that aufsd did not make and `adopt` is false; then nothing
-    was changed. Recovery is a step of its own: `recovery.recover`.
+    StoreNotAdopted if it holds layers that aufsd did not make and `adopt` is false, or if it is
+    neither empty nor a store; then nothing was changed. Raises IncompatibleFilesystem if its
+    directories do not lie in one mount. Recovery is a step of its own: `recovery.recover`.
     """
     layout = Layout(root)
+    refuse_what_is_no_store(layout)
     known = read_format(layout)
     foreign = known is None and _has_layers(layout)
     if foreign and not adopt:
@@ -52,8 +62,12 @@ def open_store(
         jobs_fd = _wait_for_jobs(layout)
         for path in (root, layout.layers, layout.diff, layout.mnt):
             os.makedirs(path, _MODE, exist_ok=True)
-            os.chown(path, 0, gid)
-            os.chmod(path, _MODE)
+            found = os.lstat(path)
+            # nothing is written where nothing has to be: the disk may be full, or read-only
+            if (found.st_uid, found.st_gid) != (0, gid):
+                os.chown(path, 0, gid)
+            if stat.S_IMODE(found.st_mode) != _MODE:
+                os.chmod(path, _MODE)
         for path in (
             layout.staging,
             layout.removing,
@@ -89,6 +103,62 @@ def open_store(
     )
 
 
+def refuse_what_is_no_store(layout: Layout) -> None:
+    """Raise unless the root is empty, or a store that can be served; change nothing.
+
+    Who prepared it may have been anybody: no symlink is followed, and what says that aufsd made the
+    store counts only if root wrote it.
+    """
+    root = os.open(layout.root, DIRECTORY)
+    try:
+        names = frozenset(os.listdir(root))
+        if layout.root == "/" or not (names <= _OWN or {"layers", "diff"} <= names):
+            raise StoreNotAdopted(
+                f"{layout.root} is neither empty nor a store: nothing was changed; "
+                "is it the right directory?",
+                root=layout.root,
+            )
+        for path in ("layers", "diff", "mnt", ".aufsd", *_PRIVATE):
+            with contextlib.suppress(FileNotFoundError):
+                _refuse_unless_inside(layout, root, path)
+        for path in (".aufsd", ".aufsd/format", ".aufsd/lock", ".aufsd/jobs"):
+            with contextlib.suppress(FileNotFoundError):
+                _refuse_unless_ours(layout, path)
+    finally:
+        os.close(root)
+
+
+def _refuse_unless_inside(layout: Layout, root: int, path: str) -> None:
+    try:
+        os.close(open_beneath(root, path))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        if error.errno == errno.EXDEV:
+            raise IncompatibleFilesystem(
+                f"{layout.root}/{path} is a mount: all of a store has to lie in one, for what is "
+                "renamed between its directories; mount the other disk at the root instead",
+                root=layout.root,
+            ) from error
+        raise StoreNotAdopted(
+            f"{layout.root}/{path} is no directory, or leads through a symlink, which a store's "
+            "may not: move what it leads to here",
+            root=layout.root,
+        ) from error
+
+
+def _refuse_unless_ours(layout: Layout, path: str) -> None:
+    """What a process that is not root wrote, or may write, says nothing of the store."""
+    found = os.lstat(f"{layout.root}/{path}")
+    regular = stat.S_ISREG(found.st_mode) or path == ".aufsd"
+    if not regular or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise StoreNotAdopted(
+            f"{layout.root}/{path} was not made by aufsd ({stat.filemode(found.st_mode)}, owner "
+            f"{found.st_uid}): somebody else prepared this store; move {layout.private} away",
+            root=layout.root,
+        )
+
+
 def _has_layers(layout: Layout) -> bool:
     for path in (layout.layers, layout.diff):
         with contextlib.suppress(FileNotFoundError):
@@ -98,7 +168,7 @@ def _has_layers(layout: Layout) -> bool:
 
 
 def _lock(layout: Layout) -> int:
-    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(layout.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -116,7 +186,7 @@ def _wait_for_jobs(layout: Layout) -> int:
     They are killed when their daemon dies, but one that waits for the disk ends only after that,
     and until then it may still write.
     """
-    fd = os.open(layout.jobs_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = os.open(layout.jobs_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     for _ in range(_JOBS_TRIES):
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
