@@ -129,6 +129,8 @@ def kept(node: Node, *, cut: bool = False, top: bool = True) -> Node:
     )
 
 
+# an ordinary user cannot read the files that have no mode
+@pytest.mark.mounts
 @given(layer=LAYERS, source=st.sampled_from(WITH_MARKS))
 @settings(deadline=None, max_examples=150)
 def test_any_layer_is_the_same_there_and_back(layer: Node, source: Dialect) -> None:

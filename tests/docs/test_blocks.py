@@ -89,6 +89,7 @@ def small_root(tar: Path, directory: Path) -> None:
             archive.add(os.path.realpath(library), f".{library}")
 
 
+@pytest.mark.blocks
 @pytest.mark.service
 def test_the_tour_of_the_readme_is_what_happens(tmp_path: Path) -> None:
     """In a mount namespace in which /run and /var/lib are new; one shell from the first to last."""
@@ -125,6 +126,7 @@ def test_the_tour_of_the_readme_is_what_happens(tmp_path: Path) -> None:
     assert (tmp_path / "work.tar").stat().st_size
 
 
+@pytest.mark.blocks
 @pytest.mark.service
 def test_the_recipes_for_the_journal_pass_over_what_is_not_ours(
     served: Daemon, client: Client, tmp_path: Path

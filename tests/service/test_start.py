@@ -130,7 +130,8 @@ def test_an_ordinary_user_is_told_what_is_missing(
     # an interpreter below /root is nobody else's: the command runs in one that has given root up
     script = (
         "import os, sys; from aufsd.__main__ import main; import aufsd.archive.offline;"
-        "import aufsd.store.check; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+        "import aufsd.store.check, aufsd.store.opening;"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534);"
         "sys.exit(main(sys.argv[1:]))"
     )
     given = [argument.format(**places) for argument in arguments]

@@ -251,7 +251,20 @@ class Box:
         """
         done = subprocess.run(
             [
-                *("nsenter", "-t", str(self.pid), "-m", "-r", "-u", "-i", "-n", "-p", "-C", "--"),
+                *(
+                    "nsenter",
+                    "-t",
+                    str(self.pid),
+                    "-m",
+                    "-r",
+                    "-w",
+                    "-u",
+                    "-i",
+                    "-n",
+                    "-p",
+                    "-C",
+                    "--",
+                ),
                 *("env", "-i", f"PATH={PATH}", "SYSTEMD_PAGER=", "LC_ALL=C.UTF-8", *command),
             ],
             text=True,
