@@ -31,6 +31,10 @@ async def test_every_job_reads_it_right(shelf: Shelf, source: Dialect) -> None:
         convert_until(at, target, lines)
         if marks.interrupted(at, NAMESPACE) is None:
             continue
+        if marks.read_dialect(at, NAMESPACE) is target:
+            # all is done but for taking the mark away: it is read, and copied, as what it is now
+            assert await shelf.diff(id) == stream, lines
+            continue
         halves += 1
         assert await shelf.diff(id) == stream, lines
         assert await shelf.diff(id, against=("base",)) == await shelf.diff(
