@@ -230,7 +230,11 @@ async def _run(
     """Hear signals from before the first task begins until after the last has ended."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
-        await _serve(opened, config, reload, notifier, received)
+        try:
+            await _serve(opened, config, reload, notifier, received)
+        finally:
+            # until `serve` has them ignored the handlers of before are back, and one would raise
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
 async def _serve(
