@@ -141,8 +141,7 @@ class Connection:
             nursery.start_soon(write)
             first = await tar.receive_some(_READ)
             if not first:
-                # it ended with nothing said: the reason is there, or comes at once
-                await _until(lambda: bool(failure))
+                # the pipe is closed after the reason is known, and a tar is never empty
                 await self._say(500, Answer(error=str(failure[0])))
                 return
             await self._send(
@@ -183,11 +182,6 @@ class Connection:
                         while isinstance(event := await self._event(), h11.Data):
                             await tar.send_all(event.data)
         await self._say(200, answers[0])
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await trio.lowlevel.checkpoint()
 
 
 async def serve(listeners: list[trio.SocketListener], driver: Driver) -> None:
