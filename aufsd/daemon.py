@@ -31,6 +31,8 @@ from aufsd.kernel import probe
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
+from aufsd.layers.content import Content
+from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
@@ -100,7 +102,7 @@ def open_root(config: Config) -> Opened:
             log.warning("backend", warning=warning)
         if choice.why:
             log.info("backend", chosen=choice.backend.name, why=choice.why)
-        store.set_backend(choice.backend.name, snapshots=not choice.backend.unions)
+        store.set_backend(choice.backend.name)
     except BaseException:
         store.close()
         raise
@@ -148,33 +150,37 @@ async def open_driver(
                 xattr_namespace=store.xattr_namespace,
                 held=(store.jobs_fd,),
             ) as jobs,
-            open_mounts(table, backend, recorded, tasks) as unions,
+            open_mounts(table, backend, recorded, tasks) as active,
             trio.open_nursery() as nursery,
         ):
             backing = probe.kind(store.layout.root)
-            overview = Overview(store, backend, unions, jobs, backing, tasks, opened.warnings)
+            overview = Overview(store, backend, active, jobs, backing, tasks, opened.warnings)
             metrics.watch(
                 gauges.build(backend.name),
                 gauges.store(store, overview, opened.recovered),
-                gauges.mounts(unions),
+                gauges.mounts(active),
                 gauges.archives(jobs),
                 gauges.process(),
             )
             disk = Disk()
             upkeep = Upkeep(store, table, jobs, disk, opened.recovered, tasks)
             chains = Chains(store, backend, table, disk, upkeep, config.convert)
-            snapshots = Snapshots(store, jobs, disk, table, config.selinux)
+            content: Content
+            if backend.snapshots:
+                content = Snapshots(store, jobs, disk, table, upkeep.erase, config.selinux)
+            else:
+                content = Directories(store, backend, table, jobs, disk, chains, upkeep.erase)
             driver = Driver(
                 store=store,
                 backend=backend,
-                unions=unions,
+                active=active,
                 jobs=jobs,
                 disk=disk,
                 overview=overview,
                 render_metrics=metrics.render,
-                access=Access(unions, chains, snapshots, disk),
+                access=Access(active, chains, content, disk),
                 chains=chains,
-                snapshots=snapshots,
+                content=content,
                 erase=upkeep.erase,
                 upkeep=upkeep,
                 naming=Naming(store.layout, disk),
@@ -276,7 +282,7 @@ async def _serve(
                     task = tasks.add("notify", "the service manager hears the daemon")
                     told = partial(str, signals.state)
                     background.start_soon(
-                        notify.report, notifier, driver.unions.breathe, told, task
+                        notify.report, notifier, driver.active.breathe, told, task
                     )
                 log.info("ready", backend=driver.backend.name, layers=len(driver.store.parent))
                 await shutdown.wait()

@@ -4,12 +4,11 @@ Ids and labels that arrive here are parsed. Every method either does all of what
 one of aufsd_client.errors and has done nothing; what cancellation leaves is said where it differs.
 """
 
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 import trio
@@ -24,13 +23,11 @@ from aufsd.archive.requests import Branch
 from aufsd.kernel import holders as kernel_holders
 from aufsd.kernel.peer import Peer
 from aufsd.layers import check as checks
-from aufsd.layers import fingerprints
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
-from aufsd.layers.snapshots import Snapshots
+from aufsd.layers.content import Content
 from aufsd.status import Overview
-from aufsd.store import dialect as dialects
 from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -70,15 +67,14 @@ class Driver:
 
     store: Store
     backend: Backend
-    unions: Mounts
+    active: Mounts
     jobs: Jobs
     disk: Disk
     overview: Overview
     render_metrics: Callable[[], results.Metrics]
     access: Access
     chains: Chains
-    # used where the backend makes no unions
-    snapshots: Snapshots
+    content: Content
     # set to have removed layers deleted in the background
     erase: Bell
     upkeep: Upkeep
@@ -88,7 +84,7 @@ class Driver:
     @property
     def turn(self) -> Turn:
         """What calls that are made in one go share."""
-        return self.unions.table.turn
+        return self.active.table.turn
 
     # --- questions that touch memory only -----------------------------------------------------
 
@@ -119,13 +115,13 @@ class Driver:
         depths: dict[LayerId, int] = {}
         for at in range(0, len(ids), _PIECE):
             piece = ids[at : at + _PIECE]
-            rows += listing.layers(self.store, self.unions.table.entries, piece, depths)
+            rows += listing.layers(self.store, self.active.table.entries, piece, depths)
             await trio.lowlevel.checkpoint()
         return results.Layers(rows, more)
 
     def mounts(self) -> results.MountTable:
         """The active-mount table."""
-        return listing.mounts(self.store.layout, self.unions.table.entries)
+        return listing.mounts(self.store.layout, self.active.table.entries)
 
     # --- layers -------------------------------------------------------------------------------
 
@@ -143,10 +139,7 @@ class Driver:
                 raise InvalidParams(f"{self.backend.name} has no storage option {key!r}")
         size = parse_size(storage_opt["size"]) if "size" in storage_opt else 0
         warnings = []
-        if mount_label and self.backend.unions:
-            # moby b937aa8e69: the aufs driver takes a label at Get and not at Create
-            warnings.append("mount_label counts at get; create does not keep it")
-        async with self.unions.table.creating(id, parent):
+        async with self.active.table.creating(id, parent):
             chain = self.store.chain(id)
             if len(chain) > self.backend.max_branches:
                 raise TooManyLayers(
@@ -155,29 +148,17 @@ class Driver:
                     id=id,
                     limit=self.backend.max_branches,
                 )
-            entry = self.unions.table.entries.get(parent) if parent else None
+            entry = self.active.table.entries.get(parent) if parent else None
             written = entry and not entry.read_only
             if written and self.backend.live_lower_warning:
                 warnings.append(f"parent {parent}: {self.backend.live_lower_warning}")
-            if self.store.snapshots:
-                warnings += await self._create_snapshot(id, chain[1:], mount_label, size)
-            else:
-                xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
-                await self.disk.run(self.store.create_on_disk, id, chain[1:], xattrs)
+            warnings += await self.content.create(id, chain[1:], label=mount_label, size=size)
         return results.Created(warnings)
-
-    async def _create_snapshot(
-        self, id: LayerId, parents: tuple[LayerId, ...], label: str, size: int
-    ) -> list[str]:
-        try:
-            return await self.snapshots.create(id, parents, label=label, size=size)
-        finally:
-            self.erase.set()
 
     async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
         """Remove a layer that nothing stands on and nobody references."""
         try:
-            async with self.unions.removing(id, force=force):
+            async with self.active.removing(id, force=force):
                 self.chains.forget(id)
                 left = await self.disk.run(self.store.remove_on_disk, id)
                 self.store.forget(id)
@@ -200,12 +181,12 @@ class Driver:
             dialect = await self.disk.run(self.chains.dialect, id)
         except LayerDamaged:
             # or removed meanwhile: asked again with nobody at it
-            async with self.unions.table.reading(lambda: ((id,),)):
+            async with self.active.table.reading(lambda: ((id,),)):
                 dialect = await self.disk.run(self.chains.dialect, id)
         chain = self.store.chain(id)
-        entry = self.unions.table.entries.get(id)
-        mounted = len(chain) > 1 or bool(self.store.children_of(id))
-        union = entry.union if entry else mounted and not self.store.snapshots
+        entry = self.active.table.entries.get(id)
+        read_only = bool(self.store.children_of(id))
+        union = entry.union if entry else self.content.needs_mount(chain, read_only=read_only)
         found = {
             "id": id,
             "parents": " ".join(chain[1:]),
@@ -223,7 +204,7 @@ class Driver:
 
     # --- mounts -------------------------------------------------------------------------------
 
-    async def get(
+    def get(
         self,
         id: LayerId,
         *,
@@ -231,34 +212,24 @@ class Driver:
         mount_label: str,
         hold: Literal["manual", "process"],
         name: str = "",
-    ) -> results.Got:
-        """Count one reference, and mount on the first; under a name once and no more."""
+    ) -> results.Got | Coroutine[Any, Any, results.Got]:
+        """Count one reference, and mount on the first; under a name once and no more.
+
+        The answer at once if there is only to count, else a coroutine that has it.
+        """
         reference = _reference(peer, hold, name)
+        entry = self.active.get_now(id, reference, label=mount_label)
+        if entry is not None:
+            return self._got(id, entry, reference)
+        return self._get(id, reference, mount_label)
+
+    async def _get(self, id: LayerId, reference: Reference, label: str) -> results.Got:
         try:
-            entry = await self.access.get(id, reference, label=mount_label)
+            entry = await self.access.get(id, reference, label=label)
         except LayerInUse as error:
             await self.naming.name(error)
             raise
         return self._got(id, entry, reference)
-
-    def get_now(
-        self,
-        id: LayerId,
-        *,
-        peer: Peer,
-        mount_label: str,
-        hold: Literal["manual", "process"],
-        name: str = "",
-    ) -> results.Got | None:
-        """What `get` does for a layer that is counted and mounted already; None for any other.
-
-        It never waits, and raises what `get` raises.
-        """
-        if id not in self.unions.table.entries:
-            return None
-        reference = _reference(peer, hold, name)
-        entry = self.unions.get_now(id, reference, label=mount_label)
-        return None if entry is None else self._got(id, entry, reference)
 
     def _got(self, id: LayerId, entry: Entry, reference: Reference) -> results.Got:
         return results.Got(
@@ -270,27 +241,33 @@ class Driver:
             new=entry.references[-1] is reference,
         )
 
-    async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put:
-        """Drop one reference, that of the name if one is given, and unmount after the last."""
+    def put(
+        self, id: LayerId, *, peer: Peer, name: str = ""
+    ) -> results.Put | Coroutine[Any, Any, results.Put]:
+        """Drop one reference, that of the name if one is given, and unmount after the last.
+
+        The answer at once while other references are left, else a coroutine that has it.
+        """
+        entry = self.active.put_now(id, pid=peer.pid, name=name)
+        if entry is not None:
+            return results.Put(len(entry.references), entry.union, True)
+        return self._put(id, peer.pid, name)
+
+    async def _put(self, id: LayerId, pid: int, name: str) -> results.Put:
         try:
-            entry, dropped = await self.unions.put(id, pid=peer.pid, name=name)
+            entry, dropped = await self.active.put(id, pid=pid, name=name)
         except LayerInUse as error:
             await self.naming.name(error)
             raise
         if entry is None:
             # what somebody else mounted there stays
-            mounted = self.store.exists(id) and self.unions.is_mount_point(id)
+            mounted = self.store.exists(id) and self.active.is_mount_point(id)
             return results.Put(0, mounted, dropped)
         return results.Put(len(entry.references), entry.union, dropped)
 
-    def put_now(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put | None:
-        """What `put` does while other references are left, without waiting; else None."""
-        entry = self.unions.put_now(id, pid=peer.pid, name=name)
-        return None if entry is None else results.Put(len(entry.references), entry.union, True)
-
     async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, whatever its count."""
-        done, failed = await self.unions.cleanup()
+        done, failed = await self.active.cleanup()
         rows = []
         for id, failure in failed.items():
             name = str(failure.data["errno"])
@@ -307,7 +284,7 @@ class Driver:
         """Who keeps the layer's mount busy."""
         self.store.require(id)
         target = self.store.layout.mount_point(id)
-        busy = id in self.unions.table.busy()
+        busy = id in self.active.table.busy()
         return await self.disk.run(kernel_holders.look, target, busy=busy)
 
     # --- content ------------------------------------------------------------------------------
@@ -337,51 +314,22 @@ class Driver:
     ) -> results.Streamed:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
-        async with self.naming, self.unions.table.changing(id):
+        async with self.naming, self.active.table.changing(id):
             self.chains.forget(id)
-            if self.store.snapshots:
-                try:
-                    return await self.snapshots.apply(id, source, digest=digest)
-                finally:
-                    self.erase.set()
-            if settled := await self.disk.run(self.store.settled_on, id):
-                raise LayerInUse(
-                    f"layer {id} has to stay as it is: whiteouts of {settled[0]}, which stands on "
-                    "it, were judged by what it holds; apply a layer before those that stand on it",
-                    id=id,
-                    layers=settled[:20],
-                )
-            staged = ""
-            try:
-                chain, empty, staged = await self.disk.run(self._stage, self.store.chain(id))
-                if not empty:
-                    await self.jobs.clone(id, staged)
-                made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
-                await self.disk.run(
-                    self.store.swap_in, id, staged, made.fingerprint, settled=made.settled
-                )
-                staged = ""
-            finally:
-                if staged:
-                    with trio.CancelScope(shield=True):
-                        await self.disk.run(self.store.discard_staged, staged)
-                self.erase.set()
-        return made.streamed
+            return await self.content.apply(id, source, digest=digest)
 
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
-        async with self.naming, self.unions.table.changing(id):
+        async with self.naming, self.active.table.changing(id):
             self.chains.forget(id)
             return results.Converted(await self.upkeep.convert(id, to))
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
-        store, table = self.store, self.unions.table
+        store, table = self.store, self.active.table
         found = await checks.consistency(store, table, self.disk, id=id, deep=deep, repair=repair)
-        if deep and self.backend.unions:
-            ids = sorted(store.parent) if id is None else [id]
-            found += await fingerprints.compare(store, table, self.disk, self.jobs, ids)
-            found += await checks.read_by_aufs(store, table, self.disk, self.jobs, ids)
+        if deep:
+            found += await self.content.check_content(sorted(store.parent) if id is None else [id])
         return results.Check(list(map(readable, found)))
 
     # --- what these share ---------------------------------------------------------------------
@@ -398,39 +346,19 @@ class Driver:
             own = chain[1] if len(chain) > 1 else None
             if parent is not None and parent != own:
                 return chain, self.store.chain(parent)
-            if own is not None and self.store.snapshots:
-                # what a snapshot changed does not lie in it alone
-                return chain, chain[1:]
-            return (chain,)
+            below = self.content.compared_with(chain)
+            return (chain, below) if below else (chain,)
 
-        async with self.unions.table.reading(which) as chains:
+        async with self.active.table.reading(which) as chains:
             # what mounted unions still keep outside of their writable branches (aufs: pseudo-links)
             for one in {id: None for chain in chains for id in chain}:
-                await self.unions.flush(one)
+                await self.active.flush(one)
             own, *against = [await self.disk.run(self.chains.branches, each) for each in chains]
             yield own, against[0] if against else None
 
     def _require_parent(self, id: LayerId, parent: LayerId | None) -> None:
         if parent is not None and not self.store.exists(parent):
             raise ParentNotFound(f"there is no layer {parent}", id=id, parent=parent)
-
-    def _stage(self, ids: tuple[LayerId, ...]) -> tuple[tuple[Branch, ...], bool, str]:
-        """For an archive into the first of a chain: the branches, whether it is empty, staging."""
-        chain = self.chains.branches(ids)
-        empty = self._is_empty(ids[0])
-        if empty:
-            # nothing to keep: written as the backend reads it, so that it never converts
-            chain = (Branch(ids[0], self.backend.dialect), *chain[1:])
-        xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
-        return chain, empty, self.store.stage(ids[0], xattrs)
-
-    def _is_empty(self, id: LayerId) -> bool:
-        content = self.store.layout.content(id)
-        # overlayfs's mark is an xattr, and hides what lies below all the same
-        if dialects.has_opaque_xattr(content, self.store.xattr_namespace):
-            return False
-        with os.scandir(content) as entries:
-            return next(entries, None) is None
 
 
 def _reference(peer: Peer, hold: Literal["manual", "process"], name: str) -> Reference:

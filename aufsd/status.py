@@ -21,7 +21,7 @@ class Overview:
 
     store: Store
     backend: Backend
-    unions: Mounts
+    active: Mounts
     jobs: Jobs
     backing: str
     tasks: Tasks
@@ -31,7 +31,7 @@ class Overview:
     def status(self) -> results.Status:
         """Docker's rows first (moby aufs.go, Status), then more."""
         facts = dict(self.backend.facts)
-        entries = self.unions.table.entries
+        entries = self.active.table.entries
         mounted = sum(1 for entry in entries.values() if entry.union)
         references = sum(len(entry.references) for entry in entries.values())
         layers = len(self.store.parent)
@@ -92,15 +92,15 @@ class Overview:
         return results.HealthCheck("space", "degraded" if low else "ok", detail)
 
     def _busy(self) -> results.HealthCheck:
-        busy = sorted(self.unions.table.busy())
+        busy = sorted(self.active.table.busy())
         if not busy:
             return results.HealthCheck("mounts", "ok", "no mount stands without a reference")
-        named = ", ".join(f"{id} ({self.unions.stays.get(id) or 'EBUSY'})" for id in busy[:5])
+        named = ", ".join(f"{id} ({self.active.stays.get(id) or 'EBUSY'})" for id in busy[:5])
         detail = f"{len(busy)} mounts stand though no reference is left: {named}"
         return results.HealthCheck("mounts", "degraded", detail)
 
     def _helpers(self) -> results.HealthCheck:
-        dead = sorted(self.unions.helpers.dead)
+        dead = sorted(self.active.helpers.dead)
         if not dead:
             return results.HealthCheck("helpers", "ok", "no process that serves a mount has died")
         detail = (
@@ -116,7 +116,7 @@ class Overview:
         return results.HealthCheck("layers", "degraded", detail)
 
     def _journal(self) -> results.HealthCheck:
-        failure = self.unions.table.journal.failure
+        failure = self.active.table.journal.failure
         if not failure:
             return results.HealthCheck("journal", "ok", "every change of the table is written down")
         detail = f"after a crash counts may be wrong, the journal cannot be written: {failure}"

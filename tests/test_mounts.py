@@ -22,7 +22,7 @@ from aufsd.kernel.peer import process
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
-from aufsd.layers.snapshots import Snapshots
+from aufsd.layers.directories import Directories
 from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.ids import LayerId
@@ -55,8 +55,8 @@ async def get(mounts: Mounts, id: LayerId, reference: Reference, *, label: str) 
     jobs = Jobs(store.layout, Settings(), 0, one, one, ForkServer("/nowhere"))
     upkeep = Upkeep(store, table, jobs, disk, [], Tasks())
     chains = Chains(store, mounts.backend, table, disk, upkeep, "never")
-    snapshots = Snapshots(store, jobs, disk, table, selinux=False)
-    return await Access(mounts, chains, snapshots, disk).get(id, reference, label=label)
+    content = Directories(store, mounts.backend, table, jobs, disk, chains, upkeep.erase)
+    return await Access(mounts, chains, content, disk).get(id, reference, label=label)
 
 
 @asynccontextmanager

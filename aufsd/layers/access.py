@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import BIND, Entry, Reference
 from aufsd.layers.branches import Chains
-from aufsd.layers.snapshots import Snapshots
+from aufsd.layers.content import Content
 from aufsd.store.ids import LayerId
 from aufsd.threads import Disk
 from aufsd_client.errors import MountFailed
@@ -19,11 +19,11 @@ from aufsd_client.errors import MountFailed
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Works on the rooms, owns none. `snapshots` is used where the store's layers are such."""
+    """Works on the rooms, owns none."""
 
     mounts: Mounts
     chains: Chains
-    snapshots: Snapshots
+    content: Content
     disk: Disk
 
     async def get(self, id: LayerId, reference: Reference, *, label: str) -> Entry:
@@ -59,12 +59,9 @@ class Access:
         id, store = chain[0], self.mounts.store
         # none comes while the transition is held, for create waits for that
         read_only = bool(store.children_of(id))
-        if store.snapshots:
-            await self.snapshots.make_ready(id, read_only=read_only)
+        if not self.content.needs_mount(chain, read_only=read_only):
+            await self.content.prepare_to_give(id, read_only=read_only)
             return self.mounts.count_content(id, reference, read_only=read_only)
-        if len(chain) == 1 and not read_only:
-            await self._unrecord(id)
-            return self.mounts.count_content(id, reference, read_only=False)
         return await self._mount(chain, reference, label, read_only=read_only)
 
     async def _mount(
@@ -80,8 +77,7 @@ class Access:
             for parent in filter(mounts.table.entries.__contains__, chain[1:]):
                 # one that is mounted writable: what it changed shows here under all its names
                 await mounts.flush(parent)
-            if not read_only:
-                await self._unrecord(id)
+            await self.content.prepare_to_give(id, read_only=read_only)
             try:
                 return await mounts.mount(id, entry, reference, opaque=opaque)
             except MountFailed:
@@ -89,9 +85,3 @@ class Access:
                     # raises the reason, if it is that a branch is gone
                     await self.disk.run(self.chains.dialect, branch)
                 raise
-
-    async def _unrecord(self, id: LayerId) -> None:
-        """Take back what an apply recorded; no thread where that is known to be done."""
-        store = self.mounts.store
-        if id not in store.unrecorded:
-            await self.disk.run(store.unrecord, id)

@@ -1,6 +1,6 @@
-"""Layers that are snapshots of their parents: what create, get and apply mean for them.
+"""Layers that are snapshots of their parents: each holds all that it shows, and nothing is mounted.
 
-Used by the driver where the backend makes no unions, within the claims that the driver holds.
+This is what Docker's btrfs driver made.
 """
 
 from collections import Counter
@@ -16,12 +16,14 @@ from aufsd import results
 from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
+from aufsd.results import Problem
 from aufsd.store import content as contents
 from aufsd.store import dialect as dialects
 from aufsd.store import labelled
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.tasks import Bell
 from aufsd.threads import Disk
 from aufsd_client.errors import LayerHasChildren, LayerInUse, LimitExceeded
 
@@ -35,12 +37,16 @@ _REMEMBERED: Final = 1000
 
 @dataclass(slots=True)
 class Snapshots:
-    """The operations. `selinux`: whether a mount label is put on what a new layer holds."""
+    """See Content. `erase` is set when there is content to delete in the background.
+
+    `selinux`: whether a mount label is put on what a new layer holds.
+    """
 
     store: Store
     jobs: Jobs
     disk: Disk
     table: Table
+    erase: Bell
     selinux: bool
     # how often a parent's children were labelled, one by one, with which label
     _asked: dict[LayerId, Counter[str]] = field(default_factory=dict)
@@ -48,10 +54,7 @@ class Snapshots:
     async def create(
         self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
     ) -> list[str]:
-        """Make a layer as a snapshot of its parent, labelled; warnings. All or nothing.
-
-        The parent is frozen, unless somebody uses it. Cancelled: nothing was made.
-        """
+        """As Content.create. The parent becomes read-only, unless somebody uses it."""
         parent = parents[0] if parents else None
         warnings = []
         if label not in NO_LABEL and not self.selinux:
@@ -108,19 +111,24 @@ class Snapshots:
         count = asked[label]
         return count > 1 and all(n < count for other, n in asked.items() if other != label)
 
-    async def make_ready(self, id: LayerId, *, read_only: bool) -> None:
-        """Before a layer that the caller has claimed is given out: writable, or not.
+    def needs_mount(self, chain: tuple[LayerId, ...], *, read_only: bool) -> bool:
+        """As Content.needs_mount: none does."""
+        return False
 
-        What children changed is told by comparing them with their parent, so that has to stay.
+    async def prepare_to_give(self, id: LayerId, *, read_only: bool) -> None:
+        """As Content.prepare_to_give: the subvolume itself is made read-only, or writable.
+
+        What children changed is told by comparing them with their parent, so a parent has to stay
+        as it is.
         """
         await self.disk.run(contents.freeze, self._content(id), read_only)
         if not read_only:
             await self.disk.run(labelled.discard, self.store, id)
 
     async def apply(self, id: LayerId, source: int, *, digest: bool) -> results.Streamed:
-        """Unpack a tar into a layer that the caller has claimed; whiteouts are carried out.
+        """As Content.apply; whiteouts are carried out.
 
-        All or nothing. Raises LayerHasChildren too, and LayerInUse if subvolumes lie in the layer.
+        Raises LayerHasChildren too, and LayerInUse if subvolumes lie in the layer.
         """
         children = sorted(self.store.children_of(id))
         if children:
@@ -132,7 +140,7 @@ class Snapshots:
         if await self.disk.run(contents.holds_subvolumes, self._content(id)):
             raise LayerInUse(f"layer {id} holds subvolumes, which an apply would lose", id=id)
         await self.disk.run(labelled.discard, self.store, id)
-        staged = await self.disk.run(self.store.stage, id, self._xattrs())
+        staged = await self.disk.run(self.store.stage_snapshot, id, self._xattrs())
         try:
             own = (Branch(id, Dialect.NONE),)
             result = await self.jobs.apply(own, staged, source, digest=digest)
@@ -145,9 +153,18 @@ class Snapshots:
             await self._discard(staged)
         return msgspec.structs.replace(result, size=size)
 
+    def compared_with(self, chain: tuple[LayerId, ...]) -> tuple[LayerId, ...]:
+        """As Content.compared_with: its parents, for a snapshot holds what they hold too."""
+        return chain[1:]
+
+    async def check_content(self, ids: list[LayerId]) -> list[Problem]:
+        """As Content.check_content: no apply records what it made, and aufs reads none of them."""
+        return []
+
     async def _discard(self, staged: str) -> None:
         with trio.CancelScope(shield=True):
             await self.disk.run(self.store.discard_staged, staged)
+        self.erase.set()
 
     def _xattrs(self) -> dict[str, bytes]:
         return dialects.xattrs(Dialect.NONE, self.store.xattr_namespace)

@@ -154,17 +154,18 @@ def get(
 
     Under a `name` a reference counts once, and is there until it is put under it.
     """
-    layer, label, called = parse_id(id), parse_label(mount_label), parse_name(name)
-    driver, peer = call.driver, call.peer
-    counted = driver.get_now(layer, peer=peer, mount_label=label, hold=hold, name=called)
-    return counted or driver.get(layer, peer=peer, mount_label=label, hold=hold, name=called)
+    return call.driver.get(
+        parse_id(id),
+        peer=call.peer,
+        mount_label=parse_label(mount_label),
+        hold=hold,
+        name=parse_name(name),
+    )
 
 
 def put(call: Call, /, *, id: Id, name: str = "") -> results.Put | Coroutine[Any, Any, results.Put]:
     """Drop one reference to a layer, that of the `name` if given; the last one unmounts it."""
-    layer, called, driver = parse_id(id), parse_name(name), call.driver
-    dropped = driver.put_now(layer, peer=call.peer, name=called)
-    return dropped or driver.put(layer, peer=call.peer, name=called)
+    return call.driver.put(parse_id(id), peer=call.peer, name=parse_name(name))
 
 
 async def cleanup(call: Call, /) -> results.Cleanup:

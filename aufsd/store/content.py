@@ -1,6 +1,7 @@
 """A layer's content: a directory, or on btrfs a subvolume. Made, copied, frozen."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -73,6 +74,20 @@ def freeze(path: str, read_only: bool) -> None:
     with _opened(path) as fd:
         if btrfs.is_read_only(fd) != read_only:
             btrfs.set_read_only(fd, read_only)
+
+
+def thaw(path: str) -> None:
+    """Let a subvolume be written and renamed; a directory that is none can be already."""
+    with _opened(path) as fd:
+        try:
+            frozen = btrfs.is_read_only(fd)
+        except OSError as error:
+            # another file system (ENOTTY); no subvolume (btrfs_ioctl_subvol_getflags(): EINVAL)
+            if error.errno not in (errno.ENOTTY, errno.EINVAL):
+                raise
+            return
+        if frozen:
+            btrfs.set_read_only(fd, False)
 
 
 def limit(path: str, size: int, namespace: XattrNamespace) -> None:

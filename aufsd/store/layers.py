@@ -42,8 +42,6 @@ class Store:
     `parent` has None for a base layer. `damaged` are layers whose record on disk cannot be trusted;
     they are not in `parent`. Owns the descriptors of the locks until `close`; `jobs_fd` is for the
     processes of archive jobs to inherit.
-
-    With `snapshots` each layer is a subvolume of btrfs, and began as a snapshot of its parent.
     """
 
     layout: Layout
@@ -54,7 +52,6 @@ class Store:
     xattr_namespace: XattrNamespace
     lock_fd: int
     jobs_fd: int
-    snapshots: bool = False
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
@@ -157,9 +154,7 @@ class Store:
                 os.rename(staged, content)
             elif parents:
                 copy_attributes(self.layout.content(parents[0]), content)
-            marks = parent_mark(parents[0] if parents else None, self.xattr_namespace)
-            for name, value in {**xattrs, **marks}.items():
-                os.setxattr(content, name, value)
+            self._mark(content, parents[0] if parents else None, xattrs)
             if self.sync != "none":
                 for path in (content, self.layout.diff, self.layout.mnt):
                     fsync(path)
@@ -240,9 +235,8 @@ class Store:
         """Move what is left of a layer whose removal was committed; what could not be moved."""
         failures: list[OSError] = []
         layout = self.layout
-        if self.snapshots:
-            with contextlib.suppress(OSError):
-                contents.freeze(layout.content(id), False)
+        with contextlib.suppress(OSError):
+            contents.thaw(layout.content(id))
         for path in (layout.content(id), layout.mount_point(id), layout.work(id)):
             try:
                 self.discard(path)
@@ -309,20 +303,30 @@ class Store:
     def stage(self, id: LayerId, xattrs: Mapping[str, bytes]) -> str:
         """An empty directory in staging with the attributes of the layer's own; its path.
 
-        A subvolume comes with what it holds, and with its limit. Raises OSError, and leaves none.
+        Raises OSError, and leaves none.
         """
         with self._staged() as path:
-            if self.snapshots:
-                contents.snapshot(self.layout.content(id), path)
-                size = contents.limit_of(path, self.xattr_namespace)
-                contents.limit(path, size, self.xattr_namespace)
-            else:
-                os.mkdir(path, 0o700)
-                copy_attributes(self.layout.content(id), path)
-            marks = parent_mark(self.parent[id], self.xattr_namespace)
-            for name, value in {**xattrs, **marks}.items():
-                os.setxattr(path, name, value)
+            os.mkdir(path, 0o700)
+            copy_attributes(self.layout.content(id), path)
+            self._mark(path, self.parent[id], xattrs)
         return path
+
+    def stage_snapshot(self, id: LayerId, xattrs: Mapping[str, bytes]) -> str:
+        """A snapshot of the layer's subvolume in staging, with its limit; its path.
+
+        Raises OSError, and leaves none.
+        """
+        with self._staged() as path:
+            contents.snapshot(self.layout.content(id), path)
+            size = contents.limit_of(path, self.xattr_namespace)
+            contents.limit(path, size, self.xattr_namespace)
+            self._mark(path, self.parent[id], xattrs)
+        return path
+
+    def _mark(self, path: str, parent: LayerId | None, xattrs: Mapping[str, bytes]) -> None:
+        marks = parent_mark(parent, self.xattr_namespace)
+        for name, value in {**xattrs, **marks}.items():
+            os.setxattr(path, name, value)
 
     def stage_child(self, parent: LayerId | None, size: int, content: str = "") -> str:
         """A subvolume in staging for a new layer, with what its parent holds; its path.
@@ -359,8 +363,7 @@ class Store:
         """
         content = self.layout.content(id)
         at = syscalls.AT_FDCWD
-        if self.snapshots:
-            contents.freeze(content, False)
+        contents.thaw(content)
         records.write(staged, fingerprint, self.xattr_namespace)
         if settled:
             mark_settled(staged, self.xattr_namespace)
@@ -415,9 +418,8 @@ class Store:
 
     # --- the store as a whole -----------------------------------------------------------------
 
-    def set_backend(self, name: str, *, snapshots: bool = False) -> None:
+    def set_backend(self, name: str) -> None:
         """Record which backend serves the store, for the next start's choice."""
-        self.snapshots = snapshots
         if self.format.backend != name:
             self.format.backend = name
             write_format(self.layout, self.format, self.sync)

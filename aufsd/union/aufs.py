@@ -44,7 +44,7 @@ class Aufs:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = "aufs"
     dialect: Dialect = Dialect.AUFS
-    unions: bool = True
+    snapshots: bool = False
     storage_options: frozenset[str] = frozenset()
     namespace: XattrNamespace = "trusted"
     # udba=reval, the default, looks again at a name in the branch that it came from, not in those

@@ -72,8 +72,8 @@ class Backend(Protocol):
         """How whiteouts must stand in the branches that it mounts, and how it writes them."""
 
     @property
-    def unions(self) -> bool:
-        """Whether layers are mounted over their parents; else each is a snapshot of its parent."""
+    def snapshots(self) -> bool:
+        """Whether a layer is a snapshot of its parent; if not, it is mounted over its parents."""
 
     @property
     def storage_options(self) -> frozenset[str]:

@@ -35,7 +35,7 @@ class Btrfs:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = NAME
     dialect: Dialect = Dialect.NONE
-    unions: bool = False
+    snapshots: bool = True
     storage_options: frozenset[str] = frozenset({"size"})
     namespace: XattrNamespace = "trusted"
     max_branches: int = _MOST

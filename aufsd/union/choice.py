@@ -65,7 +65,7 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
             if not isinstance(served, Verdict):
                 return Choice(served, (_AS_BEFORE.format(name=known, reason=found.reason),))
         if not isinstance(found, Verdict):
-            why = "" if name != AUTO or found.unions else _WHY_SNAPSHOTS
+            why = "" if name != AUTO or not found.snapshots else _WHY_SNAPSHOTS
             return Choice(found, _warnings(known, prior, refused), why)
         refused[known] = found
     reasons = {known: verdict.reason for known, verdict in refused.items()}

@@ -65,7 +65,7 @@ class Fuse:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = NAME
     dialect: Dialect = Dialect.AUFS
-    unions: bool = True
+    snapshots: bool = False
     storage_options: frozenset[str] = frozenset()
     # it has no limit of its own; more than this no other backend of the store would mount
     max_branches: int = LOWERS_MAX

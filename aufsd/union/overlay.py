@@ -49,7 +49,7 @@ class Overlay:
     facts: tuple[tuple[str, str], ...] = ()
     name: str = "overlay"
     dialect: Dialect = Dialect.OVERLAY
-    unions: bool = True
+    snapshots: bool = False
     storage_options: frozenset[str] = frozenset()
     max_branches: int = LOWERS_MAX
     live_lower_warning: str = (

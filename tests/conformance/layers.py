@@ -86,7 +86,7 @@ class Layers:
         Without unions the layers become snapshots, and the topmost is what shows.
         """
         union = self.union(*ids, read_only=read_only)
-        if not self.backend.unions:
+        if self.backend.snapshots:
             snapshots.stack((union.top, *union.lowers), read_only=read_only)
             return replace(union, target=union.top)
         self.backend.mount(union)
@@ -94,12 +94,12 @@ class Layers:
 
     def unmount(self, union: Union) -> None:
         """Unmount it again, if it was mounted."""
-        if self.backend.unions:
+        if not self.backend.snapshots:
             self.backend.unmount(union.target)
 
     def mount_again(self, union: Union) -> None:
         """Unmount it, and mount it as before."""
-        if self.backend.unions:
+        if not self.backend.snapshots:
             self.backend.unmount(union.target)
             self.backend.mount(union)
 

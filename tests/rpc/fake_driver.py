@@ -2,9 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import trio
 
@@ -138,7 +138,7 @@ class FakeDriver:
             return results.Removed(False, "not-found")
         return results.Removed(True)
 
-    async def get(
+    def get(
         self,
         id: LayerId,
         *,
@@ -146,25 +146,16 @@ class FakeDriver:
         mount_label: str,
         hold: Literal["manual", "process"],
         name: str = "",
-    ) -> results.Got:
+    ) -> results.Got | Coroutine[Any, Any, results.Got]:
         self.peers.append(peer)
-        self._require(id)
-        await self._work("get", id)
+        if id.startswith("slow") or id not in self.parents:
+            return self._get(id)
+        self.calls += [f"get {id}", f"get {id} done"]
         return self._count(id)
 
-    def get_now(
-        self,
-        id: LayerId,
-        *,
-        peer: Peer,
-        mount_label: str,
-        hold: Literal["manual", "process"],
-        name: str = "",
-    ) -> results.Got | None:
-        if id.startswith("slow") or id not in self.parents:
-            return None
-        self.peers.append(peer)
-        self.calls += [f"get {id}", f"get {id} done"]
+    async def _get(self, id: LayerId) -> results.Got:
+        self._require(id)
+        await self._work("get", id)
         return self._count(id)
 
     def _count(self, id: LayerId) -> results.Got:
@@ -172,14 +163,16 @@ class FakeDriver:
         self.turn.change(f"get {id}")
         return results.Got(f"/mnt/{id}", self.counts[id], True, False, True)
 
-    def put_now(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put | None:
+    def put(
+        self, id: LayerId, *, peer: Peer, name: str = ""
+    ) -> results.Put | Coroutine[Any, Any, results.Put]:
         if self.counts.get(id, 0) < 2:
-            return None
+            return self._put(id)
         self.calls += [f"put {id}", f"put {id} done"]
         self.counts[id] -= 1
         return results.Put(self.counts[id], True, True)
 
-    async def put(self, id: LayerId, *, peer: Peer, name: str = "") -> results.Put:
+    async def _put(self, id: LayerId) -> results.Put:
         await self._work("put", id)
         self.counts[id] = max(0, self.counts.get(id, 0) - 1)
         return results.Put(self.counts[id], self.counts[id] > 0, True)

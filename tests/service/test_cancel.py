@@ -1,58 +1,22 @@
 """Cancelled at any step, an operation was done or was not: table, disk and kernel say the same."""
 
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import trio
 
-from aufsd.config import Config
-from aufsd.daemon import open_driver, open_root
 from aufsd.driver import Driver
 from aufsd.kernel import mountinfo
-from aufsd.kernel.peer import Peer
-from aufsd.service.metrics import Metrics
 from aufsd.store.ids import LayerId
-from aufsd.tasks import Tasks
-from tests.archives import tar
+from tests import driving
+from tests.driving import BASE, NEW, TOP, apply, create, opened
 
 pytestmark = pytest.mark.service
 
-BASE, TOP, NEW = LayerId("base"), LayerId("top"), LayerId("new")
-ME = Peer(os.getpid(), 0, 0, "test", 1)
 MOST = 200  # steps, more than any of these takes
-
-
-@asynccontextmanager
-async def opened(tmp_path: Path) -> AsyncIterator[Driver]:
-    """The driver as the daemon has it, with `base` and `top` on it; nothing stays mounted."""
-    root, state = tmp_path / "store", tmp_path / "run"
-    config = Config(root=str(root), state_dir=str(state), backend="overlay")
-    store = open_root(config)
-    try:
-        async with open_driver(store, config, Metrics(), Tasks()) as driver:
-            await create(driver, BASE, None)
-            await create(driver, TOP, BASE)
-            await apply(driver, tmp_path, b"old")
-            try:
-                yield driver
-            finally:
-                await driver.cleanup()
-    finally:
-        store.store.close()
-
-
-async def create(driver: Driver, id: LayerId, parent: LayerId | None) -> None:
-    await driver.create(id, parent=parent, mount_label="", storage_opt={})
-
-
-async def apply(driver: Driver, tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "tar").write_bytes(tar({"file": content}))
-    with (tmp_path / "tar").open("rb") as source:
-        await driver.apply_diff(TOP, parent=None, source=source.fileno(), digest=False)
 
 
 class CancelAt(trio.abc.Instrument):
@@ -92,7 +56,7 @@ class State:
 
 
 def look(driver: Driver, id: LayerId) -> State:
-    store, entry = driver.store, driver.unions.table.entries.get(id)
+    store, entry = driver.store, driver.active.table.entries.get(id)
     layout = store.layout
     found = [
         os.path.exists(path)
@@ -111,7 +75,7 @@ def look(driver: Driver, id: LayerId) -> State:
 
 def assert_settled(driver: Driver) -> None:
     """Table, disk and kernel agree, and nothing is under way."""
-    table = driver.unions.table
+    table = driver.active.table
     for id in (BASE, TOP, NEW):
         assert table.moving(id) is None
         state = look(driver, id)
@@ -128,7 +92,7 @@ async def nothing(driver: Driver, tmp_path: Path) -> None:
 
 
 async def one_get(driver: Driver, tmp_path: Path) -> None:
-    await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+    await driving.get(driver, TOP)
 
 
 async def make_new(driver: Driver, tmp_path: Path) -> None:
@@ -136,11 +100,11 @@ async def make_new(driver: Driver, tmp_path: Path) -> None:
 
 
 async def do_get(driver: Driver, tmp_path: Path) -> None:
-    await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+    await driving.get(driver, TOP)
 
 
 async def do_put(driver: Driver, tmp_path: Path) -> None:
-    await driver.put(TOP, peer=ME)
+    await driving.put(driver, TOP)
 
 
 async def do_create(driver: Driver, tmp_path: Path) -> None:

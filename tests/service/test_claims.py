@@ -20,8 +20,9 @@ from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.tasks import Tasks
 from aufsd_client.errors import AufsdError, LayerNotFound
+from tests import driving
 from tests.archives import tar
-from tests.service.test_cancel import BASE, ME, NEW, TOP, create, opened
+from tests.driving import BASE, NEW, TOP, create, opened
 
 pytestmark = pytest.mark.service
 
@@ -65,7 +66,7 @@ async def test_a_layer_that_goes_is_there_or_not_there_and_never_damaged(tmp_pat
 async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path: Path) -> None:
     """The same id, removed and made anew on another parent while three calls wait for it."""
     async with opened(tmp_path) as driver, trio.open_nursery() as nursery:
-        store, table = driver.store, driver.unions.table
+        store, table = driver.store, driver.active.table
         await create(driver, SIDE, None)
         Path(store.layout.content(SIDE), "side").touch()
         Path(store.layout.content(BASE), "base").touch()
@@ -79,10 +80,10 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
             found.append((await driver.diff_size(TOP, parent=BASE)).size)
 
         async def get() -> None:
-            got = await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+            got = await driving.get(driver, TOP)
             found.append(os.listdir(got.path))
 
-        async with driver.unions.removing(TOP, force=False):
+        async with driver.active.removing(TOP, force=False):
             for call in (changes, size, get):
                 nursery.start_soon(call)
             await trio.testing.wait_all_tasks_blocked()
@@ -105,7 +106,7 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
 
 async def until_claimed(driver: Driver, id: LayerId) -> None:
     with trio.fail_after(30):
-        while driver.unions.table.moving(id) is None:
+        while driver.active.table.moving(id) is None:
             await trio.sleep(0.001)
 
 
@@ -115,13 +116,13 @@ async def test_a_get_that_waited_for_an_apply_takes_its_record_back(
 ) -> None:
     async with opened(tmp_path) as driver:
         await create(driver, NEW, None)
-        await driver.get(id, peer=ME, mount_label="", hold="manual")
-        await driver.put(id, peer=ME)
+        await driving.get(driver, id)
+        await driving.put(driver, id)
         read, write = os.pipe()
         got = []
 
         async def get() -> None:
-            got.append(await driver.get(id, peer=ME, mount_label="", hold="manual"))
+            got.append(await driving.get(driver, id))
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(
@@ -135,17 +136,17 @@ async def test_a_get_that_waited_for_an_apply_takes_its_record_back(
         os.close(read)
         assert driver.store.recorded(id) == "", "who was given it may write"
         Path(got[0].path, "applied").write_bytes(b"changed")
-        await driver.put(id, peer=ME)
+        await driving.put(driver, id)
         assert (await driver.check(id=None, deep=True, repair=False)).problems == []
 
 
 async def test_a_get_waits_for_who_reads_a_branch_that_it_has_to_convert(tmp_path: Path) -> None:
     async with opened(tmp_path) as driver:
         await driver.convert(BASE, to=Dialect.AUFS)
-        table, got = driver.unions.table, []
+        table, got = driver.active.table, []
 
         async def get() -> None:
-            got.append(await driver.get(TOP, peer=ME, mount_label="", hold="manual"))
+            got.append(await driving.get(driver, TOP))
 
         async with trio.open_nursery() as nursery, table.reading(lambda: ((BASE,),)):
             nursery.start_soon(get)
@@ -219,7 +220,7 @@ async def test_what_get_says_of_a_snapshot_is_what_it_is(
             warnings: list[str] = []
 
             async def get(id: LayerId = parent, got: list[results.Got] = got) -> None:
-                got.append(await driver.get(id, peer=ME, mount_label="", hold="manual"))
+                got.append(await driving.get(driver, id))
 
             async def change(
                 id: LayerId = child, above: LayerId = parent, told: list[str] = warnings

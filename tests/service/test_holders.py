@@ -16,9 +16,10 @@ from aufsd.active.processes import ended
 from aufsd.kernel import syscalls
 from aufsd.kernel.peer import process
 from aufsd_client import Client, errors
+from tests import driving
 from tests.archives import tar
 from tests.daemon import Daemon, eventually
-from tests.service.test_cancel import ME, TOP, opened
+from tests.driving import TOP, opened
 
 pytestmark = pytest.mark.service
 
@@ -174,18 +175,18 @@ async def test_a_busy_mount_goes_in_the_background_once_it_can(
 ) -> None:
     monkeypatch.setattr(mounts, "BUSY_RETRY", 0.01)
     async with opened(tmp_path) as driver:
-        got = await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+        got = await driving.get(driver, TOP)
         with open(f"{got.path}/file", "rb"):
             with pytest.raises(errors.UnmountBusy):
-                await driver.put(TOP, peer=ME)
-            tries = driver.unions.counters.busy_retries
+                await driving.put(driver, TOP)
+            tries = driver.active.counters.busy_retries
             with trio.fail_after(30):
-                while driver.unions.counters.busy_retries == tries:
+                while driver.active.counters.busy_retries == tries:
                     await trio.sleep(0.01)
-            assert driver.unions.table.entries[TOP].references == ()
+            assert driver.active.table.entries[TOP].references == ()
             assert os.path.ismount(got.path), "it is never detached"
         with trio.fail_after(30):
-            while TOP in driver.unions.table.entries:
+            while TOP in driver.active.table.entries:
                 await trio.sleep(0.01)
         assert not os.path.ismount(got.path)
         assert driver.health().status == "ok"

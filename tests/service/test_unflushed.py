@@ -18,7 +18,8 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.union import plink
 from aufsd.union.backend import NotFlushed
 from aufsd_client.errors import AufsdError, LayerInUse, NoSpace, UnmountBusy
-from tests.service.test_cancel import ME, NEW, TOP, create, opened
+from tests import driving
+from tests.driving import NEW, TOP, create, opened
 
 pytestmark = pytest.mark.service
 
@@ -56,7 +57,7 @@ async def driver(
     """`top` is mounted, with one reference."""
     monkeypatch.setattr(mounts, "BUSY_RETRY", 0.01)
     async with opened(tmp_path) as driver:
-        await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+        await driving.get(driver, TOP)
         yield driver
         fail(0)
 
@@ -92,7 +93,7 @@ async def test_a_put_that_would_lose_something_keeps_the_mount_and_says_why(
 ) -> None:
     fail(number)
     with pytest.raises(kind, match=r"2 hard links \(/a, /b\) cannot be made") as caught:
-        await driver.put(TOP, peer=ME)
+        await driving.put(driver, TOP)
     name = errno.errorcode[number]
     assert os.strerror(number) in caught.value.message
     assert caught.value.data["errno"] == name
@@ -108,14 +109,14 @@ async def test_a_put_that_would_lose_something_keeps_the_mount_and_says_why(
 async def test_it_is_tried_again_in_the_background(driver: Driver, fail: Fail) -> None:
     fail(errno.ENOSPC)
     with pytest.raises(NoSpace):
-        await driver.put(TOP, peer=ME)
-    calls = driver.unions.thread.calls
+        await driving.put(driver, TOP)
+    calls = driver.active.thread.calls
     with trio.fail_after(30):
-        while driver.unions.thread.calls < calls + 3:
+        while driver.active.thread.calls < calls + 3:
             assert is_mounted(driver)
             await trio.sleep(0.01)
         fail(0)
-        while TOP in driver.unions.table.entries:
+        while TOP in driver.active.table.entries:
             await trio.sleep(0.01)
     assert not is_mounted(driver)
     assert driver.health().status == "ok"
@@ -124,8 +125,8 @@ async def test_it_is_tried_again_in_the_background(driver: Driver, fail: Fail) -
 async def test_it_can_be_got_again_meanwhile(driver: Driver, fail: Fail) -> None:
     fail(errno.ENOSPC)
     with pytest.raises(NoSpace):
-        await driver.put(TOP, peer=ME)
-    got = await driver.get(TOP, peer=ME, mount_label="", hold="manual")
+        await driving.put(driver, TOP)
+    got = await driving.get(driver, TOP)
     assert (got.references, got.mounted) == (1, True)
     assert mounts_check(driver)[0] == "ok"
 
@@ -163,10 +164,10 @@ async def test_what_reads_the_content_of_a_mounted_layer_fails_and_says_why(
     with pytest.raises(kind):
         await driver.changes(TOP, parent=None, after="", limit=10)
     with pytest.raises(kind):
-        await driver.get(NEW, peer=ME, mount_label="", hold="manual")
-    assert NEW not in driver.unions.table.entries
+        await driving.get(driver, NEW)
+    assert NEW not in driver.active.table.entries
     fail(0)
-    assert (await driver.get(NEW, peer=ME, mount_label="", hold="manual")).references == 1
+    assert (await driving.get(driver, NEW)).references == 1
 
 
 async def test_an_unmount_that_fails_for_another_reason_says_which(
@@ -180,9 +181,9 @@ async def test_an_unmount_that_fails_for_another_reason_says_which(
     monkeypatch.setattr(plink, "unmount", refused)
     for number in (errno.EPERM, errno.EINVAL):
         with pytest.raises(UnmountBusy, match=os.strerror(number)) as caught:
-            await driver.put(TOP, peer=ME)
+            await driving.put(driver, TOP)
         assert caught.value.data["errno"] == errno.errorcode[number]
         assert is_mounted(driver)
     monkeypatch.undo()
-    await driver.put(TOP, peer=ME)
+    await driving.put(driver, TOP)
     assert not is_mounted(driver)
