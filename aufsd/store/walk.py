@@ -115,6 +115,10 @@ class Descent:
         """Remember something of the directory where we stand."""
         self._levels[-1].marked = True
 
+    def way(self) -> list[bytes]:
+        """The names that lead from the top to where we stand."""
+        return [level.name for level in self._levels[1:]]
+
     def path(self, name: bytes = b"") -> str:
         """Where we stand, or a name in it, from the top on; for messages, cut if it is long."""
         names = [level.name for level in self._levels[1 : _SHOWN + 1]]

@@ -8,7 +8,6 @@ times included. Works in the current directory of a process of its own.
 import contextlib
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -16,11 +15,15 @@ from typing import Final
 from aufsd.kernel import syscalls
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.erase import erase
+from aufsd.store.walk import Descent, Names, walk
 from aufsd_client.errors import LayerDamaged
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TIMES: Final = "aufsd.times"
 _NAME_MAX: Final = 255
+# the mode of a whiteout that a crash may leave without the attributes of the one it stands for:
+# a conversion may go back from there, and the other one is right then
+_UNFINISHED: Final = 0o1000
 
 
 # whether the layers below show a directory of this path
@@ -65,38 +68,61 @@ def rewrite(root: int, target: Dialect, namespace: str, lies_below: Below | None
     change = _to_overlay if target is Dialect.OVERLAY else _to_aufs
     # of each directory on the way, whether what it holds has nothing below it
     cut: list[bool] = []
-    for fd, way in _walk(root):
-        del cut[len(way) :]
+    for here in walk(root):
+        fd, top = here.fd, not here.depth
+        os.fchdir(fd)
+        del cut[here.depth :]
         opaque = marks.has_opaque_xattr(fd, namespace) or os.path.lexists(marks.OPAQUE)
-        cut.append(opaque or (bool(way) and cut[-1]))
-        # the root is always merged
-        alone = bool(way) and (cut[-1] or (lies_below is not None and _alone(way, lies_below)))
+        cut.append(opaque or (not top and cut[-1]))
         with _times_kept(fd, namespace):
-            if alone:
-                _drop_whiteouts(root, namespace)
+            # the root is always merged
+            if not top and _has_whiteout():
+                if not cut[-1] and lies_below is not None:
+                    # what lies in a directory with none below has none below either
+                    cut[-1] = not lies_below(b"/".join(here.way()))
+                if cut[-1]:
+                    _drop_whiteouts(root, namespace)
             change(fd, namespace)
+        _enter_later(here)
 
 
-def _alone(way: list[bytes], lies_below: Below) -> bool:
-    """Whether the current directory, this way from the root, has whiteouts and nothing below."""
+def _enter_later(here: Descent) -> None:
     with os.scandir(b".") as entries:
-        some = any(_is_whiteout(entry) for entry in entries)
-    return some and not lies_below(b"/".join(way))
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                here.later(entry.name)
+
+
+def _has_whiteout() -> bool:
+    with os.scandir(b".") as entries:
+        return any(_is_whiteout(entry) for entry in entries)
 
 
 def _drop_whiteouts(root: int, namespace: str) -> None:
     """Remove the whiteouts of either dialect in the current directory, and note it on the root."""
+    found = Names()
+    some = False
     with os.scandir(b".") as entries:
-        found = [entry.name for entry in entries if _is_whiteout(entry)]
-    present = set(os.listdir(b"."))
-    # beside a name of its own one means that what lies below that is not there
-    found = [name for name in found if marks.deleted_name(name) not in present]
-    if found:
+        for entry in entries:
+            deleted = marks.deleted_name(entry.name)
+            # beside a name of its own one means that what lies below that is not there
+            if _is_node(entry) or (deleted is not None and not _is_content(deleted)):
+                found.add(entry.name)
+                some = True
+    if some:
         # what was recorded of the layer counts them
         marks.remove_xattr(root, f"{namespace}.aufsd.fingerprint")
         marks.mark_settled(root, namespace)
     for name in found:
         os.unlink(name)
+
+
+def _is_content(name: bytes) -> bool:
+    """Whether the current directory has a name, and it is no whiteout."""
+    try:
+        return not marks.is_whiteout_node(os.lstat(name))
+    except FileNotFoundError:
+        return False
 
 
 def _is_whiteout(entry: os.DirEntry[bytes]) -> bool:
@@ -106,10 +132,13 @@ def _is_whiteout(entry: os.DirEntry[bytes]) -> bool:
 def _refuse(root: int, target: Dialect, namespace: str) -> None:
     """Raise LayerDamaged if something in the layer has no way of being said in `target`."""
     overlay = f"{namespace}.overlay."
-    for _, _ in _walk(root):
+    for here in walk(root):
+        os.fchdir(here.fd)
         with os.scandir(b".") as entries:
             for entry in entries:
                 name = entry.name
+                if entry.is_dir(follow_symlinks=False):
+                    here.later(name)
                 if target is Dialect.OVERLAY:
                     if _is_node(entry):
                         raise _unsayable(name, "a device 0:0 would become a deleted file")
@@ -136,39 +165,61 @@ def _unsayable(name: bytes, why: str) -> LayerDamaged:
 
 
 def _to_overlay(fd: int, namespace: str) -> None:
-    names = os.listdir(b".")
-    present = {name for name in names if not name.startswith(marks.WHITEOUT)}
-    for name in names:
-        if not name.startswith(marks.WHITEOUT):
-            continue
+    for name in _marks():
         deleted = marks.deleted_name(name)
         if name == marks.OPAQUE:
             os.setxattr(fd, marks.opaque_xattr(namespace), b"y")
-        elif deleted is not None and deleted not in present:
-            os.mknod(deleted, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
-        elif deleted is not None and stat.S_ISDIR(os.lstat(deleted).st_mode):
-            # both stand side by side: the new directory is there, what lies below is not
-            os.setxattr(deleted, marks.opaque_xattr(namespace), b"y")
+        elif deleted is not None:
+            _whiteout_to_overlay(name, deleted, namespace)
         # all other names of this kind are aufs's housekeeping, or what a crash of it left
-        try:
-            os.unlink(name)
-        except IsADirectoryError:
-            shutil.rmtree(name)
+        left = erase(fd, name, os.fsdecode(name))
+        if left is not None:
+            raise left.error()
+
+
+def _whiteout_to_overlay(name: bytes, deleted: bytes, namespace: str) -> None:
+    try:
+        found = os.lstat(deleted)
+    except FileNotFoundError:
+        os.mknod(deleted, marks.WHITEOUT_NODE | _UNFINISHED, marks.WHITEOUT_DEVICE)
+        _copy_attributes(name, deleted)
+        return
+    if stat.S_ISDIR(found.st_mode):
+        # both stand side by side: the new directory is there, what lies below is not
+        os.setxattr(deleted, marks.opaque_xattr(namespace), b"y")
+    elif marks.is_whiteout_node(found) and stat.S_IMODE(found.st_mode) == _UNFINISHED:
+        _copy_attributes(name, deleted)
 
 
 def _to_aufs(fd: int, namespace: str) -> None:
     overlay = f"{namespace}.overlay."
     if marks.has_opaque_xattr(fd, namespace):
-        _make_mark(marks.OPAQUE)
+        _make_mark(marks.OPAQUE, 0o444)
+        os.utime(marks.OPAQUE, ns=(0, 0))
     _strip(b".", overlay)
-    with os.scandir(b".") as found:
-        entries = list(found)
-    for entry in entries:
-        if _is_node(entry):
-            _make_mark(marks.WHITEOUT + entry.name)
-            os.unlink(entry.name)
-        elif not entry.is_dir(follow_symlinks=False):
-            _strip(entry.name, overlay)
+    found = Names()
+    with os.scandir(b".") as entries:
+        for entry in entries:
+            if _is_node(entry):
+                found.add(entry.name)
+            elif not entry.is_dir(follow_symlinks=False):
+                _strip(entry.name, overlay)
+    for name in found:
+        mark = marks.WHITEOUT + name
+        _make_mark(mark, _UNFINISHED)
+        if stat.S_IMODE(os.lstat(mark).st_mode) == _UNFINISHED:
+            _copy_attributes(name, mark)
+        os.unlink(name)
+
+
+def _marks() -> Names:
+    """The names of the current directory that aufs takes for its own."""
+    found = Names()
+    with os.scandir(b".") as entries:
+        for entry in entries:
+            if entry.name.startswith(marks.WHITEOUT):
+                found.add(entry.name)
+    return found
 
 
 def _strip(name: bytes, overlay: str) -> None:
@@ -177,10 +228,21 @@ def _strip(name: bytes, overlay: str) -> None:
             os.removexattr(name, xattr, follow_symlinks=False)
 
 
-def _make_mark(path: bytes) -> None:
+def _make_mark(path: bytes, mode: int) -> None:
     with contextlib.suppress(FileExistsError):
-        os.mknod(path, stat.S_IFREG | 0o444)
-    os.utime(path, ns=(0, 0))
+        os.mknod(path, stat.S_IFREG | mode)
+
+
+def _copy_attributes(source: bytes, target: bytes) -> None:
+    """Give a new whiteout the owner, times and mode of the other.
+
+    No reader of either asks for them, but a layer that goes there and back is then the same.
+    """
+    found = os.lstat(source)
+    os.lchown(target, found.st_uid, found.st_gid)
+    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns), follow_symlinks=False)
+    # last: it says that the others were set. Of a symlink, which is nobody's whiteout, it is 0777
+    os.chmod(target, stat.S_IMODE(found.st_mode))
 
 
 def _is_node(entry: os.DirEntry[bytes]) -> bool:
@@ -219,29 +281,3 @@ def noted_times(fd: int, namespace: str) -> tuple[int, int] | None:
 def _has_work() -> bool:
     with os.scandir(b".") as entries:
         return any(entry.name.startswith(marks.WHITEOUT) or _is_node(entry) for entry in entries)
-
-
-def _walk(root: int) -> Iterator[tuple[int, list[bytes]]]:
-    """A descriptor of every directory, from the top down, which is the current one then.
-
-    With it the names on the way to it from the root, good until the next one. The names below are
-    read after the directory was handed out.
-    """
-    top = os.open(b".", _DIRECTORY, dir_fd=root)
-    levels: list[tuple[int, list[bytes]]] = []
-    way: list[bytes] = []
-    below = top
-    while True:
-        os.fchdir(below)
-        yield below, way
-        with os.scandir(b".") as entries:
-            names = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        levels.append((below, names))
-        while levels and not levels[-1][1]:
-            os.close(levels.pop()[0])
-        if not levels:
-            return
-        name = levels[-1][1].pop()
-        below = os.open(name, _DIRECTORY, dir_fd=levels[-1][0])
-        del way[len(levels) - 1 :]
-        way.append(name)

@@ -28,8 +28,10 @@ from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.kernel.peer import process
 from aufsd.store.dialect import Dialect, XattrNamespace, is_opaque_root
+from aufsd.store.erase import erase_at
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
+from aufsd.store.walk import Descent, walk
 from aufsd.union import exclusive, helper, plink, runner
 from aufsd.union.backend import NotFlushed, Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
@@ -116,7 +118,7 @@ class Fuse:
             os.makedirs(union.work, 0o700, exist_ok=True)
             # of a union that ended without us
             _let_go(union.work, self.namespace)
-            shutil.rmtree(f"{union.work}/work", ignore_errors=True)
+            erase_at(f"{union.work}/work")
         self.log.mark()
         with ExitStack() as opened:
             device = _opened(opened, _DEVICE, os.O_RDWR)
@@ -300,29 +302,25 @@ def strip(top: str, namespace: XattrNamespace) -> None:
     """
     own = ("trusted.overlay.", "user.fuseoverlayfs.")
     prefixes = (*own, "user.overlay.") if namespace == "user" else own
-    levels = [(os.open(top, _DIRECTORY), ["."])]
-    while levels:
-        fd, names = levels[-1]
-        if not names:
-            os.close(fd)
-            levels.pop()
-            continue
-        below = os.open(names.pop(), _DIRECTORY, dir_fd=fd)
-        levels.append((below, _strip_here(below, prefixes)))
+    root = os.open(top, _DIRECTORY)
+    try:
+        for here in walk(root):
+            _strip_here(here, prefixes)
+    finally:
+        os.close(root)
 
 
-def _strip_here(fd: int, prefixes: tuple[str, ...]) -> list[str]:
-    """Strip a directory and the files in it; the names of the directories in it."""
-    here = f"/proc/self/fd/{fd}"
-    directories = []
-    _strip(f"{here}/.", prefixes)
-    with os.scandir(fd) as entries:
+def _strip_here(here: Descent, prefixes: tuple[str, ...]) -> None:
+    """Strip a directory and the files in it."""
+    # setxattr(2) takes no directory and a name, and the whole path may be longer than a path can be
+    at = f"/proc/self/fd/{here.fd}"
+    _strip(f"{at}/.", prefixes)
+    with os.scandir(here.fd) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                directories.append(entry.name)
+                here.later(entry.name)
             elif entry.is_file(follow_symlinks=False):
-                _strip(f"{here}/{entry.name}", prefixes)
-    return directories
+                _strip(f"{at}/{entry.name}", prefixes)
 
 
 def _strip(path: str, prefixes: tuple[str, ...]) -> None:

@@ -7,7 +7,6 @@ kernel lets two mounts write one upper directory, so that is looked for here.
 
 import errno
 import os
-import shutil
 import stat
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.dialect import Dialect, XattrNamespace, is_whiteout_node, opaque_xattr
+from aufsd.store.erase import erase_at
 from aufsd.store.layout import Layout
 from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict
@@ -239,7 +239,9 @@ def _clean_work(work: str) -> None:
     try:
         if not os.listdir(f"{work}/work"):
             return
-        shutil.rmtree(work)
+        left = erase_at(work)
+        if left is not None:
+            raise left.error()
     except FileNotFoundError:
         pass
     os.makedirs(work, 0o700, exist_ok=True)

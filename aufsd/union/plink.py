@@ -23,6 +23,7 @@ from typing import Final
 
 from aufsd.kernel import syscalls
 from aufsd.store.dialect import AUFS_NAME_MAX
+from aufsd.store.walk import Descent, walk
 from aufsd.union.backend import NotFlushed
 
 DIRECTORY: Final = ".wh..wh.plnk"
@@ -113,14 +114,14 @@ def _flush(root: int, branch: int | None) -> int:
     linked, failed = 0, _Failures()
     try:
         inodes = _pending(branch)
-        for directory, name in _names(root, inodes) if inodes else ():
+        for here, name in names(root, inodes) if inodes else ():
             try:
-                _link(directory, name)
+                _link(here.fd, name)
             except FileNotFoundError:
                 continue  # a name that went meanwhile needs no link
             except OSError as error:
                 # the others are linked all the same: fewer are lost if the machine stops
-                failed.add(error, root, directory, name)
+                failed.add(error, here.path(name))
             else:
                 linked += 1
     except OSError as error:
@@ -141,12 +142,11 @@ class _Failures:
     names: list[str] = field(default_factory=list)
     count: int = 0
 
-    def add(self, error: OSError, root: int, directory: int, name: str) -> None:
+    def add(self, error: OSError, path: str) -> None:
         self.first = self.first or error
         self.count += 1
         if len(self.names) < _NAMED:
-            above, top = (os.readlink(f"/proc/self/fd/{fd}") for fd in (directory, root))
-            self.names.append(f"{above.removeprefix(top)}/{name}")
+            self.names.append(path)
 
 
 def _pending(branch: int) -> frozenset[int]:
@@ -171,7 +171,7 @@ def _forget(branch: int) -> None:
             os.unlink(f"{DIRECTORY}/{name}", dir_fd=branch)
 
 
-def _link(directory: int, name: str) -> None:
+def _link(directory: int, name: bytes) -> None:
     found = os.stat(name, dir_fd=directory, follow_symlinks=False)
     if stat.S_ISREG(found.st_mode):
         fd = os.open(name, _FILE, dir_fd=directory)
@@ -185,35 +185,15 @@ def _link(directory: int, name: str) -> None:
         os.utime(name, ns=times, dir_fd=directory, follow_symlinks=False)
 
 
-def _names(root: int, inodes: Collection[int]) -> Iterator[tuple[int, str]]:
-    """The names of non-directories with these inode numbers, each with its open directory.
-
-    As many descriptors are open as the tree is deep.
-    """
-    device = os.fstat(root).st_dev
-    # the directories on the way down, each with the names in it that are still to be entered
-    way = [(os.dup(root), ["."])]
-    try:
-        while way:
-            above, below = way[-1]
-            if not below:
-                os.close(way.pop()[0])
-                continue
-            try:
-                directory = os.open(below.pop(), _DIR, dir_fd=above)
-            except (FileNotFoundError, NotADirectoryError):
-                continue  # gone, or another thing by now
-            way.append((directory, inner := []))
-            if os.fstat(directory).st_dev != device:
-                continue
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    if len(os.fsencode(entry.name)) > AUFS_NAME_MAX:
-                        continue  # a lower one is listed, and nothing else can be done with it
-                    if entry.is_dir(follow_symlinks=False):
-                        inner.append(entry.name)
-                    elif entry.inode() in inodes:
-                        yield directory, entry.name
-    finally:
-        for directory, _ in way:
-            os.close(directory)
+def names(root: int, inodes: Collection[int]) -> Iterator[tuple[Descent, bytes]]:
+    """The names of non-directories with these inode numbers, each with the place where it is."""
+    for here in walk(root):
+        with os.scandir(here.fd) as entries:
+            for entry in entries:
+                name = os.fsencode(entry.name)
+                if len(name) > AUFS_NAME_MAX:
+                    continue  # a lower one is listed, and nothing else can be done with it
+                if entry.is_dir(follow_symlinks=False):
+                    here.later(name)
+                elif entry.inode() in inodes:
+                    yield here, name

@@ -1,10 +1,11 @@
 """Directories for a trial mount, gone when the trial is over."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from aufsd.store.erase import erase_at
 
 
 @contextmanager
@@ -17,4 +18,6 @@ def scratch_dirs(parent: str, *names: str) -> Iterator[str]:
             os.makedirs(f"{at}/{name}")
         yield at
     finally:
-        shutil.rmtree(at)
+        left = erase_at(at)
+        if left is not None:
+            raise left.error()

@@ -73,7 +73,8 @@ def build(at: Path, dialect: Dialect) -> None:
             (path.parent / f".wh.{path.name}").touch(0o444)
             os.utime(path.parent / f".wh.{path.name}", (0, 0))
         else:
-            os.mknod(path, stat.S_IFCHR, 0)
+            os.mknod(path, stat.S_IFCHR | 0o444, 0)
+            os.utime(path, (0, 0))
 
     def opaque(path: Path) -> None:
         if dialect is Dialect.AUFS:

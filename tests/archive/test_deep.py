@@ -1,7 +1,10 @@
 """Layers deeper than paths, recursion and descriptors go: copied, converted, labelled, stripped."""
 
 import os
+import stat
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,11 @@ from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
-from aufsd.union import fuse
-from tests.archive.converting import convert
+from aufsd.store.walk import OPEN_AT_MOST
+from aufsd.union import conversion, fuse, plink
+from tests.archive.converting import in_child
 from tests.archive.shelf import NAMESPACE
-from tests.trees import DEEP, deepen, in_memory
+from tests.trees import DEEP, deepen, in_memory, open_descriptors
 
 pytestmark = pytest.mark.mounts
 
@@ -76,17 +80,64 @@ async def test_a_deep_layer_is_labelled(jobs: Jobs, memory: Path) -> None:
     os.close(here)
 
 
-def test_a_wide_layer_is_converted_there_and_back(memory: Path) -> None:
+async def test_a_deep_layer_is_converted_there_and_back(jobs: Jobs, memory: Path) -> None:
+    """With a whiteout to rewrite on every level, and aufs's own directories as deep as the rest."""
+    content = memory / "store/diff/a"
+    orphans = content / ".wh..wh.orph"
+    orphans.mkdir(parents=True)
+    os.close(deepen(orphans))
+    here = os.open(content, os.O_RDONLY)
+    for _ in range(DEEP):
+        os.close(os.open(".wh.gone", os.O_CREAT | os.O_WRONLY, 0o640, dir_fd=here))
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(os.open(".wh..wh..opq", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    assert await jobs.convert("a", Dialect.OVERLAY)
+    assert not orphans.exists()
+    assert marks.has_opaque_xattr(here, NAMESPACE)
+    assert marks.is_whiteout_node(os.stat("../gone", dir_fd=here))
+    assert await jobs.convert("a", Dialect.AUFS)
+    assert os.listdir(here) == [".wh..wh..opq"]
+    assert stat.S_IMODE(os.stat("../.wh.gone", dir_fd=here).st_mode) == 0o640
+    os.close(here)
+
+
+def test_a_wide_layer_is_converted_there_and_back_in_little_memory(memory: Path) -> None:
     top = memory / "layer"
     top.mkdir()
     for number in range(WIDE):
         (top / f".wh.{number}").touch()
-    assert convert(top, Dialect.OVERLAY) == 0
-    assert len(os.listdir(top)) == WIDE
-    assert marks.is_whiteout_node(os.lstat(top / "0"))
-    assert convert(top, Dialect.AUFS) == 0
-    assert len(os.listdir(top)) == WIDE
+    for target in (Dialect.OVERLAY, Dialect.AUFS):
+        assert in_child(partial(convert_in_little_memory, top, target)) == 0
+        assert len(os.listdir(top)) == WIDE
     assert (top / ".wh.0").exists()
+
+
+def convert_in_little_memory(top: Path, target: Dialect) -> None:
+    fd = os.open(top, os.O_RDONLY)
+    tracemalloc.start()
+    conversion.convert(fd, target, NAMESPACE, sync=False)
+    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+
+
+def test_the_names_that_a_flush_has_to_link_are_found_in_a_deep_union(memory: Path) -> None:
+    top = memory / "union"
+    top.mkdir()
+    here = deepen(top)
+    os.close(os.open("linked", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.link("linked", "again", src_dir_fd=here, dst_dir_fd=here)
+    root, inode = os.open(top, os.O_RDONLY), os.stat("linked", dir_fd=here).st_ino
+    before = open_descriptors()
+    found = []
+    for place, name in plink.names(root, {inode}):
+        assert os.stat(name, dir_fd=place.fd).st_ino == inode
+        assert open_descriptors() - before < 2 * OPEN_AT_MOST
+        found.append(name)
+    assert sorted(found) == [b"again", b"linked"]
+    os.close(root)
+    os.close(here)
 
 
 def test_what_fuse_overlayfs_noted_is_taken_from_a_deep_branch(memory: Path) -> None:

@@ -14,6 +14,7 @@ from aufsd.union.backend import Union
 from aufsd_client.errors import MountFailed, TooManyLayers
 from tests.conformance.layers import Layers, open_layers, tree
 from tests.daemon import eventually
+from tests.trees import deepen, in_memory
 
 pytestmark = pytest.mark.mounts
 
@@ -353,3 +354,19 @@ def test_a_work_directory_that_cannot_be_made_is_a_failed_mount(layers: Layers) 
         layers.backend.mount(union)
     assert caught.value.data["errno"] in ("EEXIST", "ENOTDIR")
     assert not layers.backend.is_mounted(union.target)
+
+
+def test_a_work_directory_with_a_deep_tree_in_it_stops_no_mount(
+    backend_name: str, tmp_path: Path
+) -> None:
+    """What a kernel or a helper left there after a crash, or somebody put there."""
+    with (
+        in_memory(tmp_path / "memory") as memory,
+        open_layers(backend_name, f"{memory}/store") as layers,
+    ):
+        union = layers.union(layers.add(), layers.add({"file": "content"}))
+        left = Path(union.work, "work/left")
+        left.mkdir(parents=True)
+        os.close(deepen(left))
+        layers.backend.mount(union)
+        assert os.listdir(union.target) == ["file"]
