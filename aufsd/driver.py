@@ -28,6 +28,7 @@ from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.content import Content
 from aufsd.status import Overview
+from aufsd.store import seals
 from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -52,12 +53,15 @@ API = 1
 _PIECE = 250
 FEATURES = (
     "batches",
+    "created",
     "descriptors",
     "diff-id",
     "digests",
     "hold-process",
     "naive-diff",
     "named-holds",
+    "seal",
+    "usage",
 )
 
 
@@ -108,9 +112,9 @@ class Driver:
         """Whether there is such a layer."""
         return results.Exists(self.store.exists(id))
 
-    async def layers(self, *, after: str, limit: int) -> results.Layers:
+    async def layers(self, *, after: str, limit: int, prefix: str = "") -> results.Layers:
         """The layers by id, one page; made in pieces, so that no other call waits for all of it."""
-        ids, more = listing.page(self.store, after=after, limit=limit)
+        ids, more = listing.page(self.store, after=after, limit=limit, prefix=prefix)
         rows: list[results.LayerRow] = []
         depths: dict[LayerId, int] = {}
         for at in range(0, len(ids), _PIECE):
@@ -184,23 +188,15 @@ class Driver:
             async with self.active.table.reading(lambda: ((id,),)):
                 dialect = await self.disk.run(self.chains.dialect, id)
         chain = self.store.chain(id)
-        entry = self.active.table.entries.get(id)
-        read_only = bool(self.store.children_of(id))
-        union = entry.union if entry else self.content.needs_mount(chain, read_only=read_only)
-        found = {
-            "id": id,
-            "parents": " ".join(chain[1:]),
-            "content": self.store.layout.content(id),
-            "path": listing.path(self.store.layout, id, union=union),
-            "backend": self.backend.name,
-            "dialect": str(dialect),
-            "references": str(len(entry.references) if entry else 0),
-            "mounted": "true" if entry and entry.union else "false",
-        }
-        if entry and entry.union:
-            found["label"] = entry.label
-            found["read_only"] = "true" if entry.read_only else "false"
-        return results.Metadata(found)
+        read_only = seals.is_frozen(self.store, id)
+        return listing.metadata(
+            self.store,
+            self.active.table.entries.get(id),
+            chain,
+            mounted=self.content.needs_mount(chain, read_only=read_only),
+            backend=self.backend.name,
+            dialect=str(dialect),
+        )
 
     # --- mounts -------------------------------------------------------------------------------
 
@@ -212,20 +208,23 @@ class Driver:
         mount_label: str,
         hold: Literal["manual", "process"],
         name: str = "",
+        read_only: bool = False,
     ) -> results.Got | Coroutine[Any, Any, results.Got]:
         """Count one reference, and mount on the first; under a name once and no more.
 
         The answer at once if there is only to count, else a coroutine that has it.
         """
         reference = _reference(peer, hold, name)
-        entry = self.active.get_now(id, reference, label=mount_label)
+        entry = self.active.get_now(id, reference, label=mount_label, read_only=read_only)
         if entry is not None:
             return self._got(id, entry, reference)
-        return self._get(id, reference, mount_label)
+        return self._get(id, reference, mount_label, read_only)
 
-    async def _get(self, id: LayerId, reference: Reference, label: str) -> results.Got:
+    async def _get(
+        self, id: LayerId, reference: Reference, label: str, read_only: bool
+    ) -> results.Got:
         try:
-            entry = await self.access.get(id, reference, label=label)
+            entry = await self.access.get(id, reference, label=label, read_only=read_only)
         except LayerInUse as error:
             await self.naming.name(error)
             raise
@@ -301,6 +300,29 @@ class Driver:
         async with self._compared(id, parent) as (chain, against):
             return results.Size(await self.jobs.diff_size(chain, against=against))
 
+    async def usage(self, id: LayerId) -> results.Usage:
+        """What the layer's own content takes up. Cancelled: nothing was counted."""
+        async with self._compared(id, None) as (chain, against):
+            counted = await self.disk.run(seals.read_usage, self.store, id)
+            if counted is None:
+                used = await self.jobs.usage(chain, against=against)
+                return results.Usage(used.size, used.inodes)
+        return results.Usage(counted.size, counted.inodes)
+
+    async def seal(self, id: LayerId) -> results.Usage:
+        """Have the layer's content on the disk, and never changed again. Cancelled: as it was."""
+        async with self.naming, self.active.table.unused(id):
+            counted = await self.disk.run(seals.read_usage, self.store, id)
+            if counted is None:
+                ids = self.store.chain(id)
+                chain = await self.disk.run(self.chains.branches, ids)
+                below = self.content.compared_with(ids)
+                against = await self.disk.run(self.chains.branches, below) if below else None
+                used = await self.jobs.usage(chain, against=against, sync=True)
+                counted = seals.Usage(used.size, used.inodes)
+                await self.disk.run(seals.seal, self.store, id, counted)
+        return results.Usage(counted.size, counted.inodes)
+
     async def changes(
         self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
     ) -> results.Changes:
@@ -315,6 +337,7 @@ class Driver:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
         async with self.naming, self.active.table.changing(id):
+            seals.require_unsealed(self.store, id)
             self.chains.forget(id)
             return await self.content.apply(id, source, digest=digest)
 

@@ -9,11 +9,12 @@ from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
 
 
-def page(store: Store, *, after: str, limit: int) -> tuple[list[LayerId], str]:
+def page(store: Store, *, after: str, limit: int, prefix: str = "") -> tuple[list[LayerId], str]:
     """The ids of one page of `list`, damaged layers included; and the cursor to the next."""
-    ids = sorted(id for id in (*store.parent, *store.damaged) if id > after)
-    found = ids[:limit]
-    return found, found[-1] if len(ids) > limit else ""
+    found = (id for id in (*store.parent, *store.damaged) if id > after)
+    ids = sorted(id for id in found if id.startswith(prefix)) if prefix else sorted(found)
+    shown = ids[:limit]
+    return shown, shown[-1] if len(ids) > limit else ""
 
 
 def layers(
@@ -41,6 +42,8 @@ def _layer(store: Store, entry: Entry | None, id: LayerId, depth: int) -> result
         depth=depth,
         references=len(entry.references) if entry else 0,
         mounted=bool(entry and entry.union),
+        created=store.created.get(id, 0.0),
+        sealed=id in store.sealed,
     )
 
 
@@ -80,6 +83,43 @@ def _mount(layout: Layout, id: LayerId, entry: Entry) -> results.MountRow:
             for ref in entry.references
         ],
     )
+
+
+def metadata(
+    store: Store,
+    entry: Entry | None,
+    chain: Sequence[LayerId],
+    *,
+    mounted: bool,
+    backend: str,
+    dialect: str,
+) -> results.Metadata:
+    """Where everything of the first layer of a chain is, as strings.
+
+    `mounted`: whether a `get` would mount it.
+    """
+    id = chain[0]
+    union = entry.union if entry else mounted
+    found = {
+        "id": id,
+        "parents": " ".join(chain[1:]),
+        "content": store.layout.content(id),
+        "path": path(store.layout, id, union=union),
+        "backend": backend,
+        "dialect": dialect,
+        "references": str(len(entry.references) if entry else 0),
+        "mounted": _yes(bool(entry and entry.union)),
+        "sealed": _yes(id in store.sealed),
+        "created": f"{store.created.get(id, 0.0):.6f}",
+    }
+    if entry and entry.union:
+        found["label"] = entry.label
+        found["read_only"] = _yes(entry.read_only)
+    return results.Metadata(found)
+
+
+def _yes(true: bool) -> str:
+    return "true" if true else "false"
 
 
 def path(layout: Layout, id: LayerId, *, union: bool) -> str:

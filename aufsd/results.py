@@ -122,6 +122,13 @@ class Size(Struct, frozen=True):
     size: int
 
 
+class Usage(Struct, frozen=True):
+    """Answer of `usage` and `seal`: allocated bytes, and inodes, of a layer's own content."""
+
+    size: int
+    inodes: int
+
+
 class Change(Struct, frozen=True):
     """One changed path, absolute inside the layer; `path_base64` where it is not UTF-8."""
 
@@ -188,6 +195,8 @@ class LayerRow(Struct, frozen=True):
     depth: int
     references: int
     mounted: bool
+    created: float
+    sealed: bool
 
 
 class Layers(Struct, frozen=True):

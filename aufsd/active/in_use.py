@@ -17,7 +17,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.threads import Disk, MountThread
 from aufsd.union.backend import NotFlushed
-from aufsd_client.errors import LayerInUse, NoSpace, UnmountBusy
+from aufsd_client.errors import LayerInUse, ModeConflict, NoSpace, UnmountBusy
 
 # umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
 TRIES = 5
@@ -188,3 +188,23 @@ def _users(targets: Sequence[str]) -> list[dict[str, object]]:
 
 def _named(found: Sequence[Holder]) -> list[dict[str, object]]:
     return [to_builtins(each) for each in found]
+
+
+def mode_conflict(id: LayerId, *, read_only: bool) -> ModeConflict:
+    """A layer that is given out in the other mode than it is asked for."""
+    now, wanted = ("writable", "read-only") if read_only else ("read-only", "writable")
+    return ModeConflict(
+        f"layer {id} is in use and given out {now}, so it cannot be had {wanted}: put it first, "
+        f"or ask for it {now}",
+        id=id,
+    )
+
+
+def not_ours(id: LayerId, target: str) -> UnmountBusy:
+    """Somebody else's mount stands at a layer's mount point."""
+    return UnmountBusy(
+        f"something that aufsd did not mount is at {target}; unmount it, then try again",
+        id=id,
+        errno="EBUSY",
+        holders=[],
+    )

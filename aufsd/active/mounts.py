@@ -19,7 +19,7 @@ import trio
 
 from aufsd.active import performing, refs, standing
 from aufsd.active.counters import Counters
-from aufsd.active.in_use import not_readable, unmount
+from aufsd.active.in_use import mode_conflict, not_ours, not_readable, unmount
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.active.replay import replay
 from aufsd.active.table import Table
@@ -27,6 +27,7 @@ from aufsd.active.watch import HelperWatch, ProcessWatch
 from aufsd.kernel.mountinfo import Changes
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.seals import is_frozen
 from aufsd.tasks import Tasks
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, NotFlushed
@@ -73,10 +74,12 @@ class Mounts:
 
     # --- get ----------------------------------------------------------------------------------
 
-    def get_now(self, id: LayerId, reference: Reference, *, label: str) -> Entry | None:
+    def get_now(
+        self, id: LayerId, reference: Reference, *, label: str, read_only: bool = False
+    ) -> Entry | None:
         """Count one reference if that is all there is to do; None if a `get` has to wait.
 
-        Raises LayerNotFound, LayerDamaged, LabelConflict.
+        Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict.
         """
         table = self.table
         with table.locked():
@@ -84,9 +87,13 @@ class Mounts:
             entry = table.entries.get(id)
             if entry is None or table.moving(id) is not None:
                 return None
-            step = refs.on_get(entry, label=label, live=self._live(id, entry))
+            frozen = entry.asked_read_only and is_frozen(self.store, id)
+            live = self._live(id, entry)
+            step = refs.on_get(entry, label=label, live=live, read_only=read_only, frozen=frozen)
             if step is OnGet.COUNT:
                 return self._count(id, entry, reference)
+            if step is OnGet.MODE:
+                raise mode_conflict(id, read_only=read_only)
             if step is OnGet.CONFLICT:
                 raise LabelConflict(
                     f"layer {id} is mounted with the label {entry.label!r}; put it first",
@@ -95,14 +102,22 @@ class Mounts:
                 )
         return None
 
-    def count_content(self, id: LayerId, reference: Reference, *, read_only: bool) -> Entry:
+    def count_content(
+        self, id: LayerId, reference: Reference, *, read_only: bool, asked_read_only: bool = False
+    ) -> Entry:
         """Count the first reference to a layer whose content directory is what is given out."""
-        entry = Entry(State.MOUNTED, union=False, read_only=read_only, since=time.time())
+        entry = Entry(
+            State.MOUNTED,
+            union=False,
+            read_only=read_only,
+            since=time.time(),
+            asked_read_only=asked_read_only,
+        )
         return self._count(id, entry, reference)
 
     @asynccontextmanager
     async def mounting(
-        self, id: LayerId, *, label: str, read_only: bool, backend: str
+        self, id: LayerId, *, label: str, read_only: bool, backend: str, asked_read_only: bool
     ) -> AsyncIterator[Entry]:
         """Around a mount of an id whose transition the caller holds: its entry meanwhile.
 
@@ -114,7 +129,13 @@ class Mounts:
         if before is not None:
             self.counters.vanished_mounts += 1
             log.warning("mount vanished", id=id, references=len(before.references))
-        entry = refs.mounting(before, label=label, read_only=read_only, backend=backend)
+        entry = refs.mounting(
+            before,
+            label=label,
+            read_only=read_only,
+            backend=backend,
+            asked_read_only=asked_read_only,
+        )
         table.enter(id, entry)
         try:
             yield entry
@@ -317,7 +338,7 @@ class Mounts:
                 # its content goes next, and on a full disk that is how to get space
                 await self._unmount(id, flush=False)
             if self.is_mount_point(id):
-                raise self._not_ours(id)
+                raise not_ours(id, self.store.layout.mount_point(id))
             yield
         finally:
             table.end(id)
@@ -337,7 +358,7 @@ class Mounts:
             try:
                 await self._take_down(id)
                 if self.is_mount_point(id):
-                    raise self._not_ours(id)
+                    raise not_ours(id, self.store.layout.mount_point(id))
                 if id in found:
                     done.append(id)
             except AufsdError as error:
@@ -346,15 +367,6 @@ class Mounts:
                 name = errno.errorcode.get(error.errno or 0, "EIO")
                 failed[id] = UnmountBusy(f"layer {id}: {error.strerror}", id=id, errno=name)
         return done, failed
-
-    def _not_ours(self, id: LayerId) -> UnmountBusy:
-        target = self.store.layout.mount_point(id)
-        return UnmountBusy(
-            f"something that aufsd did not mount is at {target}; unmount it, then try again",
-            id=id,
-            errno="EBUSY",
-            holders=[],
-        )
 
     async def retry_busy(self) -> None:
         """Try again, after a while, to unmount what stayed busy with no reference left."""

@@ -57,6 +57,7 @@ class Entry(Struct, frozen=True):
 
     `union`: whether something of ours is mounted at the layer's mount point; else its content
     directory is given out. `backend` is who mounted it, "bind" for content that is shown read-only.
+    `asked_read_only`: who got it first wanted no more, though it may be written to otherwise.
     `mount` is which mount it is (mountinfo.Identity); None until it stands, and where an older
     aufsd wrote the entry.
     """
@@ -69,6 +70,7 @@ class Entry(Struct, frozen=True):
     since: float = 0.0
     backend: str = ""
     mount: Identity | None = None
+    asked_read_only: bool = False
 
 
 class OnGet(Enum):
@@ -78,6 +80,7 @@ class OnGet(Enum):
     COUNT = "only count"
     MOUNT = "mount, then count"
     CONFLICT = "mounted with another label"
+    MODE = "given out writable and asked for read-only, or the other way round"
 
 
 class OnPut(Enum):
@@ -90,12 +93,19 @@ class OnPut(Enum):
     REFUSED = "only references of other processes, or with a name, are left"
 
 
-def on_get(entry: Entry | None, *, label: str, live: bool) -> OnGet:
-    """`live`: whether the kernel has it mounted now (true for a layer that is never mounted)."""
+def on_get(
+    entry: Entry | None, *, label: str, live: bool, read_only: bool = False, frozen: bool = False
+) -> OnGet:
+    """`live`: whether the kernel has it mounted now (true for a layer that is never mounted).
+
+    `frozen`: whether the layer is given out read-only whoever asks.
+    """
     if entry is None:
         return OnGet.MOUNT
     if entry.state is not State.MOUNTED:
         return OnGet.WAIT
+    if not entry.read_only if read_only else entry.asked_read_only and not frozen:
+        return OnGet.MODE
     if not entry.union:
         return OnGet.COUNT
     if not live:
@@ -108,10 +118,19 @@ def on_get(entry: Entry | None, *, label: str, live: bool) -> OnGet:
     return OnGet.COUNT if entry.label == label else OnGet.CONFLICT
 
 
-def mounting(entry: Entry | None, *, label: str, read_only: bool, backend: str) -> Entry:
+def mounting(
+    entry: Entry | None, *, label: str, read_only: bool, backend: str, asked_read_only: bool = False
+) -> Entry:
     """A mount has been started."""
-    references = entry.references if entry else ()
-    return Entry(State.MOUNTING, True, references, label, read_only, 0.0, backend)
+    return Entry(
+        State.MOUNTING,
+        union=True,
+        references=entry.references if entry else (),
+        label=label,
+        read_only=read_only,
+        backend=backend,
+        asked_read_only=asked_read_only,
+    )
 
 
 def mounted(entry: Entry, mount: Identity | None, *, read_only: bool, since: float) -> Entry:

@@ -198,6 +198,24 @@ class Table:
             self.end(id)
 
     @asynccontextmanager
+    async def unused(self, id: LayerId) -> AsyncIterator[None]:
+        """Claim a layer that nobody may write to meanwhile; it may be read, and stood on in use.
+
+        Raises LayerNotFound, LayerDamaged; LayerInUse if it is referenced or mounted.
+        """
+
+        def refuse(id: LayerId) -> None:
+            self.store.require(id)
+            if id in self.entries:
+                raise self.in_use(id)
+
+        await self.claim(id, refuse)
+        try:
+            yield
+        finally:
+            self.end(id)
+
+    @asynccontextmanager
     async def reading(
         self, which: Callable[[], tuple[tuple[LayerId, ...], ...]]
     ) -> AsyncIterator[tuple[tuple[LayerId, ...], ...]]:

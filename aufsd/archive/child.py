@@ -22,6 +22,7 @@ from aufsd.archive import (
     confine,
     errnos,
     fingerprint,
+    measure,
     patience,
     readings,
     relabel,
@@ -30,7 +31,6 @@ from aufsd.archive import (
     view,
 )
 from aufsd.archive.attributes import inherit
-from aufsd.archive.measure import measure
 from aufsd.archive.meter import Meter
 from aufsd.archive.pack import Packer, pack
 from aufsd.archive.reader import Reader
@@ -140,10 +140,12 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             return requests.Compared(changes.changes(now, then, settings, after=after, limit=limit))
         case requests.Measure(chain, None):
             layer = _own(settings, fds[0], chain[0])
-            return requests.Measured(measure(aufs=layer.aufs).bytes)
+            return requests.Measured(measure.measure(aufs=layer.aufs).bytes)
         case requests.Measure(chain, against):
             now, then = _views(settings, fds[0], chain, against or ())
             return requests.Measured(compare.size(now, then, settings))
+        case requests.Usage():
+            return _usage(request.work, fds[0], settings)
         case requests.Read(chain):
             confine.enter(fds[0], read_only=True)
             strict, aufs = readings.roots(_here(), chain, settings.namespace)
@@ -210,6 +212,24 @@ def _apply(
         syscalls.syncfs(_here())
     packed = _packed(meter, size, source.digest(), source.diff_id(), found)
     return replace(packed, settled=bool(parents) and unpacker.settled)
+
+
+def _usage(work: requests.Usage, root: int, settings: Settings) -> requests.Used:
+    if work.against is None:
+        layer = _own(settings, root, work.chain[0])
+        _sync_if(work.sync, settings)
+        used = measure.used(aufs=layer.aufs)
+    else:
+        now, then = _views(settings, root, work.chain, work.against)
+        _sync_if(work.sync, settings)
+        used = compare.used(now, then, settings)
+    return requests.Used(used.size, used.inodes)
+
+
+def _sync_if(wanted: bool, settings: Settings) -> None:
+    """Have the file system of the content on the disk, if that is wanted and the policy."""
+    if wanted and settings.sync == "filesystem":
+        syscalls.syncfs(_here())
 
 
 def _convert(work: requests.Convert, fds: list[int], settings: Settings) -> requests.Converted:

@@ -12,6 +12,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
+from aufsd.archive.measure import Used
 from aufsd.archive.meter import shown
 from aufsd.archive.pack import GONE, Packer, pack_file, pack_other, read_link
 from aufsd.archive.requests import Settings
@@ -317,3 +318,18 @@ def size(now: list[Place], then: list[Place], settings: Settings) -> int:
             seen.add(found.st_ino)
             total += found.st_size
     return total
+
+
+def used(now: list[Place], then: list[Place], settings: Settings) -> Used:
+    """Allocated bytes and inodes of what differs, each inode once; the top directory counts."""
+    top = os.fstat(now[0].fd)
+    seen = {top.st_ino}
+    total = top.st_blocks * 512
+    for event in events(now, then, settings):
+        if isinstance(event, Leave) or event.now is None or event.kind == "same":
+            continue
+        found = event.now.stat
+        if found.st_ino not in seen:
+            seen.add(found.st_ino)
+            total += found.st_blocks * 512
+    return Used(total, len(seen))

@@ -141,6 +141,21 @@ class Jobs:
         result = await self._run(chain[0].id, "diff_size", work, [root], [])
         return _expect(result, requests.Measured).size
 
+    async def usage(
+        self,
+        chain: tuple[Branch, ...],
+        *,
+        against: tuple[Branch, ...] | None = None,
+        sync: bool = False,
+    ) -> requests.Used:
+        """Allocated bytes and inodes of the layer's own content; with `sync` that is synced first.
+
+        `against` as in `diff`.
+        """
+        work = requests.Usage(chain, against, sync)
+        root = self._content(chain[0]) if against is None else self.layout.diff
+        return _expect(await self._run(chain[0].id, "usage", work, [root], []), requests.Used)
+
     async def read_by_aufs(self, chain: tuple[Branch, ...]) -> results.Problem | None:
         """What aufs shows of a chain otherwise than the strict rule; None if they agree."""
         work = requests.Read(chain)

@@ -1,6 +1,7 @@
 """How large a layer's own content is."""
 
 import os
+from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from aufsd.store import dialect as marks
@@ -21,8 +22,13 @@ def measure(*, aufs: bool) -> Content:
     `aufs`: names that begin with `.wh.` are marks.
     """
     measured = _Measured(aufs=aufs)
-    top = os.open(b".", _DIRECTORY)
-    levels = [(top, measured.scan(top, top=True))]
+    _walk(os.open(b".", _DIRECTORY), measured.scan)
+    return Content(measured.bytes, measured.entries)
+
+
+def _walk(top: int, scan: Callable[..., list[bytes]]) -> None:
+    """Have every directory below `top` scanned, and that itself, which is closed."""
+    levels = [(top, scan(top, top=True))]
     while levels:
         fd, names = levels[-1]
         if not names:
@@ -34,8 +40,54 @@ def measure(*, aufs: bool) -> Content:
         except (FileNotFoundError, NotADirectoryError):
             # the layer is in use, and something in it went away
             continue
-        levels.append((below, measured.scan(below)))
-    return Content(measured.bytes, measured.entries)
+        levels.append((below, scan(below)))
+
+
+class Used(NamedTuple):
+    """Allocated bytes and inodes: each once, the top directory and whiteouts among them."""
+
+    size: int
+    inodes: int
+
+
+def used(*, aufs: bool) -> Used:
+    """What the layer that the current directory is the root of takes up of its file system."""
+    counted = _Counted(aufs=aufs)
+    top = os.open(b".", _DIRECTORY)
+    counted.count(os.fstat(top))
+    _walk(top, counted.scan)
+    return Used(counted.size, len(counted.seen))
+
+
+class _Counted:
+    def __init__(self, *, aufs: bool) -> None:
+        self.size = 0
+        self.seen: set[tuple[int, int]] = set()
+        self._aufs = aufs
+
+    def count(self, status: os.stat_result) -> None:
+        inode = status.st_dev, status.st_ino
+        if inode not in self.seen:
+            self.seen.add(inode)
+            # in units of 512 bytes (inode(7)), whatever the block size is
+            self.size += status.st_blocks * 512
+
+    def scan(self, fd: int, *, top: bool = False) -> list[bytes]:
+        """Count what the directory holds; the names of the directories in it."""
+        directories = []
+        with os.scandir(fd) as found:
+            for entry in found:
+                name = os.fsencode(entry.name)
+                if self._aufs and top and name in marks.HOUSEKEEPING:
+                    continue
+                try:
+                    self.count(os.lstat(name, dir_fd=fd))
+                except FileNotFoundError:
+                    # the layer is in use, and it went away
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    directories.append(name)
+        return directories
 
 
 class _Measured:

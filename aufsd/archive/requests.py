@@ -77,6 +77,14 @@ class Measure(Struct, frozen=True, tag=True):
     against: tuple[Branch, ...] | None
 
 
+class Usage(Struct, frozen=True, tag=True):
+    """Count what a layer takes up; synced first, with `sync`. Descriptors: as for Measure."""
+
+    chain: tuple[Branch, ...]
+    against: tuple[Branch, ...] | None
+    sync: bool
+
+
 class Read(Struct, frozen=True, tag=True):
     """Find what aufs reads otherwise in a chain. Descriptors: all branches."""
 
@@ -112,7 +120,9 @@ class Relabel(Struct, frozen=True, tag=True):
     label: str
 
 
-Work: TypeAlias = Diff | Apply | Compare | Measure | Read | Fingerprint | Clone | Convert | Relabel
+Work: TypeAlias = (
+    Diff | Apply | Compare | Measure | Usage | Read | Fingerprint | Clone | Convert | Relabel
+)
 
 
 class Request(Struct, frozen=True):
@@ -163,6 +173,13 @@ class Measured(Struct, frozen=True, tag=True):
     size: int
 
 
+class Used(Struct, frozen=True, tag=True):
+    """Result of Usage: allocated bytes, and inodes."""
+
+    size: int
+    inodes: int
+
+
 class Reading(Struct, frozen=True, tag=True):
     """Result of Read."""
 
@@ -192,7 +209,7 @@ class Relabelled(Struct, frozen=True, tag=True):
 
 
 Result: TypeAlias = (
-    Packed | Compared | Measured | Reading | Fingerprinted | Cloned | Converted | Relabelled
+    Packed | Compared | Measured | Used | Reading | Fingerprinted | Cloned | Converted | Relabelled
 )
 Reply: TypeAlias = Started | Progress | Failed | Result
 

@@ -1,6 +1,7 @@
 """What a `get` gives: the one place where a layer's content is given out.
 
-Whoever is given a layer may write into it, unless other layers stand on it. So before the first
+Whoever is given a layer may write into it, unless other layers stand on it, it is sealed, or it was
+asked for read-only. So before the first
 reference counts, what an apply recorded of the content is taken back, and a subvolume of btrfs is
 thawed or frozen. All of it happens in the transition of that one id, which create, apply, remove
 and convert of the same id wait for, and which waits for them; the chain is read when that is held.
@@ -13,6 +14,7 @@ from aufsd.active.refs import BIND, Entry, Reference
 from aufsd.layers.branches import Chains
 from aufsd.layers.content import Content
 from aufsd.store.ids import LayerId
+from aufsd.store.seals import is_frozen
 from aufsd.threads import Disk
 from aufsd_client.errors import MountFailed
 
@@ -26,16 +28,18 @@ class Access:
     content: Content
     disk: Disk
 
-    async def get(self, id: LayerId, reference: Reference, *, label: str) -> Entry:
+    async def get(
+        self, id: LayerId, reference: Reference, *, label: str, read_only: bool = False
+    ) -> Entry:
         """Count one reference, and give the layer out on the first; the entry as it is then.
 
-        Raises LayerNotFound, LayerDamaged, LabelConflict, MountFailed, ConversionNeeded, LayerInUse
-        (a branch in another dialect that a mount of another backend stands on). Cancelled or
-        failed: the count is as before, and nothing is left mounted.
+        Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict, MountFailed,
+        ConversionNeeded, LayerInUse (a branch in another dialect that a mount of another backend
+        stands on). Cancelled or failed: the count is as before, and nothing is left mounted.
         """
         table, store = self.mounts.table, self.mounts.store
         while True:
-            entry = self.mounts.get_now(id, reference, label=label)
+            entry = self.mounts.get_now(id, reference, label=label, read_only=read_only)
             if entry is not None:
                 return entry
             with table.locked():
@@ -48,31 +52,44 @@ class Access:
                     break
             await waiting.wait()
         try:
-            return await self._give_out(chain, reference, label)
+            return await self._give_out(chain, reference, label, asked=read_only)
         finally:
             table.end(id)
 
     async def _give_out(
-        self, chain: tuple[LayerId, ...], reference: Reference, label: str
+        self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, asked: bool
     ) -> Entry:
-        """Give out a layer whose transition the caller holds, and count."""
+        """Give out a layer whose transition the caller holds, and count.
+
+        `asked`: read-only is what is asked for.
+        """
         id, store = chain[0], self.mounts.store
-        # none comes while the transition is held, for create waits for that
-        read_only = bool(store.children_of(id))
+        # no child comes while the transition is held, for create waits for that
+        read_only = asked or is_frozen(store, id)
         if not self.content.needs_mount(chain, read_only=read_only):
             await self.content.prepare_to_give(id, read_only=read_only)
-            return self.mounts.count_content(id, reference, read_only=read_only)
-        return await self._mount(chain, reference, label, read_only=read_only)
+            return self.mounts.count_content(
+                id, reference, read_only=read_only, asked_read_only=asked
+            )
+        return await self._mount(chain, reference, label, read_only=read_only, asked=asked)
 
     async def _mount(
-        self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, read_only: bool
+        self,
+        chain: tuple[LayerId, ...],
+        reference: Reference,
+        label: str,
+        *,
+        read_only: bool,
+        asked: bool,
     ) -> Entry:
         id, mounts = chain[0], self.mounts
         # one alone is no union: its content is shown, and has no label of its own
         alone = len(chain) == 1
         backend = BIND if alone else mounts.backend.name
         label = "" if alone else label
-        async with mounts.mounting(id, label=label, read_only=read_only, backend=backend) as entry:
+        async with mounts.mounting(
+            id, label=label, read_only=read_only, backend=backend, asked_read_only=asked
+        ) as entry:
             opaque = frozenset() if alone else await self.chains.prepare(chain)
             for parent in filter(mounts.table.entries.__contains__, chain[1:]):
                 # one that is mounted writable: what it changed shows here under all its names

@@ -17,6 +17,7 @@ from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.recovery import Recovered
+from aufsd.store.seals import forget_usage
 from aufsd.tasks import Bell, Tasks
 from aufsd.threads import Disk
 from aufsd_client.errors import AufsdError
@@ -86,6 +87,8 @@ class Upkeep:
         understands, and is finished in the background.
         """
         before = await self.disk.run(self.store.dialect, id)
+        if before is not to:
+            await self.disk.run(forget_usage, self.store, id)
         try:
             return await self.jobs.convert(id, to, await self.disk.run(self._parents, id))
         except BaseException:

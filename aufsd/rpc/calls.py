@@ -50,8 +50,10 @@ class Method:
     kind: Kind
     # served on the monitor socket too
     monitor: bool
-    # moves a tar: cancelled when its peer goes away
+    # moves a tar through a descriptor
     streams: bool
+    # cancelled when its peer goes away, as what moves a tar is
+    cut: bool
     # called without the library when its parameters come by name (dispatch.py)
     short: bool
     params: type[msgspec.Struct]
@@ -81,6 +83,7 @@ def method(
     name: str = "",
     monitor: bool = False,
     streams: bool = False,
+    cut: bool = False,
     short: bool = False,
 ) -> Method:
     """The row for a method's function."""
@@ -105,6 +108,7 @@ def method(
         kind=kind,
         monitor=monitor,
         streams=streams,
+        cut=cut or streams,
         short=short,
         params=params,
         integers=tuple(each[0] for each in fields if _is_integer(each[1])),

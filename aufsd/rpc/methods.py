@@ -32,7 +32,9 @@ from aufsd_client.errors import (
     LayerHasChildren,
     LayerInUse,
     LayerNotFound,
+    LayerSealed,
     LimitExceeded,
+    ModeConflict,
     MountFailed,
     NoSpace,
     ParentNotFound,
@@ -133,9 +135,11 @@ async def get_metadata(call: Call, /, *, id: Id) -> results.Metadata:
     return await call.driver.get_metadata(parse_id(id))
 
 
-async def list_(call: Call, /, *, after: str = "", limit: Limit = 1000) -> results.Layers:
-    """The layers by id, one page."""
-    return await call.driver.layers(after=after, limit=min(limit, MAX_PAGE))
+async def list_(
+    call: Call, /, *, after: str = "", limit: Limit = 1000, prefix: str = ""
+) -> results.Layers:
+    """The layers by id, one page; with a `prefix`, those whose ids begin so."""
+    return await call.driver.layers(after=after, limit=min(limit, MAX_PAGE), prefix=prefix)
 
 
 # --- mounts -----------------------------------------------------------------------------------
@@ -149,6 +153,7 @@ def get(
     mount_label: Label = "",
     hold: Literal["manual", "process"] = "manual",
     name: str = "",
+    read_only: bool = False,
 ) -> results.Got | Coroutine[Any, Any, results.Got]:
     """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you.
 
@@ -160,6 +165,7 @@ def get(
         mount_label=parse_label(mount_label),
         hold=hold,
         name=parse_name(name),
+        read_only=read_only,
     )
 
 
@@ -209,6 +215,16 @@ async def diff_size(call: Call, /, *, id: Id, parent: OptionalId = "") -> result
     return await call.driver.diff_size(parse_id(id), parent=_parse_optional(parent))
 
 
+async def usage(call: Call, /, *, id: Id) -> results.Usage:
+    """Allocated bytes and inodes of a layer's own content."""
+    return await call.driver.usage(parse_id(id))
+
+
+async def seal(call: Call, /, *, id: Id) -> results.Usage:
+    """Have a layer's content on the disk, and never changed again; what it takes up."""
+    return await call.driver.seal(parse_id(id))
+
+
 async def changes(
     call: Call, /, *, id: Id, parent: OptionalId = "", after: str = "", limit: Limit = MAX_PAGE
 ) -> results.Changes:
@@ -244,11 +260,13 @@ _CREATE = (
 )
 _GET = (
     *(*_LAYER, InvalidLabel, MountFailed, LabelConflict, LayerInUse, BackendUnsupported),
-    *(IncompatibleFilesystem, ConversionNeeded, NoSpace),
+    *(IncompatibleFilesystem, ConversionNeeded, ModeConflict, NoSpace),
 )
 _COMPARE = (*_LAYER, ParentNotFound)
 _STREAM = (InvalidDescriptor, StreamBroken)
-_UNPACK = (*(LayerHasChildren, LayerInUse, BadArchive, ArchiveEscape, LimitExceeded, NoSpace),)
+_UNPACK = (
+    *(LayerHasChildren, LayerInUse, LayerSealed, BadArchive, ArchiveEscape, LimitExceeded, NoSpace),
+)
 
 TABLE: dict[str, Method] = {
     row.name: row
@@ -266,6 +284,8 @@ TABLE: dict[str, Method] = {
         method(diff, "use", *_COMPARE, *_STREAM, streams=True),
         method(apply_diff, "change", *_COMPARE, *_STREAM, *_UNPACK, streams=True),
         method(diff_size, "read", *_COMPARE),
+        method(usage, "read", *_LAYER, cut=True),
+        method(seal, "change", *_LAYER, LayerInUse, NoSpace),
         method(changes, "read", *_COMPARE),
         method(get_metadata, "read", *_LAYER),
         method(cleanup, "change"),

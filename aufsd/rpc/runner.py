@@ -212,8 +212,8 @@ class Runner:
             self.is_starting = False
             self._changed()
             # no await before this, so what it does before it first waits is done now
-            if request.row.streams:
-                await self._stream(request)
+            if request.row.cut:
+                await self._cut_off(request)
             else:
                 request.answered(await request.waiting)
         except BaseException as raised:
@@ -232,8 +232,8 @@ class Runner:
             if request.row.streams:
                 self._admission.end_archive(self._peer.uid)
 
-    async def _stream(self, request: Request) -> None:
-        """A call that streams to or from its peer, and is cut off with it."""
+    async def _cut_off(self, request: Request) -> None:
+        """A call that is cut off when its peer goes away."""
         assert request.waiting is not None
         answer: Answer | None = None
         with trio.CancelScope() as scope:

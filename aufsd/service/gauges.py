@@ -23,7 +23,7 @@ Source = Callable[[], Iterator[Family]]
 
 _STATUS = {"ok": 0, "degraded": 1, "failing": 2}
 # there from the start, each at 0; a kind that is not here appears with its first job
-_JOBS = ("diff", "apply_diff", "diff_size", "changes", "clone", "convert")
+_JOBS = ("diff", "apply_diff", "diff_size", "usage", "changes", "clone", "convert")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 

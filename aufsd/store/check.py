@@ -159,8 +159,10 @@ def _restore_parents(store: Store, id: LayerId) -> None:
 
 def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> None:
     fresh = f"{store.layout.staging}/parents-{id}"
-    write_durably(fresh, "".join(f"{parent}\n" for parent in parents), store.sync)
     path = store.layout.parents_file(id)
+    # its mode and time say whether the layer is sealed, and when it was made
+    like = os.lstat(path) if os.path.isfile(path) and not os.path.islink(path) else None
+    write_durably(fresh, "".join(f"{parent}\n" for parent in parents), store.sync, like=like)
     with suppress(FileNotFoundError):
         os.link(path, f"{store.layout.quarantine}/{time.time_ns()}.parents.{id}")
     os.rename(fresh, path)

@@ -1,6 +1,7 @@
 """`.aufsd/format`: that a store is ours to serve, and which backend wrote to it last."""
 
 import os
+import stat
 from typing import Literal
 
 import msgspec
@@ -53,11 +54,17 @@ def write_format(layout: Layout, content: Format, sync: Sync) -> None:
         fsync(layout.private)
 
 
-def write_durably(path: str, text: str, sync: Sync) -> None:
-    """Write a file anew, and its content to the disk; a name that lasts is the caller's to make."""
+def write_durably(path: str, text: str, sync: Sync, *, like: os.stat_result | None = None) -> None:
+    """Write a file anew, and its content to the disk; a name that lasts is the caller's to make.
+
+    `like`: with the mode and the time of another.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o644), "w") as file:
         file.write(text)
         file.flush()
+        if like is not None:
+            os.fchmod(file.fileno(), stat.S_IMODE(like.st_mode))
+            os.utime(file.fileno(), ns=(like.st_atime_ns, like.st_mtime_ns))
         if sync != "none":
             os.fsync(file.fileno())

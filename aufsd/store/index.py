@@ -34,6 +34,10 @@ class Index:
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
     below: dict[LayerId, LayerId] = field(default_factory=dict)
+    # of every layer whose parents file can be read: when that was written first
+    created: dict[LayerId, float] = field(default_factory=dict)
+    # those whose parents file may not be written to
+    sealed: set[LayerId] = field(default_factory=set)
 
     def children(self) -> dict[LayerId, set[LayerId]]:
         """Who stands on whom, the other way round."""
@@ -54,9 +58,9 @@ def read_index(layout: Layout, namespace: str) -> Index:
         ]
     with os.scandir(layout.diff) as entries:
         contents = {entry.name for entry in entries if entry.is_dir(follow_symlinks=False)}
-    records = {id: _record(layout, namespace, id, contents) for id in ids}
     sound: dict[LayerId, bool] = {}
     index = Index()
+    records = {id: _record(layout, namespace, id, contents, index) for id in ids}
     for id in ids:
         _judge(id, records, sound, index.damaged)
     for id, record in records.items():
@@ -67,13 +71,18 @@ def read_index(layout: Layout, namespace: str) -> Index:
     return index
 
 
-def _record(layout: Layout, namespace: str, id: LayerId, contents: Collection[str]) -> Record:
+def _record(
+    layout: Layout, namespace: str, id: LayerId, contents: Collection[str], index: Index
+) -> Record:
     if id not in contents:
         return "its content directory is missing"
     try:
-        parents = read_parents(layout.parents_file(id))
+        parents, found = read_record(layout.parents_file(id))
     except OSError as error:
         return f"its parents file cannot be read: {error.strerror}"
+    index.created[id] = found.st_mtime
+    if is_sealed(found):
+        index.sealed.add(id)
     if parents == () and (made_on := read_parent_mark(layout.content(id), namespace)):
         return f"its parents file is empty, and it was made on {made_on}"
     return parents
@@ -108,17 +117,31 @@ def read_parent_mark(content: str, namespace: str) -> LayerId | None:
 
 def read_parents(path: str) -> Record:
     """The parents that the file lists, nearest first; or, as a str, what is wrong with it."""
+    return read_record(path)[0]
+
+
+def is_sealed(parents_file: os.stat_result) -> bool:
+    """Whether a layer is sealed: its parents file is one that nobody may write to (seals.py)."""
+    return not parents_file.st_mode & stat.S_IWUSR
+
+
+def read_record(path: str) -> tuple[Record, os.stat_result]:
+    """What the parents file lists, as `read_parents`; and the file."""
     # O_NONBLOCK: a fifo would be waited for
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            return "its parents file is no file"
+            return "its parents file is no file", found
         if found.st_size > _LONGEST:
-            return f"its parents file is of more than {_LONGEST} bytes"
+            return f"its parents file is of more than {_LONGEST} bytes", found
         text = os.read(fd, _LONGEST)
     finally:
         os.close(fd)
+    return _parse(text), found
+
+
+def _parse(text: bytes) -> Record:
     if not text:
         return ()
     try:

@@ -55,6 +55,10 @@ class Store:
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
+    # when each was made, in seconds since the epoch: the time of its parents file
+    created: dict[LayerId, float] = field(default_factory=dict)
+    # those whose content changes no more (seals.py)
+    sealed: set[LayerId] = field(default_factory=set)
     # those of which nothing is recorded, as far as it is known
     unrecorded: set[LayerId] = field(default_factory=set)
     # removed layers whose content could not be deleted at the last try
@@ -110,6 +114,8 @@ class Store:
     def forget(self, id: LayerId) -> None:
         """Take a layer out of the index."""
         above = self.parent.pop(id, None)
+        self.created.pop(id, None)
+        self.sealed.discard(id)
         self.unrecorded.discard(id)
         if self.damaged.pop(id, None) is not None:
             above = next((other for other, made in self.children.items() if id in made), None)
@@ -158,6 +164,7 @@ class Store:
             if self.sync != "none":
                 for path in (content, self.layout.diff, self.layout.mnt):
                     fsync(path)
+            self.created[id] = os.lstat(fresh).st_mtime
             self._commit(id, fresh)
         except BaseException as error:
             # a parents file that could not be taken back means a layer that is wholly there

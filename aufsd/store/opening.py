@@ -100,6 +100,8 @@ def open_store(
         parent=index.parent,
         children=index.children(),
         damaged=index.damaged,
+        created=index.created,
+        sealed=index.sealed,
     )
 
 

@@ -76,15 +76,26 @@ def remove(id: str, *, force: bool = False) -> Request[results.Removed]:
 
 
 def get(
-    id: str, *, mount_label: str = "", hold: Hold = "manual", name: str = ""
+    id: str,
+    *,
+    mount_label: str = "",
+    hold: Hold = "manual",
+    name: str = "",
+    read_only: bool = False,
 ) -> Request[results.Got]:
     """Count a reference, and mount on the first. LayerNotFound, MountFailed, LabelConflict.
+
+    ModeConflict: it is given out writable, and `read_only` is asked for, or the other way round.
 
     Under a `name` it counts once, however often it is asked for.
     """
     params: dict[str, object] = {"id": id, "mount_label": mount_label, "hold": hold}
-    # a daemon without named-holds knows no such parameter
-    return Request(results.Got, "get", params | ({"name": name} if name else {}))
+    # a daemon without named-holds knows no such parameters
+    if name:
+        params["name"] = name
+    if read_only:
+        params["read_only"] = True
+    return Request(results.Got, "get", params)
 
 
 def put(id: str, *, name: str = "") -> Request[results.Put]:
@@ -110,6 +121,16 @@ def diff_size(id: str, *, parent: str = "") -> Request[results.Size]:
     return Request(results.Size, "diff_size", {"id": id, "parent": parent})
 
 
+def usage(id: str) -> Request[results.Usage]:
+    """Allocated bytes and inodes of the layer's own content."""
+    return Request(results.Usage, "usage", {"id": id})
+
+
+def seal(id: str) -> Request[results.Usage]:
+    """Have the layer's content on the disk, and never changed again. LayerInUse."""
+    return Request(results.Usage, "seal", {"id": id})
+
+
 def changes(
     id: str, *, parent: str = "", after: str = "", limit: int = 10_000
 ) -> Request[results.Changes]:
@@ -128,9 +149,11 @@ def cleanup() -> Request[results.Cleanup]:
     return Request(results.Cleanup, "cleanup")
 
 
-def list_(*, after: str = "", limit: int = 1000) -> Request[results.Layers]:
-    """One page of the layers, by id."""
-    return Request(results.Layers, "list", {"after": after, "limit": limit})
+def list_(*, after: str = "", limit: int = 1000, prefix: str = "") -> Request[results.Layers]:
+    """One page of the layers, by id; with a `prefix`, of those whose ids begin so."""
+    params: dict[str, object] = {"after": after, "limit": limit}
+    # a daemon without `created` knows no such parameter
+    return Request(results.Layers, "list", params | ({"prefix": prefix} if prefix else {}))
 
 
 def mounts() -> Request[results.MountTable]:

@@ -114,6 +114,8 @@ class Client:
     get = _blocking(calls.get)
     put = _blocking(calls.put)
     diff_size = _blocking(calls.diff_size)
+    usage = _blocking(calls.usage)
+    seal = _blocking(calls.seal)
     changes = _blocking(calls.changes)
     get_metadata = _blocking(calls.get_metadata)
     cleanup = _blocking(calls.cleanup)
@@ -162,11 +164,11 @@ class Client:
             if not (after := page.next):
                 return
 
-    def iter_layers(self) -> Iterator[results.LayerRow]:
-        """All layers, page after page."""
+    def iter_layers(self, *, prefix: str = "") -> Iterator[results.LayerRow]:
+        """All layers, page after page; with a `prefix`, those whose ids begin so."""
         after = ""
         while True:
-            page = self.list(after=after)
+            page = self.list(after=after, prefix=prefix)
             yield from page.layers
             if not (after := page.next):
                 return

@@ -119,6 +119,18 @@ class LayerDamaged(AufsdError):
     code = 106
 
 
+class ModeConflict(AufsdError):
+    """Asked for read-only, and it is given out writable; or the other way round."""
+
+    code = 107
+
+
+class LayerSealed(AufsdError):
+    """The layer was sealed: its content changes no more."""
+
+    code = 108
+
+
 # --- mounts -----------------------------------------------------------------------------------
 
 

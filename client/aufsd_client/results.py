@@ -153,6 +153,14 @@ class Size:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """Allocated bytes, and inodes, of a layer's own content."""
+
+    size: int
+    inodes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Change:
     """One changed path, absolute inside the layer; as os.fsdecode gives it if it is not UTF-8."""
 
@@ -234,6 +242,8 @@ class LayerRow:
     depth: int
     references: int
     mounted: bool
+    created: float = 0.0
+    sealed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,6 +88,8 @@ class Client:
     get = _awaited(calls.get)
     put = _awaited(calls.put)
     diff_size = _awaited(calls.diff_size)
+    usage = _awaited(calls.usage)
+    seal = _awaited(calls.seal)
     changes = _awaited(calls.changes)
     get_metadata = _awaited(calls.get_metadata)
     cleanup = _awaited(calls.cleanup)
@@ -137,11 +139,11 @@ class Client:
             if not (after := page.next):
                 return
 
-    async def iter_layers(self) -> AsyncIterator[results.LayerRow]:
-        """All layers, page after page."""
+    async def iter_layers(self, *, prefix: str = "") -> AsyncIterator[results.LayerRow]:
+        """All layers, page after page; with a `prefix`, those whose ids begin so."""
         after = ""
         while True:
-            page = await self.list(after=after)
+            page = await self.list(after=after, prefix=prefix)
             for row in page.layers:
                 yield row
             if not (after := page.next):

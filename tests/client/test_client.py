@@ -47,6 +47,8 @@ ANSWERS: dict[str, tuple[Callable[[Client], object], object]] = {
     "get": (lambda c: c.get("a", hold="process"), results.Got("/mnt/a", 1, True, False)),
     "put": (lambda c: c.put("a"), results.Put(0, False, True)),
     "diff_size": (lambda c: c.diff_size("a"), results.Size(len(TAR))),
+    "usage": (lambda c: c.usage("a"), results.Usage(4096, 2)),
+    "seal": (lambda c: c.seal("a"), results.Usage(4096, 2)),
     "changes": (
         lambda c: c.changes("a", limit=1),
         results.Changes([results.Change("add", "/0")], "1"),
@@ -61,7 +63,7 @@ ANSWERS: dict[str, tuple[Callable[[Client], object], object]] = {
     ),
     "list": (
         lambda c: c.list(),
-        results.Layers([results.LayerRow("a", "", 0, 0, False)], ""),
+        results.Layers([results.LayerRow("a", "", 0, 0, False, 1.5)], ""),
     ),
     "mounts": (lambda c: c.mounts(), results.MountTable([])),
     "holders": (

@@ -141,6 +141,10 @@ def _get_in_one_go(client: Client, id: str) -> object:
     return answers
 
 
+def _seal(client: Client, id: str) -> object:
+    return client.seal(id)
+
+
 def _put(client: Client, id: str) -> object:
     return client.put(id)
 
@@ -161,6 +165,7 @@ SCENARIOS = (
         (_to_overlay,),
         archive=True,
     ),
+    Scenario("seal", (_create, _first), _seal, archive=True),
     Scenario("get", (_create, _first), _get),
     Scenario("get again", (_create, _first, _get), _get),
     Scenario("get in one go", (_create, _get), _get_in_one_go, between=(_get,)),
@@ -200,6 +205,7 @@ SNAPSHOTS = (
     Scenario("create", (), _create),
     Scenario("remove", (_create, _first), _remove),
     Scenario("apply", (_create, _first), _second, archive=True),
+    Scenario("seal", (_create, _first), _seal, archive=True),
     Scenario("new label", (_own_parent,), _labelled, archive=True),
     Scenario("label to be kept", (_own_parent, _labelled_before), _labelled, archive=True),
     Scenario("kept label", (_own_parent, _labelled_before, _labelled_before), _labelled),

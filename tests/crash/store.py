@@ -19,6 +19,8 @@ from tests.daemon import eventually
 _MARKS = (
     *("trusted.overlay.origin", "trusted.overlay.impure", "trusted.overlay.uuid"),
     "trusted.aufsd.fingerprint",
+    # how large a sealed layer is, which says nothing before it is sealed
+    "trusted.aufsd.usage",
     # of a snapshot: by which ids and numbers it is told from its parent, and whose child it is
     *("trusted.aufsd.origin", "trusted.aufsd.parent"),
 )
@@ -39,6 +41,7 @@ class Seen:
     content: tuple[object, ...]
     references: int
     mounted: bool
+    sealed: bool
 
 
 def look(subject: Subject, client: Client, id: str) -> Seen | None:
@@ -57,6 +60,7 @@ def look(subject: Subject, client: Client, id: str) -> Seen | None:
         tuple(_tree(root / "diff" / id)),
         row.references,
         os.path.ismount(root / "mnt" / id),
+        row.sealed,
     )
 
 
@@ -88,7 +92,7 @@ def difference(seen: Seen | None, allowed: Seen | None) -> str:
         return "it is there" if seen else "it is not there"
     parts = [
         f"{name} is {getattr(seen, name)!r}, not {getattr(allowed, name)!r}"
-        for name in ("parents", "references", "mounted")
+        for name in ("parents", "references", "mounted", "sealed")
         if getattr(seen, name) != getattr(allowed, name)
     ]
     for row in set(seen.content) ^ set(allowed.content):

@@ -15,7 +15,7 @@ from pathlib import Path
 CALLS = (
     *("rename", "renameat", "renameat2", "unlink", "unlinkat", "rmdir", "mkdir", "mkdirat"),
     *("write", "pwrite64", "fsync", "syncfs", "mount", "umount2"),
-    *("setxattr", "lsetxattr", "fsetxattr", "removexattr", "fremovexattr"),
+    *("fchmod", "setxattr", "lsetxattr", "fsetxattr", "removexattr", "fremovexattr"),
     *("link", "linkat", "symlink", "symlinkat", "mknod", "mknodat", "ioctl"),
 )
 # those that need a descriptor

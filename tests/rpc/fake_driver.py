@@ -98,9 +98,12 @@ class FakeDriver:
         self.calls.append(f"exists {id}")
         return results.Exists(id in self.parents)
 
-    async def layers(self, *, after: str, limit: int) -> results.Layers:
-        ids = sorted(id for id in self.parents if id > after)
-        rows = [results.LayerRow(id, self.parents[id] or "", 0, 0, False) for id in ids[:limit]]
+    async def layers(self, *, after: str, limit: int, prefix: str = "") -> results.Layers:
+        ids = sorted(id for id in self.parents if id > after and id.startswith(prefix))
+        rows = [
+            results.LayerRow(id, self.parents[id] or "", 0, 0, False, 1.5, False)
+            for id in ids[:limit]
+        ]
         return results.Layers(rows, rows[-1].id if len(ids) > limit else "")
 
     def mounts(self) -> results.MountTable:
@@ -146,6 +149,7 @@ class FakeDriver:
         mount_label: str,
         hold: Literal["manual", "process"],
         name: str = "",
+        read_only: bool = False,
     ) -> results.Got | Coroutine[Any, Any, results.Got]:
         self.peers.append(peer)
         if id.startswith("slow") or id not in self.parents:
@@ -198,6 +202,16 @@ class FakeDriver:
     async def diff_size(self, id: LayerId, *, parent: LayerId | None) -> results.Size:
         self._require(id)
         return results.Size(len(TAR))
+
+    async def usage(self, id: LayerId) -> results.Usage:
+        self._require(id)
+        await self._work("usage", id)
+        return results.Usage(4096, 2)
+
+    async def seal(self, id: LayerId) -> results.Usage:
+        self._require(id)
+        await self._work("seal", id)
+        return results.Usage(4096, 2)
 
     async def changes(
         self, id: LayerId, *, parent: LayerId | None, after: str, limit: int

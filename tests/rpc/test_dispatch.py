@@ -121,7 +121,10 @@ async def test_a_call_runs_with_its_defaults_filled_in() -> None:
         assert json.loads(found.encode()) == {"jsonrpc": "2.0", "id": 1, "result": result}
 
 
-ROW = {"id": "b", "parent": "a", "depth": 0, "references": 0, "mounted": False}
+ROW = {"id": "b", "parent": "a", "depth": 0, "references": 0, "mounted": False} | {
+    "created": 1.5,
+    "sealed": False,
+}
 
 
 @pytest.mark.parametrize("method", ["get", "create"], ids=["short way", "library"])

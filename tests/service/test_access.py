@@ -29,6 +29,8 @@ PARAMETERS: dict[str, dict[str, object]] = {
     "diff": {"id": "base", "fd": 0},
     "apply_diff": {"id": "base", "fd": 0},
     "diff_size": {"id": "base"},
+    "usage": {"id": "base"},
+    "seal": {"id": "base"},
     "changes": {"id": "base"},
     "get_metadata": {"id": "base"},
     "holders": {"id": "base"},

@@ -66,6 +66,8 @@ CALLS: list[tuple[str, Callable[[Client], object], type[errors.AufsdError]]] = [
     ("twice", lambda c: c.create("top", parent="base"), errors.LayerExists),
     ("option", lambda c: c.create("new", storage_opt={"size": "1G"}), errors.InvalidParams),
     ("unknown get", lambda c: c.get("nosuch"), errors.LayerNotFound),
+    ("unknown usage", lambda c: c.usage("nosuch"), errors.LayerNotFound),
+    ("unknown seal", lambda c: c.seal("nosuch"), errors.LayerNotFound),
     ("unknown diff", lambda c: c.diff_size("nosuch"), errors.LayerNotFound),
     ("unknown apply", lambda c: c.apply_diff("nosuch", tar({})), errors.LayerNotFound),
     ("parent in use", lambda c: c.remove("base"), errors.LayerHasChildren),

@@ -72,23 +72,26 @@ def remove(session: Session, id: str, force: bool) -> Exit:
 @click.command()
 @click.argument("id")
 @click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
+@click.option("--name", default="", help="Count once under this name, until it is put by name.")
+@click.option("--read-only", is_flag=True, help="Not to be written to, by nobody.")
 @click.pass_obj
-def get(session: Session, id: str, mount_label: str) -> None:
+def get(session: Session, id: str, mount_label: str, name: str, read_only: bool) -> None:
     """Count a reference to a layer, mount it on the first, and print its path.
 
     The reference stays until `aufsctl put`; one whose path could not be printed is put back.
     """
     # a reader that is gone is an error here, and not our end
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    request = calls.get(id, mount_label=mount_label)
+    request = calls.get(id, mount_label=mount_label, name=name, read_only=read_only)
     with session.client() as client:
         answer = client.call(request.method, request.params)
         try:
-            path = parse(request.result, answer).path
-            click.echo(json.dumps(answer, ensure_ascii=False) if session.as_json else path)
+            got = parse(request.result, answer)
+            click.echo(json.dumps(answer, ensure_ascii=False) if session.as_json else got.path)
             standard.flush()
         except OSError as error:
-            client.put(id)
+            if got.new:
+                client.put(id, name=name)
             raise OSError(
                 f"the path could not be printed ({error.strerror}); the reference is put back"
             ) from None
@@ -96,13 +99,34 @@ def get(session: Session, id: str, mount_label: str) -> None:
 
 @click.command()
 @click.argument("id")
+@click.option("--name", default="", help="The reference of this name, and no other.")
 @click.pass_obj
-def put(session: Session, id: str) -> None:
+def put(session: Session, id: str, name: str) -> None:
     """Drop a reference to a layer; the last one unmounts it."""
-    found = session.ask(calls.put(id))
+    found = session.ask(calls.put(id, name=name))
     if session.human:
         left = show.plural(found.references, "reference")
         show.line(f"{id}: {left} left, {'mounted' if found.mounted else 'not mounted'}")
+
+
+@click.command()
+@click.argument("id")
+@click.pass_obj
+def seal(session: Session, id: str) -> None:
+    """Have a layer's content on the disk, and never changed again."""
+    found = session.ask(calls.seal(id))
+    if session.human:
+        show.line(f"sealed {id}: {show.size(found.size)}, {show.plural(found.inodes, 'inode')}")
+
+
+@click.command()
+@click.argument("id")
+@click.pass_obj
+def usage(session: Session, id: str) -> None:
+    """What a layer's own content takes up on the disk."""
+    found = session.ask(calls.usage(id))
+    if session.human:
+        show.line(f"{show.size(found.size)}, {show.plural(found.inodes, 'inode')}")
 
 
 @click.command("get-metadata")
@@ -118,14 +142,15 @@ def get_metadata(session: Session, id: str) -> None:
 @click.command("list")
 @click.option("--after", metavar="ID", help="One page, beginning after this layer.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many in a page.")
+@click.option("--prefix", default="", metavar="TEXT", help="Those whose ids begin so.")
 @click.pass_obj
-def list_(session: Session, after: str | None, limit: int | None) -> None:
+def list_(session: Session, after: str | None, limit: int | None, prefix: str) -> None:
     """The layers, by id. One page with --json, --after or --limit, else all."""
     if session.human and after is None and limit is None:
         with session.client() as client:
-            _show_layers(client.iter_layers())
+            _show_layers(client.iter_layers(prefix=prefix))
         return
-    found = session.ask(calls.list_(after=after or "", limit=limit or 1000))
+    found = session.ask(calls.list_(after=after or "", limit=limit or 1000, prefix=prefix))
     if session.human:
         _show_layers(iter(found.layers))
         if found.next:
@@ -182,4 +207,4 @@ def _uses(holder: results.Holder) -> str:
     return ", ".join(words)
 
 
-COMMANDS = (exists, create, remove, get, put, get_metadata, list_, mounts, holders)
+COMMANDS = (exists, create, remove, get, put, seal, usage, get_metadata, list_, mounts, holders)

@@ -23,6 +23,7 @@ _STATUS: dict[type[BaseException], Exit] = {
     errors.LayerInUse: Exit.BUSY,
     errors.UnmountBusy: Exit.BUSY,
     errors.Overloaded: Exit.BUSY,
+    errors.ModeConflict: Exit.BUSY,
 }
 
 # {id} and other names are of the error's data; a hint whose names it lacks is left out
@@ -38,6 +39,7 @@ _HINTS: dict[type[BaseException], tuple[str, ...]] = {
     errors.ParentNotFound: ("create it first: `aufsctl create {parent}`",),
     errors.LayerHasChildren: ("remove what stands on it first: {children}",),
     errors.LayerInUse: ("`aufsctl mounts` shows who holds it, `aufsctl put {id}` drops one",),
+    errors.LayerSealed: ("make one on it: `aufsctl create NEW --parent {id}`",),
     errors.LayerDamaged: ("`aufsctl check {id} --deep` says more",),
     errors.MountFailed: ("the kernel's log may say more: `dmesg | tail`",),
     errors.UnmountBusy: (

@@ -1,0 +1,100 @@
+"""Sealed layers: their content changes no more.
+
+A layer is sealed while its parents file is one that nobody may write to, mode 0444: that is one
+change to one inode, what made a layer can make it sealed in the same rename, and the index knows it
+without a system call more. How large the content is stands in an xattr of it, as it was counted;
+it is written before, and means nothing for a layer that is not sealed.
+
+Synchronous; the caller holds the transition of the id.
+"""
+
+import os
+from contextlib import suppress
+from typing import Final, NamedTuple
+
+from aufsd.kernel import btrfs
+from aufsd.store import content as contents
+from aufsd.store.dialect import remove_xattr
+from aufsd.store.ids import LayerId
+from aufsd.store.layers import Store, no_space
+from aufsd_client.errors import LayerSealed
+
+SEALED: Final = 0o444
+OPEN: Final = 0o644
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NAME: Final = "aufsd.usage"
+
+
+class Usage(NamedTuple):
+    """Allocated bytes, and inodes, of a layer's own content."""
+
+    size: int
+    inodes: int
+
+
+def is_frozen(store: Store, id: LayerId) -> bool:
+    """Whether nobody may write into a layer: others stand on it, or it is sealed. From memory."""
+    return id in store.children or id in store.sealed
+
+
+def require_unsealed(store: Store, id: LayerId) -> None:
+    """Raise LayerSealed if the layer's content changes no more. From memory."""
+    if id in store.sealed:
+        raise LayerSealed(
+            f"layer {id} is sealed, and its content changes no more; make a layer on it", id=id
+        )
+
+
+def seal(store: Store, id: LayerId, usage: Usage) -> None:
+    """Seal a layer whose content is synced; durable by the policy. NoSpace or OSError: it is not.
+
+    A subvolume becomes read-only too.
+    """
+    content = store.layout.content(id)
+    contents.thaw(content)
+    # without room for it the content is counted again whenever that is asked for
+    with suppress(OSError):
+        value = f"{usage.size} {usage.inodes} {id}"
+        os.setxattr(content, f"{store.xattr_namespace}.{_NAME}", value.encode())
+    try:
+        if store.sync != "none":
+            contents.fsync(content)
+        if btrfs.is_subvolume(os.lstat(content), content):
+            contents.freeze(content, True)
+        _commit(store, id)
+    except OSError as error:
+        raise no_space(error, id) or error from error
+    store.sealed.add(id)
+
+
+def _commit(store: Store, id: LayerId) -> None:
+    file = os.open(store.layout.parents_file(id), _FILE)
+    try:
+        os.fchmod(file, SEALED)
+        if store.sync != "none":
+            try:
+                os.fsync(file)
+            except OSError:
+                os.fchmod(file, OPEN)
+                raise
+    finally:
+        os.close(file)
+
+
+def read_usage(store: Store, id: LayerId) -> Usage | None:
+    """What was counted of a sealed layer; None if nothing was, or if it is not sealed."""
+    if id not in store.sealed:
+        return None
+    with suppress(OSError, ValueError):
+        name = f"{store.xattr_namespace}.{_NAME}"
+        text = os.getxattr(store.layout.content(id), name).decode("ascii", "replace")
+        size, inodes, counted = text.split(" ")
+        # a snapshot has the xattrs of what it was made of
+        if counted == id:
+            return Usage(int(size), int(inodes))
+    return None
+
+
+def forget_usage(store: Store, id: LayerId) -> None:
+    """The content is about to be written in another way: what was counted is wrong then."""
+    remove_xattr(store.layout.content(id), f"{store.xattr_namespace}.{_NAME}")
