@@ -1,6 +1,7 @@
 """The rules of the house, read from the sources: who imports whom, what stays in one room."""
 
 import ast
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +97,15 @@ def test_rooms_have_names_and_hold_one_thing() -> None:
         assert path.stem not in {"util", "utils", "helpers", "common", "misc"}
         lines = len(path.read_text().splitlines())
         assert lines <= 450, f"{path} has {lines} lines: does that room hold two things?"
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_the_imports_as_they_are() -> None:
+    script = runpy.run_path(str(CHECKOUT / "docs/rooms.py"))
+    assert not script["upwards"](CHECKOUT), "rooms import each other in a circle"
+    drawn = (CHECKOUT / "docs/rooms.svg").read_text()
+    assert drawn == script["picture"](CHECKOUT), "run `.venv/bin/python docs/rooms.py`"
+
+
+def test_the_store_knows_nothing_of_unions() -> None:
+    for path in CHECKOUT.glob("aufsd/store/*.py"):
+        assert not [name for name in imports(path) if name.startswith("aufsd.union")], path
