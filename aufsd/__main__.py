@@ -239,15 +239,13 @@ def _check(flags: dict[str, object]) -> int:
     namespace: Literal["trusted", "user"] = "user" if probe.in_user_namespace() else "trusted"
     store = opening.open_store(root, adopt=bool(flags["adopt"]), xattr_namespace=namespace)
     try:
-        problems = check.check(
-            store, id=None, deep=bool(flags["deep"]), repair=bool(flags["repair"]), mounted=None
-        )
+        problems = check.check(store, id=None, repair=bool(flags["repair"]), mounted=None)
     finally:
         store.close()
     if flags["deep"]:
         with offline.open_offline(root, Settings(namespace=namespace)) as branches:
             problems += branches.compare(sorted(store.parent))
-            problems += branches.read_by_aufs(sorted(store.parent))
+            problems += branches.look_into(sorted(store.parent))
     for problem in map(check.readable, problems):
         where = problem.id or "store"
         done = " (repaired)" if problem.repaired else ""

@@ -350,7 +350,7 @@ class Driver:
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check:
         """Hold layers/, diff/, mnt/ and the kernel against each other."""
         store, table = self.store, self.active.table
-        found = await checks.consistency(store, table, self.disk, id=id, deep=deep, repair=repair)
+        found = await checks.consistency(store, table, self.disk, id=id, repair=repair)
         if deep:
             found += await self.content.check_content(sorted(store.parent) if id is None else [id])
         return results.Check(list(map(readable, found)))

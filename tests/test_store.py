@@ -2,7 +2,6 @@
 
 import errno
 import os
-import resource
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import probe, syscalls
-from aufsd.store import dialect as dialects
 from aufsd.store import recovery
-from aufsd.store.check import check
-from aufsd.store.dialect import Dialect, XattrNamespace
+from aufsd.store.dialect import XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
@@ -25,7 +22,6 @@ from aufsd_client.errors import (
     StoreLocked,
     StoreNotAdopted,
 )
-from tests.trees import deepen, in_memory
 
 pytestmark = pytest.mark.mounts  # for the owners and trusted xattrs that only root may set
 
@@ -320,40 +316,3 @@ def test_a_full_disk_is_said_with_its_code(tmp_path: Path) -> None:
             assert names(small) == before
     finally:
         syscalls.umount2(str(small))
-
-
-def test_a_deep_check_goes_as_deep_as_a_layer_and_names_what_it_cannot_read(
-    tmp_path: Path,
-) -> None:
-    with in_memory(tmp_path / "fs") as fs, opened(fs / "s") as store:
-        make(store, A)
-        make(store, B)
-        here = deepen(fs / "s/diff/a", name="d" * 10)
-        os.close(os.open(".wh.gone", os.O_CREAT | os.O_WRONLY, dir_fd=here))
-        os.setxattr(f"/proc/self/fd/{here}", f"{NAMESPACE}.overlay.redirect", b"/x")
-        os.close(here)
-        dialects.write_dialect(store.layout.content(A), Dialect.OVERLAY, NAMESPACE)
-        before = len(os.listdir("/proc/self/fd"))
-        found = check(store, id=None, deep=True, repair=False, mounted=None)
-        assert [(each.id, each.problem) for each in found] == [
-            (A, "stray-xattr"),
-            (A, "mixed-dialects"),
-        ]
-        assert len(os.listdir("/proc/self/fd")) == before
-        # one layer that cannot be read is no reason not to look at the next
-        (fs / "s/mnt/b").rmdir()
-        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-        # four descriptors more, and no other: enough for an empty layer
-        free = [os.dup(0) for _ in range(4)]
-        room = free[-1] + 1
-        for fd in free:
-            os.close(fd)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (room, limits[1]))
-        try:
-            found = check(store, id=None, deep=True, repair=False, mounted=None)
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert [(each.id, each.problem) for each in found] == [
-            (A, "unreadable"),
-            (B, "missing-mount-point"),
-        ]

@@ -156,11 +156,14 @@ class Jobs:
         root = self._content(chain[0]) if against is None else self.layout.diff
         return _expect(await self._run(chain[0].id, "usage", work, [root], []), requests.Used)
 
-    async def read_by_aufs(self, chain: tuple[Branch, ...]) -> results.Problem | None:
-        """What aufs shows of a chain otherwise than the strict rule; None if they agree."""
+    async def look_into(self, chain: tuple[Branch, ...]) -> tuple[results.Problem, ...]:
+        """What is wrong with the marks in the content of chain[0], and what aufs reads otherwise.
+
+        Raises InternalError (EIO) and LimitExceeded.
+        """
         work = requests.Read(chain)
         result = await self._run(chain[0].id, "check", work, [self.layout.diff], [])
-        return _expect(result, requests.Reading).problem
+        return _expect(result, requests.Reading).problems
 
     async def clone(self, id: str, staging: str) -> None:
         """Copy the content of a layer into the empty directory `staging` below the store's root.

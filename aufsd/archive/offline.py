@@ -10,7 +10,7 @@ import fcntl
 import os
 import resource
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from aufsd.archive import compare, fingerprint, measure, readings, view
@@ -87,14 +87,20 @@ class Offline:
             return self._compare(chain, chain[1:], out)
         return write_branch(self.diff, chain[0], self.settings, out)
 
-    def read_by_aufs(self, ids: Sequence[str]) -> list[Problem]:
-        """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
-        found = []
+    def look_into(self, ids: Sequence[str]) -> list[Problem]:
+        """What is wrong with the marks of the layers; a damaged one is told elsewhere."""
+        found: list[Problem] = []
         for id in ids:
-            with suppress(LayerDamaged):
-                strict, aufs = readings.roots(self.diff, self.chain(id), self.settings.namespace)
-                found.append(readings.problem(id, readings.differences(strict, aufs)))
-        return [problem for problem in found if problem is not None]
+            try:
+                chain = self.chain(id)
+                with _standing_in(self.diff, chain[0], self.settings):
+                    found += readings.look_into(self.diff, chain, self.settings.namespace)
+            except LayerDamaged:
+                continue
+            except OSError as error:
+                content = self.layout.content(LayerId(id))
+                found.append(Problem(id, "unreadable", f"{content}: {error.strerror}", False))
+        return found
 
     def compare(self, ids: Sequence[str]) -> list[Problem]:
         """Which of the layers are not what their archives made of them, or cannot be read."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from aufsd.archive import view
+from aufsd.archive import strays, view
 from aufsd.archive.meter import shown
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
@@ -34,6 +34,16 @@ class _Level(NamedTuple):
     strict: list[Place]
     aufs: list[Place]
     names: Iterator[bytes]
+
+
+def look_into(store: int, chain: Sequence[Branch], namespace: str) -> tuple[Problem, ...]:
+    """What `check` with `deep` says of the content of chain[0]. Raises OSError.
+
+    The current directory is another one afterwards.
+    """
+    found = strays.problems(store, chain, namespace)
+    other = problem(chain[0].id, differences(*roots(store, chain, namespace)))
+    return (*found, other) if other else tuple(found)
 
 
 def roots(store: int, chain: Sequence[Branch], namespace: str) -> tuple[list[Place], list[Place]]:

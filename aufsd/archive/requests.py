@@ -86,7 +86,7 @@ class Usage(Struct, frozen=True, tag=True):
 
 
 class Read(Struct, frozen=True, tag=True):
-    """Find what aufs reads otherwise in a chain. Descriptors: all branches."""
+    """Find marks that are none, and what aufs reads otherwise. Descriptors: all branches."""
 
     chain: tuple[Branch, ...]
 
@@ -183,7 +183,7 @@ class Used(Struct, frozen=True, tag=True):
 class Reading(Struct, frozen=True, tag=True):
     """Result of Read."""
 
-    problem: Problem | None
+    problems: tuple[Problem, ...]
 
 
 class Fingerprinted(Struct, frozen=True, tag=True):

@@ -12,15 +12,15 @@ from aufsd.store import check as store_check
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
-from aufsd_client.errors import LayerDamaged, LayerNotFound
+from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, LimitExceeded
 
 
 async def consistency(
-    store: Store, table: Table, disk: Disk, *, id: LayerId | None, deep: bool, repair: bool
+    store: Store, table: Table, disk: Disk, *, id: LayerId | None, repair: bool
 ) -> list[Problem]:
     """Hold layers/, diff/, mnt/ and the kernel against each other; of one layer, or of all."""
     found = await disk.run(
-        store_check.check, store, id=id, deep=deep, repair=False, mounted=set(table.entries)
+        store_check.check, store, id=id, repair=False, mounted=set(table.entries)
     )
     # what was being changed looked wrong: asked again with nobody at it, and repaired only then
     suspects = sorted({each.id for each in found if each.id and each.problem != "stray-record"})
@@ -34,7 +34,6 @@ async def consistency(
                 store_check.again,
                 store,
                 name,
-                deep=deep,
                 repair=repair,
                 mounted=set(table.entries),
             )
@@ -43,11 +42,14 @@ async def consistency(
     return found
 
 
-async def read_by_aufs(
+async def content(
     store: Store, table: Table, disk: Disk, jobs: Jobs, ids: Sequence[LayerId]
 ) -> list[Problem]:
-    """Which of the layers aufs reads otherwise; one that cannot be read is told elsewhere."""
-    found = []
+    """Which of the layers hold marks that are none, and which aufs reads otherwise.
+
+    Each is read in a process of its own. One that cannot be read ends no check.
+    """
+    found: list[Problem] = []
 
     def branches(chain: Sequence[LayerId]) -> tuple[Branch, ...]:
         return tuple(Branch(id, store.dialect(id)) for id in chain)
@@ -55,8 +57,10 @@ async def read_by_aufs(
     for id in ids:
         with suppress(LayerNotFound, LayerDamaged, FileNotFoundError, NotADirectoryError):
             async with table.reading(partial(_whole_chain, store, id)) as (chain,):
-                problem = await jobs.read_by_aufs(await disk.run(branches, chain))
-            found += [] if problem is None else [problem]
+                try:
+                    found += await jobs.look_into(await disk.run(branches, chain))
+                except (InternalError, LimitExceeded) as error:
+                    found.append(Problem(id, "unreadable", error.message, False))
     return found
 
 

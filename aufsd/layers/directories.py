@@ -90,7 +90,7 @@ class Directories:
         store, table, disk, jobs = self.store, self.table, self.disk, self.jobs
         return [
             *await fingerprints.compare(store, table, disk, jobs, ids),
-            *await check.read_by_aufs(store, table, disk, jobs, ids),
+            *await check.content(store, table, disk, jobs, ids),
         ]
 
     # --- in a thread --------------------------------------------------------------------------

@@ -20,12 +20,11 @@ from aufsd.kernel import mountinfo
 from aufsd.results import Problem
 from aufsd.store import dialect as dialects
 from aufsd.store.content import fsync
-from aufsd.store.dialect import Dialect
 from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
-from aufsd_client.errors import LayerDamaged, LayerNotFound
+from aufsd_client.errors import LayerNotFound
 
 P = ParamSpec("P")
 
@@ -36,21 +35,20 @@ def check(
     store: Store,
     *,
     id: LayerId | None,
-    deep: bool,
     repair: bool,
     mounted: Collection[LayerId] | None,
 ) -> list[Problem]:
     """Look at one layer, or at all and at what belongs to none.
 
     `mounted` are the table's ids; None where nobody serves the store, and mounts are nobody's.
-    `deep` walks the content too and finds whiteouts of the wrong dialect.
+    What layers hold is looked at elsewhere (archive/strays.py, archive/fingerprint.py).
     """
     if id is not None:
         store.require(id)
-        return _of_one(store, id, deep=deep, repair=repair)
+        return _of_one(store, id, repair=repair)
     found = list(whole(store, repair=repair))
     for known in sorted((*store.parent, *store.damaged)):
-        found += _of_one(store, known, deep=deep, repair=repair)
+        found += _of_one(store, known, repair=repair)
     names = {*os.listdir(store.layout.diff), *os.listdir(store.layout.mnt)}
     for name in sorted(names):
         found += _orphan(store, name, repair=repair)
@@ -69,12 +67,10 @@ def _escaped(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in whole)
 
 
-def again(
-    store: Store, name: str, *, deep: bool, repair: bool, mounted: Collection[LayerId]
-) -> list[Problem]:
+def again(store: Store, name: str, *, repair: bool, mounted: Collection[LayerId]) -> list[Problem]:
     """Look once more at one name, which nobody changes meanwhile."""
     if is_id(name) and store.exists(LayerId(name)):
-        found = _of_one(store, LayerId(name), deep=deep, repair=repair)
+        found = _of_one(store, LayerId(name), repair=repair)
         return [*found, *(each for each in _uncounted(store, mounted) if each.id == name)]
     return list(_orphan(store, name, repair=repair))
 
@@ -95,17 +91,17 @@ def _modes(store: Store, *, repair: bool) -> Iterator[Problem]:
             yield Problem("", "wrong-mode", f"{detail}, should be 0710 0:{store.gid}", done)
 
 
-def _of_one(store: Store, id: LayerId, *, deep: bool, repair: bool) -> list[Problem]:
+def _of_one(store: Store, id: LayerId, *, repair: bool) -> list[Problem]:
     """What is wrong with one layer. One that goes meanwhile, or cannot be read, ends no check."""
     try:
-        return list(_layer(store, id, deep=deep, repair=repair))
+        return list(_layer(store, id, repair=repair))
     except LayerNotFound:
         return [Problem(id, "unreadable", "it was removed while it was looked at", False)]
     except OSError as error:
         return [Problem(id, "unreadable", f"{error.filename or id}: {error.strerror}", False)]
 
 
-def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[Problem]:
+def _layer(store: Store, id: LayerId, *, repair: bool) -> Iterator[Problem]:
     if id in store.damaged:
         done = repair and _done(_restore_parents, store, id)
         after = "; its parents file is written again, and counts at the next start" if done else ""
@@ -125,11 +121,6 @@ def _layer(store: Store, id: LayerId, *, deep: bool, repair: bool) -> Iterator[P
     if half is not None:
         detail = f"a conversion to {half} was cut off; the next mount or convert finishes it"
         yield Problem(id, "half-converted", detail, False)
-    elif deep:
-        try:
-            yield from _content(store, id, content)
-        except OSError as error:
-            yield Problem(id, "unreadable", f"{content}: {error.strerror}", False)
 
 
 def _differing(store: Store, id: LayerId) -> str:
@@ -168,127 +159,6 @@ def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> Non
     os.rename(fresh, path)
     if store.sync != "none":
         fsync(store.layout.layers)
-
-
-def _content(store: Store, id: LayerId, content: str) -> Iterator[Problem]:
-    """Marks that this layer's dialect does not know, and what only part of a layer lies in.
-
-    What goes away meanwhile is passed over: the layer may be mounted. Raises any other OSError.
-    """
-    dialect = dialects.read_dialect(content, store.xattr_namespace)
-    opaque = dialects.opaque_xattr(store.xattr_namespace)
-    elsewhere = {f"{store.xattr_namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
-    parents = [store.layout.content(parent) for parent in _known_chain(store, id)[1:]]
-    for inside, fd, rows in _walk(content):
-        if dialect is Dialect.OVERLAY and inside != b"/":
-            yield from _listed(id, parents, store.xattr_namespace, inside, fd, rows)
-        for name, directory in rows:
-            path = os.fsdecode(inside + name)
-            if directory:
-                pass
-            elif dialect is not Dialect.AUFS and dialects.deleted_name(name) is not None:
-                yield Problem(id, "mixed-dialects", f"{path} is an aufs whiteout", False)
-            elif dialect is not Dialect.OVERLAY:
-                with suppress(FileNotFoundError):
-                    if dialects.is_whiteout_node(os.lstat(name, dir_fd=fd)):
-                        yield Problem(id, "mixed-dialects", f"{path} is an overlay whiteout", False)
-            try:
-                # by the descriptor: the whole path may be longer than a path can be
-                found = set(
-                    os.listxattr(b"/proc/self/fd/%d/%b" % (fd, name), follow_symlinks=False)
-                )
-            except FileNotFoundError:
-                continue
-            if stray := found & elsewhere:
-                yield Problem(id, "stray-xattr", f"{path} has {', '.join(sorted(stray))}", False)
-            # fuse-overlayfs's helper notes so for itself what it says in aufs's way beside it, and
-            # takes the note back when the union is unmounted (union/fuse.py, strip)
-            mixed = opaque in found and dialect is not Dialect.OVERLAY
-            if mixed and not (dialect is Dialect.AUFS and _says_opaque(fd, name)):
-                yield Problem(id, "mixed-dialects", f"{path} is opaque as overlay says it", False)
-            if dialect is Dialect.AUFS and _is_long(name):
-                detail = f"{path}: aufs lists names of more than 242 bytes, and cannot open them"
-                yield Problem(id, "long-name", detail, False)
-
-
-def _known_chain(store: Store, id: LayerId) -> tuple[LayerId, ...]:
-    try:
-        return store.chain(id)
-    except LayerDamaged:
-        return (id,)
-
-
-def _listed(
-    id: LayerId,
-    parents: Sequence[str],
-    namespace: str,
-    inside: bytes,
-    fd: int,
-    rows: Sequence[tuple[bytes, bool]],
-) -> Iterator[Problem]:
-    """Whiteouts that overlayfs lists, for it merges their directory with none below it."""
-    alone: bool | None = None
-    for name, directory in rows:
-        if directory:
-            continue
-        with suppress(FileNotFoundError):
-            if not dialects.is_whiteout_node(os.lstat(name, dir_fd=fd)):
-                continue
-            if alone is None:
-                alone = dialects.has_opaque_xattr(fd, namespace) or not any(
-                    os.path.isdir(os.fsencode(parent) + inside) for parent in parents
-                )
-            if alone:
-                path = os.fsdecode(inside + name)
-                detail = (
-                    f"{path} is a whiteout in a directory with nothing below it, and shows as a "
-                    "name that nothing opens; converting the layer to aufs and back takes it away"
-                )
-                yield Problem(id, "listed-whiteout", detail, False)
-
-
-def _says_opaque(fd: int, name: bytes) -> bool:
-    try:
-        os.lstat(name + b"/.wh..wh..opq", dir_fd=fd)
-    except OSError:
-        return False
-    return True
-
-
-def _walk(top: str) -> Iterator[tuple[bytes, int, list[tuple[bytes, bool]]]]:
-    """Every directory from the top down: its path inside, open, and what it holds and whether that
-    is a directory. As deep as there are descriptors, which os.fwalk() is not: it recurses."""
-    levels: list[tuple[bytes, int, list[bytes]]] = []
-    inside, fd = b"/", os.open(top, _DIRECTORY)
-    try:
-        while True:
-            left: list[bytes] = []
-            levels.append((inside, fd, left))
-            with os.scandir(fd) as entries:
-                rows = [
-                    (os.fsencode(entry.name), entry.is_dir(follow_symlinks=False))
-                    for entry in entries
-                ]
-            left += [name for name, directory in rows if directory]
-            yield inside, fd, rows
-            below = None
-            while below is None:
-                while not levels[-1][2]:
-                    os.close(levels.pop()[1])
-                    if not levels:
-                        return
-                above, fd, left = levels[-1]
-                inside = b"%b%b/" % (above, left[-1])
-                with suppress(FileNotFoundError):
-                    below = os.open(left.pop(), _DIRECTORY, dir_fd=fd)
-            fd = below
-    finally:
-        for _, fd, _ in levels:
-            os.close(fd)
-
-
-def _is_long(name: bytes) -> bool:
-    return len(name) > dialects.AUFS_NAME_MAX and not name.startswith(dialects.WHITEOUT)
 
 
 def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:

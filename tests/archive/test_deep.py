@@ -1,6 +1,7 @@
 """Layers deeper than paths, recursion and descriptors go: copied, converted, labelled, stripped."""
 
 import os
+import resource
 import stat
 import tracemalloc
 from collections.abc import AsyncIterator, Iterator
@@ -10,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from aufsd.archive.jobs import Jobs, open_jobs
+from aufsd.archive.offline import open_offline
 from aufsd.archive.relabel import XATTR
-from aufsd.archive.requests import Limits
+from aufsd.archive.requests import Branch, Limits, Settings
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -138,6 +140,58 @@ def test_the_names_that_a_flush_has_to_link_are_found_in_a_deep_union(memory: Pa
     assert sorted(found) == [b"again", b"linked"]
     os.close(root)
     os.close(here)
+
+
+async def test_a_deep_layer_is_checked_with_few_descriptors(jobs: Jobs, memory: Path) -> None:
+    content = memory / "store/diff/a"
+    content.mkdir()
+    here = deepen(content)
+    os.close(os.open(".wh.gone", os.O_CREAT | os.O_WRONLY, dir_fd=here))
+    os.mknod("listed", stat.S_IFCHR, os.makedev(0, 0), dir_fd=here)
+    os.setxattr(f"/proc/self/fd/{here}", f"{NAMESPACE}.overlay.redirect", b"/x")
+    os.close(here)
+    found = await jobs.look_into((Branch("a", Dialect.OVERLAY),))
+    assert sorted(each.problem for each in found) == [
+        *("listed-whiteout", "mixed-dialects", "stray-xattr"),
+    ]
+    assert max(len(each.detail) for each in found) < 5000
+
+
+def test_one_layer_that_cannot_be_read_is_no_reason_not_to_look_at_the_next(memory: Path) -> None:
+    root = memory / "store"
+    for id in ("a", "b"):
+        (root / "diff" / id).mkdir(parents=True)
+        (root / "layers").mkdir(exist_ok=True)
+        (root / "layers" / id).touch()
+    os.close(deepen(root / "diff/a", 40))
+    (root / "diff/b" / ("n" * 250)).touch()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        with open_offline(str(root), Settings(namespace=NAMESPACE)) as store:
+            # enough for a layer without directories, and no more
+            free = [os.dup(0) for _ in range(12)]
+            room = free[-1] + 1
+            for fd in free:
+                os.close(fd)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (room, limits[1]))
+            before = open_descriptors()
+            found = [(each.id, each.problem) for each in store.look_into(["a", "b"])]
+            assert open_descriptors() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found == [("a", "unreadable"), ("b", "long-name")]
+
+
+async def test_of_many_problems_the_first_are_named_and_the_rest_counted(
+    jobs: Jobs, memory: Path
+) -> None:
+    content = memory / "store/diff/a"
+    content.mkdir()
+    for number in range(1000):
+        (content / f".wh.{number}").touch()
+    found = await jobs.look_into((Branch("a", Dialect.OVERLAY),))
+    assert len(found) == 21
+    assert found[-1].detail == "and 980 more names"
 
 
 def test_what_fuse_overlayfs_noted_is_taken_from_a_deep_branch(memory: Path) -> None:
