@@ -253,6 +253,7 @@ class _Parents:
         self._namespace = settings.namespace
         # most archives name every directory and delete nothing: then this is never asked for
         self._merged: list[view.Place] | None = None
+        self._shown: view.Directories | None = None
 
     def inherit(self, path: bytes) -> bool:
         """Give the current directory the attributes of the directory that is there; or False."""
@@ -260,15 +261,18 @@ class _Parents:
 
     def lies_below(self, path: bytes) -> bool:
         """Whether there is a directory of this path."""
-        found = self._opened(path)
-        if found is not None:
-            os.close(found)
-        return found is not None
+        if self._shown is None:
+            self._shown = view.Directories(self._roots())
+        return self._shown.has(path)
 
     def _opened(self, path: bytes) -> int | None:
+        merged = self._roots()
+        return view.open_directory(merged, path) if merged else None
+
+    def _roots(self) -> list[view.Place]:
         if self._merged is None:
             self._merged = view.roots(self._below, self._chain, self._namespace)
-        return view.open_directory(self._merged, path) if self._merged else None
+        return self._merged
 
 
 def _packed(

@@ -160,17 +160,58 @@ def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
 
 def open_directory(merged: Sequence[Place], path: bytes) -> int | None:
     """The topmost directory that the merged view has at `path`; the caller closes it."""
+    places = _reach(merged, path)
+    try:
+        return os.dup(places[0].fd) if places else None
+    finally:
+        _close(places)
+
+
+class Directories:
+    """Whether a merged view has directories, asked on a walk: one below the last costs no way."""
+
+    __slots__ = ("_at", "_merged", "_path")
+
+    def __init__(self, merged: Sequence[Place]) -> None:
+        self._merged = merged
+        self._path = b""
+        self._at: Sequence[Place] = merged
+
+    def has(self, path: bytes) -> bool:
+        """Whether there is a directory of this path."""
+        if not self._merged:
+            return False
+        below = self._path + b"/" if self._path else b""
+        if path.startswith(below):
+            found = _reach(self._at, path[len(below) :])
+        else:
+            found = _reach(self._merged, path)
+        if found:
+            self.close()
+            self._path, self._at = path, found
+        return bool(found)
+
+    def close(self) -> None:
+        """Let go of the last directory; the view stays its owner's."""
+        if self._at is not self._merged:
+            _close(self._at)
+        self._path, self._at = b"", self._merged
+
+
+def _reach(merged: Sequence[Place], path: bytes) -> list[Place]:
+    """The directories that make up `path`, none if it is none; the caller closes them."""
     current: Sequence[Place] = merged
     try:
         for part in path.split(b"/"):
             top = lookup(current, part)
             if top is None or not stat.S_ISDIR(top.stat.st_mode):
-                return None
+                return []
             below = descend(current, part, top)
             if current is not merged:
                 _close(current)
             current = below
-        return os.dup(current[0].fd) if current else None
+        found, current = list(current), merged
+        return found
     finally:
         if current is not merged:
             _close(current)

@@ -96,7 +96,11 @@ async def test_a_deep_layer_is_converted_there_and_back(jobs: Jobs, memory: Path
         os.close(here)
         here = below
     os.close(os.open(".wh..wh..opq", os.O_CREAT | os.O_WRONLY, dir_fd=here))
-    assert await jobs.convert("a", Dialect.OVERLAY)
+    parent = memory / "store/diff/parent"
+    parent.mkdir()
+    os.close(deepen(parent))
+    # each directory is looked for in the parent from where the last one was found
+    assert await jobs.convert("a", Dialect.OVERLAY, (Branch("parent", Dialect.AUFS),))
     assert not orphans.exists()
     assert marks.has_opaque_xattr(here, NAMESPACE)
     assert marks.is_whiteout_node(os.stat("../gone", dir_fd=here))
