@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import mountinfo, syscalls
+from aufsd_client import loading
 from tests.daemon import Daemon, daemon, eventually
 from tests.docker.dockerd import Dockerd, alone, containerd, started
 
@@ -144,6 +145,13 @@ def test_an_image_is_built_saved_removed_and_loaded_with_its_id(
     subprocess.run(command, env=environment, check=True, capture_output=True)
     id = engine("inspect", "-f", "{{.Id}}", "built")
     engine("save", "built", "-o", str(tmp_path / "built.tar"))
+    with engine.aufsd.client() as client:
+        # what Docker saved is an image to us too, with the layers that its tar has
+        with client.mounted(loading.load(client, str(tmp_path / "built.tar")).layer) as root:
+            assert Path(root, "hello").read_text() == "hello\n"
+            assert not Path(root, "gone").exists()
+        for row in sorted(client.iter_layers(prefix="sha256-"), key=lambda row: -row.depth):
+            assert client.remove(row.id).removed
     before = len(engine.layers())
     engine("rmi", "-f", "built")
     assert len(engine.layers()) < before

@@ -16,7 +16,7 @@ from aufsd import config
 from aufsd.__main__ import command_line
 from aufsd_client import Client
 from aufsd_client.errors import LayerExists
-from tests.daemon import Daemon
+from tests.daemon import Daemon, eventually
 from tests.docs.blocks import CHECKOUT, Block, block_with, blocks, shell_blocks
 
 # the first line of each block that a test below runs
@@ -29,7 +29,8 @@ TOUR = (
 )
 JOURNAL = "journalctl -u aufsd -p warning"
 MONITORING = "check_aufsd  "
-RUN = (*TOUR, JOURNAL, MONITORING)
+IMAGES = "layer=$(aufsctl load image.tar)"
+RUN = (*TOUR, JOURNAL, MONITORING, IMAGES)
 
 
 @pytest.mark.parametrize("block", shell_blocks(), ids=str)
@@ -134,6 +135,8 @@ def test_the_recipes_for_the_journal_pass_over_what_is_not_ours(
     client.create("web")
     with pytest.raises(LayerExists):
         client.create("web")
+    # a line is written after the answer
+    eventually(lambda: '"LayerExists"' in served.log)
     others = {
         "PermissionDenied": {"event": "call", "uid": 1000, "outcome": "PermissionDenied"},
         "0123456789abcdef": {"event": "call", "uid": 0, "incident": "0123456789abcdef"},
@@ -195,3 +198,20 @@ def test_the_checks_of_monitoring_are_what_the_page_says(served: Daemon, tmp_pat
         )
         assert done.returncode in (0, 1, 2), done.stderr
         assert done.stdout.startswith("AUFSD ")
+
+
+@pytest.mark.service
+def test_the_recipe_for_images(served: Daemon, tmp_path: Path) -> None:
+    small_root(tmp_path / "image.tar", tmp_path / "root")
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "AUFSD_SOCKET": served.socket,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+    command = ["bash", "-ec", block_with(IMAGES).commands]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sha256-" in done.stdout

@@ -8,7 +8,8 @@ from contextlib import suppress
 import click
 
 from aufsd_client import __version__, standard
-from aufsd_client.cli import content, conversion, daemon, export, layers, show, top
+from aufsd_client.blobs import ImageError
+from aufsd_client.cli import content, conversion, daemon, export, layers, load, show, top
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import AufsdError
@@ -45,6 +46,7 @@ _VERBS = (
     *content.COMMANDS,
     *conversion.COMMANDS,
     *export.COMMANDS,
+    *load.COMMANDS,
     *daemon.COMMANDS,
     top.top,
 )
@@ -64,7 +66,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except (AufsdError, BadReply, OSError) as error:
+    except (AufsdError, BadReply, ImageError, OSError) as error:
         with suppress(OSError):
             # what could not be printed is not tried again at exit
             standard.flush()
