@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aufsd.store.dialect import WITH_MARKS, Dialect
-from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
+from tests.archive.shelf import Entry, Shelf, needs_root, open_shelf, snapshot
 
 pytestmark = pytest.mark.mounts
 
@@ -360,6 +360,16 @@ def grow(at: bytes, tree: dict[str, object]) -> None:
                 pass
 
 
+def but_modes(root: Path | str) -> dict[bytes, Entry]:
+    """A snapshot without the permissions of overlayfs's whiteouts."""
+    return {
+        name: entry._replace(mode=stat.S_IFCHR)
+        if stat.S_ISCHR(entry.mode) and not entry.device
+        else entry
+        for name, entry in snapshot(root).items()
+    }
+
+
 @settings(
     max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -385,7 +395,8 @@ def test_generated_layers_are_the_same_in_both_dialects(trees: list[dict[str, ob
             await shelf.apply(stream, other, f"{id}-below")
             assert await shelf.diff(other) == stream
         assert await shelf.jobs.convert(f"{id}-aufs", Dialect.OVERLAY)
-        assert snapshot(shelf.path(f"{id}-aufs")) == snapshot(shelf.path(f"{id}-overlay"))
+        # an archive says no mode of a whiteout: one unpacked has its union's, one converted its own
+        assert but_modes(shelf.path(f"{id}-aufs")) == but_modes(shelf.path(f"{id}-overlay"))
         assert await shelf.diff(f"{id}-aufs") == stream
         assert await shelf.jobs.convert(f"{id}-overlay", Dialect.AUFS)
         assert await shelf.diff(f"{id}-overlay") == stream
