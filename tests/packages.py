@@ -47,6 +47,7 @@ PACKAGES = (
     Package("python3-venv", "python -m venv", "setup"),
     Package("debootstrap", "debootstrap", "demo"),
     Package("acl", "setfacl", "acl"),
+    Package("bubblewrap", "bwrap", "blocks"),
     Package("btrfs-progs", "mkfs.btrfs", "btrfs"),
     Package("e2fsprogs", "mkfs.ext4", "ext4"),
     Package("fuse-overlayfs", "fuse-overlayfs", "fuse"),

@@ -47,7 +47,7 @@ def command(daemon: Daemon, capfd: Capture) -> Command:
 def test_every_method_has_a_verb() -> None:
     methods = {name.replace("_", "-").removeprefix("rpc.") for name in TABLE}
     assert methods < set(aufsctl.commands)
-    assert set(aufsctl.commands) - methods == {"inspect", "apply", "export", "load", "top"}
+    assert set(aufsctl.commands) - methods == {"inspect", "apply", "export", "load", "run", "top"}
 
 
 @pytest.mark.parametrize("verb", sorted(aufsctl.commands))

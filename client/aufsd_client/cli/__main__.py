@@ -10,9 +10,11 @@ import click
 from aufsd_client import __version__, standard
 from aufsd_client.blobs import ImageError
 from aufsd_client.cli import content, conversion, daemon, export, layers, load, show, top
+from aufsd_client.cli import run as running
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import AufsdError
+from aufsd_client.sandbox import SandboxError
 from aufsd_client.wire import DEFAULT_SOCKET, BadReply
 
 
@@ -47,6 +49,7 @@ _VERBS = (
     *conversion.COMMANDS,
     *export.COMMANDS,
     *load.COMMANDS,
+    *running.COMMANDS,
     *daemon.COMMANDS,
     top.top,
 )
@@ -66,7 +69,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except (AufsdError, BadReply, ImageError, OSError) as error:
+    except (AufsdError, BadReply, ImageError, SandboxError, OSError) as error:
         with suppress(OSError):
             # what could not be printed is not tried again at exit
             standard.flush()

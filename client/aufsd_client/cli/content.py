@@ -104,7 +104,7 @@ def changes(session: Session, id: str, parent: str, after: str | None, limit: in
             any_change = False
             for change in client.iter_changes(id, parent=parent):
                 any_change = True
-                _show_change(change)
+                show_change(change)
         if not any_change:
             show.line(f"{id} changed nothing", stderr=True)
         return
@@ -112,13 +112,14 @@ def changes(session: Session, id: str, parent: str, after: str | None, limit: in
     found = session.ask(request)
     if session.human:
         for change in found.changes:
-            _show_change(change)
+            show_change(change)
         if found.next:
             hint(f"there are more: --after {found.next}")
 
 
-def _show_change(change: results.Change) -> None:
-    click.echo(f"{_LETTERS.get(change.kind, '?')} {show.text(change.path)}")
+def show_change(change: results.Change, *, stderr: bool = False) -> None:
+    """One line: A added, M modified, D deleted."""
+    click.echo(f"{_LETTERS.get(change.kind, '?')} {show.text(change.path)}", err=stderr)
 
 
 COMMANDS = (diff, apply_diff, diff_size, changes)

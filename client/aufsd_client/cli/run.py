@@ -1,0 +1,115 @@
+"""The verb that runs a command in a throw-away layer."""
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import click
+
+from aufsd_client import Client, sandbox
+from aufsd_client.cli.content import show_change
+from aufsd_client.cli.session import Session, hint, warn
+from aufsd_client.errors import AufsdError
+from aufsd_client.sandbox import Bind, Sandbox
+
+
+@click.command()
+@click.argument("layer")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--rm", "throw_away", is_flag=True, help="Remove the new layer at the end.")
+@click.option("--name", default="", metavar="ID", help="The new layer's id.")
+@click.option("--ro", "read_only", is_flag=True, help="The root is not to be written to.")
+@click.option(
+    "--bind", "binds", multiple=True, metavar="SRC:DST[:ro]", help="Have SRC of the host at DST."
+)
+@click.option("--env", "variables", multiple=True, metavar="KEY=VALUE", help="For the command.")
+@click.option("--workdir", default="/", metavar="DIR", help="Where it begins.")
+@click.option("--user", default="", metavar="USER", help="A name in the layer, or UID[:GID].")
+@click.option("--changes", is_flag=True, help="List what it changed, on standard error.")
+@click.option("--runtime", type=click.Choice(["bwrap", "unshare"]), help="What runs it.")
+@click.pass_obj
+def run(
+    session: Session,
+    layer: str,
+    command: tuple[str, ...],
+    throw_away: bool,
+    name: str,
+    read_only: bool,
+    binds: tuple[str, ...],
+    variables: tuple[str, ...],
+    workdir: str,
+    user: str,
+    changes: bool,
+    runtime: str | None,
+) -> int:
+    """Run a command in a new layer on LAYER: `aufsctl run debian -- make test`.
+
+    The exit status is the command's. The new layer stays, unless --rm. Its mount ends with the
+    command, and both with this process, however that ends. The command has namespaces of its own
+    by bubblewrap, or else by unshare, and the host's network. It is kept from the host's files by
+    that and by no more: a command that runs as root has to be trusted.
+    """
+    environment = dict(_pair(each, "--env") for each in variables)
+    wanted = tuple(_bind(each) for each in binds)
+    chosen = sandbox.choose(runtime or "", user)
+    id = name or f"run-{uuid.uuid4().hex[:12]}"
+    with session.client() as client:
+        client.create(id, parent=layer)
+        with _removed(client, id, throw_away or read_only), _got(client, id, read_only) as path:
+            made = Sandbox(path, read_only, wanted, environment, workdir, user)
+            status = sandbox.run(made, command, chosen)
+            if changes:
+                for change in client.iter_changes(id):
+                    show_change(change, stderr=True)
+        if not (throw_away or read_only or name):
+            hint(f"what it wrote is in {id}; `aufsctl remove {id}` throws it away")
+    return status
+
+
+@contextmanager
+def _got(client: Client, id: str, read_only: bool) -> Iterator[str]:
+    """The path of a layer whose reference ends with this process, or with the block."""
+    path = client.get(id, hold="process", read_only=read_only).path
+    try:
+        yield path
+    finally:
+        # what goes wrong here is no reason to hide how the command ended: the daemon puts it when
+        # this process is gone
+        try:
+            client.put(id)
+        except (AufsdError, OSError) as error:
+            warn([f"{id} could not be unmounted yet: {error}"])
+
+
+@contextmanager
+def _removed(client: Client, id: str, wanted: bool) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if wanted:
+            try:
+                found = client.remove(id, force=True)
+                left = "" if found.removed or found.reason == "not-found" else "it is in use"
+            except (AufsdError, OSError) as error:
+                left = str(error)
+            if left:
+                warn([f"{id} could not be removed: {left}; `aufsctl remove {id}` does it later"])
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=option)
+    return key, value
+
+
+def _bind(text: str) -> Bind:
+    source, colon, target = text.partition(":")
+    target, _, mode = target.partition(":")
+    if not (source and colon and target) or mode not in ("", "ro", "rw"):
+        raise click.BadParameter(f"{text!r} is not SRC:DST or SRC:DST:ro", param_hint="--bind")
+    return Bind(os.path.abspath(source), target, mode == "ro")
+
+
+COMMANDS = (run,)
