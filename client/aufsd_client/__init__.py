@@ -1,6 +1,7 @@
 """Client library of aufsd: `Client` is blocking, `aufsd_client.trio.Client` is it for Trio."""
 
-from aufsd_client.client import Client
+from typing import TYPE_CHECKING
+
 from aufsd_client.errors import (
     ArchiveEscape,
     AufsdError,
@@ -44,6 +45,9 @@ from aufsd_client.wire import (
     ConnectionLost,
     DaemonUnreachable,
 )
+
+if TYPE_CHECKING:
+    from aufsd_client.client import Client
 
 __version__ = "0.1.0"
 
@@ -89,3 +93,13 @@ __all__ = [
     "TooManyLayers",
     "UnmountBusy",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """`Client` when it is first asked for: aufsctl does most of its work without."""
+    if name != "Client":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from aufsd_client.client import Client
+
+    globals()[name] = Client
+    return Client

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
 
+from aufsd_client.said import Said
+
 # what an index, a manifest or a configuration may come to; registries take 4 MiB
 _LARGEST = 32 << 20
 # what the first name in an image's tar is, and that of a root file system never
@@ -28,7 +30,7 @@ _LINKS = 8
 _GZIP = b"\x1f\x8b"
 
 
-class ImageError(Exception):
+class ImageError(Said):
     """What is wrong with an image, as a sentence."""
 
 

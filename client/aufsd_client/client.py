@@ -2,38 +2,24 @@
 
 import inspect
 import os
-import select
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
 from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from aufsd_client import calls, parsing, results, streams
-from aufsd_client.address import reachable
 from aufsd_client.calls import Hold, Request
-from aufsd_client.wire import (
-    DEFAULT_SOCKET,
-    READ_SIZE,
-    ConnectionLost,
-    LineSplitter,
-    Reply,
-    decode_reply,
-    descriptor,
-    encode_request,
-    match,
-    unreachable,
-)
+from aufsd_client.link import Link
+from aufsd_client.wire import DEFAULT_SOCKET, encode_request, match
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # idle connections that are kept for the next call; one that is in use has one call
 _KEPT = 8
-_CONNECT_PAUSE = 0.01  # seconds
 
 
 def _blocking(build: Callable[P, Request[T]]) -> Callable[Concatenate["Client", P], T]:
@@ -77,7 +63,7 @@ class Client:
         self.path = os.fspath(path)
         self.timeout = timeout
         self._lock = threading.Lock()
-        self._idle: list[_Link] = []
+        self._idle: list[Link] = []
         self._pid = os.getpid()
         self._numbers = count(1)
         self._closed = False
@@ -190,7 +176,7 @@ class Client:
         """Any method by name, its result object as it came; `fd` is sent along, not closed."""
         deadline = None if self.timeout is None else time.monotonic() + self.timeout
         id = f"{os.getpid()}:{method}#{next(self._numbers)}"
-        link = self._take() or _Link(self.path, deadline)
+        link = self._take() or Link(self.path, deadline)
         try:
             reply = match(link.exchange(encode_request(id, method, params), fd, deadline), id)
         except BaseException:
@@ -205,7 +191,7 @@ class Client:
     def _ask(self, request: Request[T], fd: int | None = None) -> T:
         return parsing.parse(request.result, self.call(request.method, request.params, fd=fd))
 
-    def _take(self) -> "_Link | None":
+    def _take(self) -> "Link | None":
         with self._lock:
             if self._closed:
                 raise ValueError("the client is closed")
@@ -221,86 +207,9 @@ class Client:
                 link.close()
         return None
 
-    def _give_back(self, link: "_Link") -> None:
+    def _give_back(self, link: "Link") -> None:
         with self._lock:
             if not self._closed and len(self._idle) < _KEPT:
                 self._idle.append(link)
                 return
         link.close()
-
-
-class _Link:
-    """One connection; one call at a time."""
-
-    def __init__(self, path: str, deadline: float | None) -> None:
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._lines = LineSplitter()
-        try:
-            with reachable(path) as short:
-                self._connect(short, deadline)
-        except TimeoutError:
-            self.close()
-            raise
-        except OSError as error:
-            self.close()
-            raise unreachable(path, error) from error
-
-    def _connect(self, path: str, deadline: float | None) -> None:
-        while True:
-            try:
-                with _in_time(self._sock, deadline):
-                    self._sock.connect(path)
-            except BlockingIOError:
-                # many wait to be let in, and with a timeout connect(2) does not wait its turn
-                time.sleep(_CONNECT_PAUSE)
-            else:
-                return
-
-    def close(self) -> None:
-        self._sock.close()
-
-    def usable(self) -> bool:
-        """Whether an idle connection still stands: the daemon may have ended meanwhile."""
-        poll = select.poll()
-        poll.register(self._sock, select.POLLIN)
-        return not poll.poll(0)
-
-    def exchange(self, frame: bytes, fd: int | None, deadline: float | None) -> Reply:
-        """Send a call and wait for its answer. Raises ConnectionLost, TimeoutError."""
-        # what the daemon said before it closed tells more than the broken pipe
-        with suppress(BrokenPipeError, ConnectionResetError):
-            self._send(memoryview(frame), fd, deadline)
-        return self._receive(deadline)
-
-    def _send(self, rest: memoryview, fd: int | None, deadline: float | None) -> None:
-        ancillary = descriptor(fd)
-        while rest:
-            with _in_time(self._sock, deadline):
-                rest = rest[self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL) :]
-            ancillary = []
-
-    def _receive(self, deadline: float | None) -> Reply:
-        while True:
-            data = b""
-            with suppress(ConnectionResetError), _in_time(self._sock, deadline):
-                data = self._sock.recv(READ_SIZE)
-            if not data:
-                raise ConnectionLost("the daemon closed the connection before it answered")
-            for line in self._lines.feed(data):
-                return decode_reply(line)
-
-
-@contextmanager
-def _in_time(sock: socket.socket, deadline: float | None) -> Iterator[None]:
-    """One operation on the socket, until the deadline (time.monotonic)."""
-    late = TimeoutError("the daemon did not answer in time")
-    if deadline is None:
-        sock.settimeout(None)
-    elif (left := deadline - time.monotonic()) > 0:
-        sock.settimeout(left)
-    else:
-        raise late
-    try:
-        yield
-    except TimeoutError:
-        raise late from None

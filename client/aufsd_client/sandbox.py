@@ -16,6 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
+from aufsd_client.said import Said
+
 Runtime = Literal["bwrap", "unshare"]
 
 # what a command is told, unless it is told otherwise
@@ -48,7 +50,7 @@ exit $?
 """
 
 
-class SandboxError(Exception):
+class SandboxError(Said):
     """Why a command cannot be run, as a sentence."""
 
 

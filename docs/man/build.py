@@ -20,7 +20,7 @@ from aufsd.config import Config
 from aufsd.daemon import RELOADED
 from aufsd.rpc.calls import Kind
 from aufsd.rpc.methods import TABLE
-from aufsd_client.cli.__main__ import aufsctl
+from aufsd_client.cli.__main__ import every_verb
 
 HERE = Path(__file__).parent
 KEYS = msgspec.structs.fields(Config)
@@ -127,7 +127,7 @@ def options_of(command: click.Command) -> Iterator[str]:
 def commands() -> Iterator[str]:
     """The commands of aufsctl, their arguments and options."""
     names: dict[click.Command, list[str]] = {}
-    for name, command in sorted(aufsctl.commands.items()):
+    for name, command in sorted(every_verb().commands.items()):
         names.setdefault(command, []).append(name)
     for command, called in names.items():
         context = click.Context(command, info_name=called[0])
@@ -160,8 +160,8 @@ def build(directory: Path) -> None:
         "aufsd.8": {"OPTIONS": key_options(), "COMMANDS": offline_commands(), "METHODS": methods()},
         "aufsd.toml.5": {"KEYS": keys(), "KINDS": kinds()},
         "aufsctl.1": {
-            "DESCRIPTION": iter([roff(summary(aufsctl))]),
-            "OPTIONS": options_of(aufsctl),
+            "DESCRIPTION": iter([roff(summary(every_verb()))]),
+            "OPTIONS": options_of(every_verb()),
             "COMMANDS": commands(),
         },
     }

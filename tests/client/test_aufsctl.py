@@ -14,7 +14,7 @@ from aufsd.rpc.methods import TABLE
 from aufsd.rpc.server import Settings
 from aufsd_client import errors
 from aufsd_client.cli import session, show
-from aufsd_client.cli.__main__ import aufsctl, run
+from aufsd_client.cli.__main__ import every_verb, run
 from aufsd_client.cli.report import describe
 from tests.client.threaded import Daemon, running
 from tests.rpc.fake_driver import TAR
@@ -46,11 +46,18 @@ def command(daemon: Daemon, capfd: Capture) -> Command:
 
 def test_every_method_has_a_verb() -> None:
     methods = {name.replace("_", "-").removeprefix("rpc.") for name in TABLE}
-    assert methods < set(aufsctl.commands)
-    assert set(aufsctl.commands) - methods == {"inspect", "apply", "export", "load", "run", "top"}
+    assert methods < set(every_verb().commands)
+    assert set(every_verb().commands) - methods == {
+        "inspect",
+        "apply",
+        "export",
+        "load",
+        "run",
+        "top",
+    }
 
 
-@pytest.mark.parametrize("verb", sorted(aufsctl.commands))
+@pytest.mark.parametrize("verb", sorted(every_verb().commands))
 def test_every_verb_explains_itself(verb: str, capfd: Capture) -> None:
     assert run([verb, "--help"]) == 0
     assert f"Usage: aufsctl {verb}" in capfd.readouterr().out
@@ -393,3 +400,24 @@ def test_who_may_not_open_the_control_socket_reads_the_monitor_one(
     thread.join()
     assert results == [0, 3]
     assert "join the group aufsd" in capfd.readouterr().err
+
+
+def test_a_short_call_imports_only_what_it_uses(daemon: Daemon) -> None:
+    """What is named here takes as long as all the rest of a `ping`."""
+    script = (
+        "import sys; from aufsd_client.cli.__main__ import run\n"
+        f"assert run(['--socket', {daemon.path!r}, 'ping']) == 0\n"
+        "print(*sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert "aufsd_client.link" in loaded
+    heavy = {"rich", "aufsd_client.client", "aufsd_client.results", "aufsd_client.cli.layers"}
+    assert loaded & heavy == set()
+
+
+def test_json_is_heard_after_the_verb_too(command: Command) -> None:
+    assert command("exists", "a", "--json") == command("--json", "exists", "a")
+    assert json.loads(command("exists", "a", "--json")[1]) == {"exists": True}

@@ -8,13 +8,11 @@ from contextlib import suppress
 import click
 
 from aufsd_client import __version__, standard
-from aufsd_client.blobs import ImageError
-from aufsd_client.cli import content, conversion, daemon, export, layers, load, show, top
-from aufsd_client.cli import run as running
+from aufsd_client.cli import show, verbs
 from aufsd_client.cli.report import Exit, describe
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import AufsdError
-from aufsd_client.sandbox import SandboxError
+from aufsd_client.said import Said
 from aufsd_client.wire import DEFAULT_SOCKET, BadReply
 
 
@@ -43,33 +41,40 @@ def aufsctl(context: click.Context, socket: str, as_json: bool, timeout: float |
     context.obj = Session(socket, as_json, timeout)
 
 
-_VERBS = (
-    *layers.COMMANDS,
-    *content.COMMANDS,
-    *conversion.COMMANDS,
-    *export.COMMANDS,
-    *load.COMMANDS,
-    *running.COMMANDS,
-    *daemon.COMMANDS,
-    top.top,
-)
-for command in _VERBS:
-    aufsctl.add_command(command)
-aufsctl.add_command(layers.get_metadata, "inspect")
-aufsctl.add_command(content.apply_diff, "apply")
+def every_verb() -> click.Group:
+    """The command with all of its verbs, for whoever wants to list or explain them."""
+    for verb in verbs.VERBS:
+        aufsctl.add_command(verbs.find(verb), verb)
+    return aufsctl
+
+
+def _prepared(arguments: Sequence[str]) -> list[str]:
+    """The arguments, --json before the verb wherever it stood; the verb's module is loaded."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    own, passed = list(arguments[:end]), arguments[end:]
+    # a layer may have the name of a verb
+    named = {each for each in own if each in verbs.VERBS}
+    if not named:
+        every_verb()
+    for verb in named:
+        aufsctl.add_command(verbs.find(verb), verb)
+    if "--json" in own:
+        own = ["--json", *(each for each in own if each != "--json")]
+    return [*own, *passed]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command line; the exit status."""
     try:
-        status = aufsctl.main(arguments, prog_name="aufsctl", standalone_mode=False)
+        given = _prepared(sys.argv[1:] if arguments is None else arguments)
+        status = aufsctl.main(given, prog_name="aufsctl", standalone_mode=False)
         standard.flush()
     except click.ClickException as error:
         error.show()
         return Exit.USAGE
     except (KeyboardInterrupt, click.Abort):
         return 130
-    except (AufsdError, BadReply, ImageError, SandboxError, OSError) as error:
+    except (AufsdError, BadReply, Said, OSError) as error:
         with suppress(OSError):
             # what could not be printed is not tried again at exit
             standard.flush()

@@ -28,15 +28,6 @@ def version(session: Session) -> None:
 
 @click.command()
 @click.pass_obj
-def ping(session: Session) -> None:
-    """Have an answer from the daemon."""
-    session.ask(calls.ping(), monitor=True)
-    if session.human:
-        show.line("the daemon answers")
-
-
-@click.command()
-@click.pass_obj
 def status(session: Session) -> None:
     """The state of the store."""
     found = session.ask(calls.status(), monitor=True)
@@ -113,4 +104,4 @@ def check(session: Session, id: str, deep: bool, repair: bool) -> None:
         show.table(["ID", "PROBLEM", "DETAIL", "REPAIRED"], rows, empty="no problems were found")
 
 
-COMMANDS = (version, ping, status, health, metrics, discover, cleanup, check)
+COMMANDS = (version, status, health, metrics, discover, cleanup, check)

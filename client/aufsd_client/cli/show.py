@@ -4,15 +4,18 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from rich.cells import cell_len
-from rich.console import Console
-
 HEALTH = {"ok": "green", "degraded": "yellow", "failing": "red"}
 
 
 def line(value: str, *, style: str = "", stderr: bool = False) -> None:
     """One line, in colours if a terminal shows it, and never cut or wrapped by us."""
     stream = sys.stderr if stderr else sys.stdout
+    if not stream.isatty():
+        # rich is half of the time that a short call takes
+        stream.write(f"{text(value)}\n")
+        return
+    from rich.console import Console
+
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     console.print(text(value), style=style, soft_wrap=True)
 
@@ -45,6 +48,15 @@ def table(
             plain.append(_row(row, widths))
     if plain:
         sys.stdout.write("\n".join(plain) + "\n")
+
+
+def cell_len(value: str) -> int:
+    """How many cells of a terminal it takes."""
+    if value.isascii():
+        return len(value)
+    from rich.cells import cell_len
+
+    return cell_len(value)
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -274,3 +274,6 @@ def _screen() -> Iterator[_Draw]:
         return
     with Live(console=Console(), screen=True, auto_refresh=False) as live:
         yield _Draw(live)
+
+
+COMMANDS = (top,)
