@@ -65,6 +65,7 @@ class Overview:
     def health(self) -> results.Health:
         """One line a concern; the whole is as bad as the worst."""
         checks = [
+            self._identity(),
             self._space(),
             self._busy(),
             self._helpers(),
@@ -75,6 +76,12 @@ class Overview:
         ]
         worst = max((check.status for check in checks), key=_SEVERITY.index)
         return results.Health(worst, checks)
+
+    def _identity(self) -> results.HealthCheck:
+        problem = self.store.identity.problem()
+        if problem is not None:
+            return results.HealthCheck("store", "failing", problem.message)
+        return results.HealthCheck("store", "ok", "it is what was locked, and takes writes")
 
     def _space(self) -> results.HealthCheck:
         try:

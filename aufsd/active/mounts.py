@@ -79,7 +79,7 @@ class Mounts:
     ) -> Entry | None:
         """Count one reference if that is all there is to do; None if a `get` has to wait.
 
-        Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict.
+        Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict, IncompatibleFilesystem.
         """
         table = self.table
         with table.locked():
@@ -390,18 +390,19 @@ class Mounts:
         It is looked at again after any change of the mount table, and in each turn if a process
         serves it, which may have died. Otherwise it is as it was.
         """
-        if not entry.union:
-            return True
         turn = self.table.turn
         if id in turn.standing:
             return True
         target = self.store.layout.mount_point(id)
+        if self.changes.any():
+            self._seen.clear()
         if standing.is_served(entry.backend) and entry.backend == self.backend.name:
             found = self.backend.is_mounted(target)
-        else:
-            if self.changes.any():
-                self._seen.clear()
-            found = id in self._seen or standing.is_on_top(target, entry)
+        elif not (found := id in self._seen):
+            if not entry.union:
+                # the directory that is given out is there as long as the store is
+                self.store.identity.verify(writing=False)
+            found = not entry.union or standing.is_on_top(target, entry)
             if found:
                 self._seen.add(id)
         if found and turn.taken:

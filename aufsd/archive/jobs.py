@@ -405,7 +405,8 @@ async def open_jobs(
 @contextmanager
 def _cloned(path: str) -> Iterator[int]:
     """A detached mount of a directory: not what is mounted in it, nor what it lies in."""
-    fd = sc.open_tree(sc.AT_FDCWD, path, sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC)
+    flags = sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC | sc.AT_SYMLINK_NOFOLLOW
+    fd = sc.open_tree(sc.AT_FDCWD, path, flags)
     try:
         yield fd
     finally:

@@ -42,6 +42,7 @@ AT_SYMLINK_NOFOLLOW: Final = 0x100
 OPEN_TREE_CLONE: Final = 0x1
 OPEN_TREE_CLOEXEC: Final = os.O_CLOEXEC
 MOVE_MOUNT_F_EMPTY_PATH: Final = 0x4
+MOVE_MOUNT_T_SYMLINKS: Final = 0x10
 MOUNT_ATTR_RDONLY: Final = 0x1
 MOUNT_ATTR_NOSUID: Final = 0x2
 MOUNT_ATTR_NODEV: Final = 0x4
@@ -299,6 +300,22 @@ def statx_device(path: str) -> int:
     """st_dev of `path`, without asking a network or FUSE server."""
     found = _statx(path)
     return os.makedev(found.stx_dev_major, found.stx_dev_minor)
+
+
+class Place(NamedTuple):
+    """Which file a path leads to, and in which mount (0 where the kernel has no STATX_MNT_ID)."""
+
+    mount: int
+    device: int
+    inode: int
+
+
+def statx_place(path: str) -> Place:
+    """STATX_MNT_ID (Linux 5.8) and STATX_INO of `path`; no network or FUSE server is asked."""
+    found = _statx(path, _STATX_INO | _STATX_MNT_ID)
+    device = os.makedev(found.stx_dev_major, found.stx_dev_minor)
+    known = found.stx_mask & _STATX_MNT_ID
+    return Place(found.stx_mnt_id if known else 0, device, found.stx_ino)
 
 
 class MountIds(NamedTuple):

@@ -13,6 +13,7 @@ from aufsd.active.mounts import Mounts
 from aufsd.active.refs import BIND, Entry, Reference
 from aufsd.layers.branches import Chains
 from aufsd.layers.content import Content
+from aufsd.store.identity import require_directory
 from aufsd.store.ids import LayerId
 from aufsd.store.seals import is_frozen
 from aufsd.threads import Disk
@@ -35,7 +36,8 @@ class Access:
 
         Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict, MountFailed,
         ConversionNeeded, LayerInUse (a branch in another dialect that a mount of another backend
-        stands on). Cancelled or failed: the count is as before, and nothing is left mounted.
+        stands on), and what Identity.verify raises. Cancelled or failed: the count is as before,
+        and nothing is left mounted.
         """
         table, store = self.mounts.table, self.mounts.store
         while True:
@@ -66,7 +68,9 @@ class Access:
         id, store = chain[0], self.mounts.store
         # no child comes while the transition is held, for create waits for that
         read_only = asked or is_frozen(store, id)
+        store.identity.verify(writing=not read_only)
         if not self.content.needs_mount(chain, read_only=read_only):
+            await self.disk.run(require_directory, store.layout.content(id), id)
             await self.content.prepare_to_give(id, read_only=read_only)
             return self.mounts.count_content(
                 id, reference, read_only=read_only, asked_read_only=asked

@@ -53,6 +53,8 @@ class Upkeep:
     # --- deletion -----------------------------------------------------------------------------
 
     async def _delete(self) -> None:
+        # in another store it is not ours to delete
+        self.store.identity.verify()
         left = await self._finish_removals()
         undeleted = await self.disk.run(self.store.erase_removed)
         self.store.undeleted = len(undeleted)
@@ -86,6 +88,7 @@ class Upkeep:
         was; where not even that can be done it stays half converted, which every reader
         understands, and is finished in the background.
         """
+        self.store.identity.verify()
         before = await self.disk.run(self.store.dialect, id)
         if before is not to:
             await self.disk.run(forget_usage, self.store, id)

@@ -15,7 +15,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
-from aufsd_client.errors import ConversionNeeded, LayerDamaged
+from aufsd_client.errors import ConversionNeeded
 
 log = structlog.get_logger(__name__)
 
@@ -83,17 +83,13 @@ class Chains:
 
     def dialect(self, id: LayerId) -> Dialect:
         """How the layer's content says what is deleted; LayerDamaged if there is none."""
-        try:
-            return self.store.dialect(id)
-        except (FileNotFoundError, NotADirectoryError):
-            problem = "its content directory is missing"
-            raise LayerDamaged(
-                f"layer {id} is damaged: {problem}", id=id, problem=problem
-            ) from None
+        self.store.identity.verify(writing=False)
+        return self.store.dialect(id)
 
     def branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
         """A chain for an archive job."""
-        return tuple(Branch(id, self.dialect(id)) for id in chain)
+        self.store.identity.verify(writing=False)
+        return tuple(Branch(id, self.store.dialect(id)) for id in chain)
 
     def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
         """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
@@ -102,7 +98,7 @@ class Chains:
         return {
             id: dialect
             for id in ids
-            if (dialect := self.dialect(id)) is not wanted
+            if (dialect := self.store.dialect(id)) is not wanted
             or dialects.interrupted(content(id), namespace) is not None
         }
 

@@ -19,6 +19,7 @@ async def consistency(
     store: Store, table: Table, disk: Disk, *, id: LayerId | None, repair: bool
 ) -> list[Problem]:
     """Hold layers/, diff/, mnt/ and the kernel against each other; of one layer, or of all."""
+    store.identity.verify(writing=repair)
     found = await disk.run(
         store_check.check, store, id=id, repair=False, mounted=set(table.entries)
     )
@@ -55,7 +56,7 @@ async def content(
         return tuple(Branch(id, store.dialect(id)) for id in chain)
 
     for id in ids:
-        with suppress(LayerNotFound, LayerDamaged, FileNotFoundError, NotADirectoryError):
+        with suppress(LayerNotFound, LayerDamaged):
             async with table.reading(partial(_whole_chain, store, id)) as (chain,):
                 try:
                     found += await jobs.look_into(await disk.run(branches, chain))

@@ -114,7 +114,7 @@ def _layer(store: Store, id: LayerId, *, repair: bool) -> Iterator[Problem]:
         yield Problem(id, "missing-content", f"{content} is not a directory", False)
         return
     mount_point = store.layout.mount_point(id)
-    if not os.path.isdir(mount_point):
+    if not os.path.isdir(mount_point) or os.path.islink(mount_point):
         done = repair and _done(os.mkdir, mount_point, 0o755)
         yield Problem(id, "missing-mount-point", f"{mount_point} is not a directory", done)
     half = dialects.interrupted(content, store.xattr_namespace)

@@ -29,10 +29,12 @@ from aufsd.store.dialect import (
 )
 from aufsd.store.erase import Left, erase
 from aufsd.store.format import Format, Sync, write_durably, write_format
+from aufsd.store.identity import Identity, require_directory
 from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
-from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed, NoSpace
+from aufsd.store.space import no_space
+from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed
 
 
 @dataclass(slots=True)
@@ -52,6 +54,7 @@ class Store:
     xattr_namespace: XattrNamespace
     lock_fd: int
     jobs_fd: int
+    identity: Identity
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     children: dict[LayerId, set[LayerId]] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Store:
         A subvolume from `stage_child` is taken as it is. Raises LayerExists if something lies where
         the layer would, NoSpace, or OSError.
         """
+        self.identity.verify()
         content = self.layout.content(id)
         mount_point = self.layout.mount_point(id)
         if os.path.lexists(self.layout.parents_file(id)):
@@ -221,6 +225,7 @@ class Store:
         could not be moved after it is returned, and `finish_removal` or recovery moves it.
         `erase_removed` deletes later.
         """
+        self.identity.verify()
         layout = self.layout
         record, name = layout.removal(id), layout.parents_file(id)
         try:
@@ -352,6 +357,7 @@ class Store:
 
     @contextlib.contextmanager
     def _staged(self) -> Iterator[str]:
+        self.identity.verify()
         path = f"{self.layout.staging}/{os.getpid()}.{next(self._serial)}"
         try:
             yield path
@@ -368,7 +374,9 @@ class Store:
         The content was synced by who wrote it; here the names are (renameat2(2),
         RENAME_EXCHANGE: both names exist at every moment). Raises OSError, with nothing done.
         """
+        self.identity.verify()
         content = self.layout.content(id)
+        require_directory(content, id)
         at = syscalls.AT_FDCWD
         contents.thaw(content)
         records.write(staged, fingerprint, self.xattr_namespace)
@@ -387,8 +395,10 @@ class Store:
         self.unrecorded.discard(id)
 
     def dialect(self, id: LayerId) -> Dialect:
-        """How the layer's content says what is deleted. Raises OSError, where there is none."""
-        return read_dialect(self.layout.content(id), self.xattr_namespace)
+        """How the layer's content says what is deleted. LayerDamaged without any."""
+        content = self.layout.content(id)
+        require_directory(content, id)
+        return read_dialect(content, self.xattr_namespace)
 
     def settled_on(self, id: LayerId) -> list[LayerId]:
         """Layers on this one that lack whiteouts which, by what it held, hide nothing."""
@@ -413,6 +423,7 @@ class Store:
         """
         if id in self.unrecorded:
             return
+        self.identity.verify()
         try:
             records.drop(self.layout.content(id), self.xattr_namespace, self.sync)
         except OSError as error:
@@ -433,12 +444,6 @@ class Store:
 
     def close(self) -> None:
         """Release the locks."""
+        self.identity.close()
         os.close(self.jobs_fd)
         os.close(self.lock_fd)
-
-
-def no_space(error: OSError, id: LayerId) -> NoSpace | None:
-    """The API's error for a full file system or quota."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return NoSpace(f"no space left for layer {id}: {error.strerror}", id=id)
-    return None

@@ -12,6 +12,7 @@ from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store.content import fsync
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.format import Format, Sync, read_format, write_format
+from aufsd.store.identity import identify
 from aufsd.store.index import read_index
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
@@ -83,6 +84,7 @@ def open_store(
                 fsync(root)
                 fsync(os.path.dirname(root))
         index = read_index(layout, xattr_namespace)
+        identity = identify(layout)
     except BaseException:
         if jobs_fd >= 0:
             os.close(jobs_fd)
@@ -97,6 +99,7 @@ def open_store(
         xattr_namespace=xattr_namespace,
         lock_fd=lock_fd,
         jobs_fd=jobs_fd,
+        identity=identity,
         parent=index.parent,
         children=index.children(),
         damaged=index.damaged,

@@ -16,7 +16,8 @@ from aufsd.kernel import btrfs
 from aufsd.store import content as contents
 from aufsd.store.dialect import remove_xattr
 from aufsd.store.ids import LayerId
-from aufsd.store.layers import Store, no_space
+from aufsd.store.layers import Store
+from aufsd.store.space import no_space
 from aufsd_client.errors import LayerSealed
 
 SEALED: Final = 0o444
@@ -50,6 +51,7 @@ def seal(store: Store, id: LayerId, usage: Usage) -> None:
 
     A subvolume becomes read-only too.
     """
+    store.identity.verify()
     content = store.layout.content(id)
     contents.thaw(content)
     # without room for it the content is counted again whenever that is asked for

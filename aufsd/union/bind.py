@@ -9,6 +9,7 @@ import os
 from typing import Final
 
 from aufsd.kernel import syscalls
+from aufsd.union import runner
 from aufsd.union.backend import Union
 from aufsd_client.errors import MountFailed
 
@@ -24,13 +25,16 @@ def mount(union: Union) -> None:
     at, empty = syscalls.AT_FDCWD, syscalls.AT_EMPTY_PATH
     try:
         tree = syscalls.open_tree(
-            at, union.top, syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC
+            at,
+            union.top,
+            syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC | syscalls.AT_SYMLINK_NOFOLLOW,
         )
         try:
             read_only, private = syscalls.MOUNT_ATTR_RDONLY, syscalls.MS_PRIVATE
             syscalls.mount_setattr(tree, "", empty, attr_set=read_only, propagation=private)
             to = syscalls.MOVE_MOUNT_F_EMPTY_PATH
-            syscalls.move_mount(tree, "", at, union.target, to)
+            with runner.mount_point(union.target) as target:
+                syscalls.move_mount(tree, "", at, target, to | syscalls.MOVE_MOUNT_T_SYMLINKS)
         finally:
             os.close(tree)
     except OSError as error:

@@ -38,7 +38,7 @@ def _causes(call: MountCall, error: OSError) -> Iterator[str]:
             f"out of file descriptors, and each of {len(call.dirs)} directories needs one: "
             "raise LimitNOFILE"
         )
-    if not os.path.isdir(call.target):
+    if not _is_directory(call.target):
         yield f"the mount point {call.target} is missing or is no directory"
     for path in call.dirs:
         yield from _wrong_branch(call.fstype, path)
@@ -61,9 +61,16 @@ def _causes(call: MountCall, error: OSError) -> Iterator[str]:
         yield "too many options or branches for one call"
 
 
+def _is_directory(path: str) -> bool:
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
 def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
     try:
-        found = os.stat(path)
+        found = os.lstat(path)
     except OSError as error:
         yield f"the directory {path} cannot be reached: {error.strerror}"
         return

@@ -122,9 +122,12 @@ class Fuse:
         self.log.mark()
         with ExitStack() as opened:
             device = _opened(opened, _DEVICE, os.O_RDWR)
-            with runner.explained(union.id, kernel, self.log):
+            with (
+                runner.explained(union.id, kernel, self.log),
+                runner.mount_point(kernel.target) as target,
+            ):
                 syscalls.mount(
-                    *(self.name, kernel.target, kernel.fstype, kernel.flags),
+                    *(self.name, target, kernel.fstype, kernel.flags),
                     f"fd={device},{kernel.data}",
                 )
             try:
@@ -140,6 +143,7 @@ class Fuse:
 
     def _serve(self, union: Union, served: MountCall, device: int, opened: ExitStack) -> int:
         """Start the helper of what is mounted, and write down who it is; its pid."""
+        runner.refuse_symlinks(served.dirs)
         names: list[str | int] = list(served.dirs)
         inherit = [device]
         if served.by_number:

@@ -7,6 +7,7 @@ call is made in a short-lived one, because the main thread's directory is the pr
 
 import errno
 import os
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from aufsd.union.branches import DATA_MAX, MountCall
 from aufsd.union.causes import likely_cause
 from aufsd_client.errors import MountFailed
 
-_BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+_BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _UNDO_TRIES: Final = 10
 _UNDO_PAUSE: Final = 0.05  # seconds
 _this_thread = threading.local()
@@ -99,6 +100,7 @@ def failure(id: str, call: MountCall, error: OSError, log: KernelLog) -> MountFa
 
 def _make(call: MountCall) -> None:
     if not call.by_number:
+        refuse_symlinks(call.dirs)
         _mount(call, call.render(call.dirs))
     elif threading.current_thread() is threading.main_thread():
         with ThreadPoolExecutor(max_workers=1) as other:
@@ -129,4 +131,25 @@ def _mount(call: MountCall, data: str) -> None:
     # the planner's promise, kept here once more: the kernel would cut the rest without a word
     if len(os.fsencode(data)) > DATA_MAX:
         raise OSError(errno.E2BIG, "the options are longer than the kernel reads", call.target)
-    syscalls.mount("none", call.target, call.fstype, call.flags, data)
+    with mount_point(call.target) as target:
+        syscalls.mount("none", target, call.fstype, call.flags, data)
+
+
+@contextmanager
+def mount_point(path: str) -> Iterator[str]:
+    """A mount point as mount(2) takes it: by a descriptor, for by its path it follows a symlink.
+
+    What is mounted there already is what the descriptor is on. Raises OSError (ENOTDIR).
+    """
+    fd = os.open(path, _BRANCH)
+    try:
+        yield f"/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
+
+
+def refuse_symlinks(branches: Sequence[str]) -> None:
+    """Raise OSError (ENOTDIR) if one of them is a symlink, which a union would follow."""
+    for path in branches:
+        if stat.S_ISLNK(os.lstat(path).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, "a symlink, which is not followed", path)
