@@ -21,7 +21,7 @@ from aufsd import config as configuration
 from aufsd.active import journal
 from aufsd.active.in_use import Naming
 from aufsd.active.journal import Journal
-from aufsd.active.mounts import open_mounts
+from aufsd.active.opening import open_mounts
 from aufsd.active.table import Table
 from aufsd.archive.jobs import open_jobs
 from aufsd.archive.requests import Limits

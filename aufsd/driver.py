@@ -21,7 +21,7 @@ from aufsd.active.turn import Turn
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.kernel import holders as kernel_holders
-from aufsd.kernel.peer import Peer
+from aufsd.kernel.peer import Peer, View
 from aufsd.layers import check as checks
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
@@ -215,16 +215,20 @@ class Driver:
         The answer at once if there is only to count, else a coroutine that has it.
         """
         reference = _reference(peer, hold, name)
-        entry = self.active.get_now(id, reference, label=mount_label, read_only=read_only)
-        if entry is not None:
-            return self._got(id, entry, reference)
-        return self._get(id, reference, mount_label, read_only)
+        before, view = self.active.table.entries.get(id), peer.view
+        if before is not None and view.has_seen((id, before.mount)):
+            entry = self.active.get_now(id, reference, label=mount_label, read_only=read_only)
+            if entry is not None:
+                return self._got(id, entry, reference)
+        return self._get(id, reference, mount_label, view, read_only)
 
     async def _get(
-        self, id: LayerId, reference: Reference, label: str, read_only: bool
+        self, id: LayerId, reference: Reference, label: str, view: View, read_only: bool
     ) -> results.Got:
         try:
-            entry = await self.access.get(id, reference, label=label, read_only=read_only)
+            entry = await self.access.get(
+                id, reference, label=label, view=view, read_only=read_only
+            )
         except LayerInUse as error:
             await self.naming.name(error)
             raise
@@ -391,7 +395,8 @@ def _reference(peer: Peer, hold: Literal["manual", "process"], name: str) -> Ref
         )
     if hold == "process" and not peer.start:
         raise InvalidParams(
-            'hold="process" needs a process that the daemon can see, and this one has ended or '
-            'is in a pid namespace above the daemon\'s; use hold="manual"'
+            'hold="process" needs a process that the daemon can see, and this one has ended, is in '
+            "a pid namespace above the daemon's, or connected when the daemon had no file "
+            'descriptor left; connect anew, or use hold="manual"'
         )
     return Reference(peer.pid, peer.uid, peer.comm, hold, time.time(), peer.start, name)

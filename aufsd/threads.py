@@ -45,6 +45,21 @@ class Disk:
         return await run(function, self._limiter, *args, **kwargs)
 
 
+class Scans:
+    """Threads that read /proc: of every process, or the mount table of another namespace.
+
+    Apart from those of the disk, and few: whoever is refused again and again, and has those who
+    hold a mount looked for each time, keeps no other call waiting.
+    """
+
+    def __init__(self, threads: int = 1) -> None:
+        self._limiter = trio.CapacityLimiter(threads)
+
+    async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """See `run` above."""
+        return await run(function, self._limiter, *args, **kwargs)
+
+
 class MountThread:
     """The one thread that mounts and unmounts, so that the kernel sees one such call at a time.
 

@@ -11,7 +11,8 @@ import trio
 
 from aufsd.active import journal
 from aufsd.active.journal import Journal
-from aufsd.active.mounts import Mounts, open_mounts
+from aufsd.active.mounts import Mounts
+from aufsd.active.opening import open_mounts
 from aufsd.active.refs import Entry, Reference
 from aufsd.active.table import Table
 from aufsd.archive.fork import ForkServer

@@ -8,7 +8,7 @@ for, in the same task, with no await between.
 import errno
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,14 +21,12 @@ from aufsd.active import performing, refs, standing
 from aufsd.active.counters import Counters
 from aufsd.active.in_use import mode_conflict, not_ours, not_readable, unmount
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
-from aufsd.active.replay import replay
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch, ProcessWatch
 from aufsd.kernel.mountinfo import Changes
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.seals import is_frozen
-from aufsd.tasks import Tasks
 from aufsd.threads import MountThread
 from aufsd.union.backend import Backend, NotFlushed
 from aufsd_client.errors import (
@@ -53,7 +51,7 @@ class Dropped(NamedTuple):
 
 @dataclass(slots=True)
 class Mounts:
-    """The mounts of one store; `open_mounts` makes it. What a `get` does is in layers/access.py."""
+    """The mounts of one store, made by opening.py. What a `get` does is in layers/access.py."""
 
     store: Store
     backend: Backend
@@ -232,12 +230,23 @@ class Mounts:
 
     async def _put_all(self, id: LayerId, pid: int, start: int) -> None:
         """Drop every reference of an ended process to one layer."""
+        await self._drop_all(id, lambda reference: reference.is_of(pid, start))
+
+    async def take_back(self, id: LayerId, reference: Reference) -> None:
+        """Drop this very reference, which nobody has been told of, if it was counted."""
+        try:
+            await self._drop_all(id, lambda other: other is reference)
+        except (AufsdError, OSError) as error:
+            # the mount is tried again with the busy ones
+            log.warning("put of a reference that was taken back failed", id=id, error=str(error))
+
+    async def _drop_all(self, id: LayerId, is_own: Callable[[Reference], bool]) -> None:
         table = self.table
         while True:
             with table.locked():
                 entry = table.entries.get(id)
                 held = entry.references if entry else ()
-                own = [at for at, reference in enumerate(held) if reference.is_of(pid, start)]
+                own = [at for at, reference in enumerate(held) if is_own(reference)]
                 waiting = table.moving(id)
                 if waiting is None:
                     if entry is None or not own:
@@ -418,32 +427,3 @@ class Mounts:
         with self.table.locked():
             pass
         await self.thread.run(os.getpid)
-
-
-@asynccontextmanager
-async def open_mounts(
-    table: Table, backend: Backend, recorded: dict[LayerId, Entry], tasks: Tasks
-) -> AsyncIterator[Mounts]:
-    """The mounts of a store, with their background tasks; what is mounted stays so after."""
-    async with trio.open_nursery() as nursery:
-        watches = tasks.add("watches", "the end of each process that counts is noticed")
-        helpers = HelperWatch(backend, table, nursery, watches)
-        mounts = Mounts(table.store, backend, table, nursery, helpers)
-        for note in await mounts.thread.run(replay, table, recorded, backend):
-            log.warning(
-                "table and kernel did not agree", id=note.id, kind=note.kind, note=note.text
-            )
-            mounts.counters.differences[note.kind] += 1
-        for id, entry in list(table.entries.items()):
-            helpers.mounted(id)
-            for reference in entry.references:
-                if reference.hold == "process":
-                    mounts.processes.holds(reference)
-        retries = tasks.add("retries", "unmounts that stayed busy are tried again")
-        nursery.start_soon(retries.repeat, mounts.retry_busy)
-        try:
-            yield mounts
-        finally:
-            nursery.cancel_scope.cancel()
-            mounts.thread.close()
-            mounts.changes.close()

@@ -1,13 +1,70 @@
-"""Who is at the other end of a connection."""
+"""Who is at the other end of a connection, and what it sees."""
 
-from typing import NamedTuple
+import errno
+import os
+import select
+import socket
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Final
+
+from aufsd.kernel import sight
+
+# <asm-generic/socket.h>, Linux 6.5
+_SO_PEERPIDFD: Final = 77
+# of what a peer was found to see, so much is remembered
+_REMEMBERED: Final = 256
 
 
-class Peer(NamedTuple):
+@dataclass(slots=True)
+class View:
+    """What a process sees of our mounts, as far as was found out; kept as long as a connection.
+
+    A process that leaves our mount namespace meanwhile is noticed when that is asked anew.
+    """
+
+    pid: int
+    start: int
+    _near: bool | None = None
+    _seen: set[Hashable] = field(default_factory=set)
+
+    def is_near(self, *, anew: bool = False) -> bool:
+        """Whether it is in our mount namespace, also if that cannot be told. Does not block."""
+        if self._near is None or anew:
+            near = sight.in_our_namespace(self.pid)
+            if near is None or not self._is_there():
+                return True
+            self._near = near
+        return self._near
+
+    def has_seen(self, what: Hashable) -> bool:
+        """Whether it sees this: known without a look. Does not block."""
+        return self._near or self.is_near() or what in self._seen
+
+    def sees(self, path: str) -> bool:
+        """Whether it sees at `path` what we do, also if that cannot be told. May block."""
+        return sight.sees(self.pid, path) is not False or not self._is_there()
+
+    def remember(self, what: Hashable) -> None:
+        """It was found to see this."""
+        if len(self._seen) >= _REMEMBERED:
+            self._seen.clear()
+        self._seen.add(what)
+
+    def _is_there(self) -> bool:
+        """Whether the pid is this process's still, and not another one's."""
+        try:
+            return bool(self.start) and process(self.pid)[1] == self.start
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
     """SO_PEERCRED at accept (unix(7)): the process that connected, in our pid namespace.
 
     `start` is its start time in clock ticks since boot, which with the pid names a process for
-    good; 0 and an empty `comm` for one that was gone already.
+    good; 0 and an empty `comm` for one that was gone already, or that could not be looked at.
     """
 
     pid: int
@@ -15,20 +72,56 @@ class Peer(NamedTuple):
     gid: int
     comm: str = ""
     start: int = 0
+    view: View = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "view", View(self.pid, self.start))
 
 
-def identify(pid: int, uid: int, gid: int) -> Peer:
-    """The peer, with what /proc says of it. Reading /proc does not block."""
-    comm, start = process(pid)
+def identify(sock: socket.socket, pid: int, uid: int, gid: int) -> Peer:
+    """The peer, with what /proc says of it. Reading /proc does not block.
+
+    Its pid may be another process's by now. Where the kernel gives a descriptor of the process that
+    connected, what was read counts only if that still lives.
+    """
+    try:
+        pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+    except OSError as error:
+        # an older kernel (ENOPROTOOPT), or out of descriptors; ESRCH, EINVAL: it is gone
+        if error.errno in (errno.ESRCH, errno.EINVAL, errno.ENODATA):
+            return Peer(pid, uid, gid)
+        return _looked_at(pid, uid, gid)
+    try:
+        found = _looked_at(pid, uid, gid)
+        return Peer(pid, uid, gid) if has_ended(pidfd) else found
+    finally:
+        os.close(pidfd)
+
+
+def _looked_at(pid: int, uid: int, gid: int) -> Peer:
+    try:
+        comm, start = process(pid)
+    except OSError:  # no descriptor is left
+        comm, start = "", 0
     return Peer(pid, uid, gid, comm, start)
 
 
+def has_ended(pidfd: int) -> bool:
+    """Whether the process of a pidfd has ended: then it is readable (pidfd_open(2))."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def process(pid: int) -> tuple[str, int]:
-    """Name and start time of a process (proc_pid_stat(5), fields 2 and 22); ("", 0) if none."""
+    """Name and start time of a process (proc_pid_stat(5), fields 2 and 22); ("", 0) if none.
+
+    Raises OSError if it cannot be looked at now, for want of descriptors or memory: it may live.
+    """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
+        with open(f"/proc/{pid}/stat", "rb", buffering=0) as file:
             text = file.read()
-    except OSError:
+    except (FileNotFoundError, ProcessLookupError):
         return "", 0
     # the name stands in parentheses and may hold any byte, so it ends at the last one
     name, _, rest = text.rpartition(b")")

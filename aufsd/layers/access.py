@@ -7,17 +7,21 @@ thawed or frozen. All of it happens in the transition of that one id, which crea
 and convert of the same id wait for, and which waits for them; the chain is read when that is held.
 """
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
+
+import trio
 
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import BIND, Entry, Reference
+from aufsd.kernel.peer import View
 from aufsd.layers.branches import Chains
 from aufsd.layers.content import Content
 from aufsd.store.identity import require_directory
 from aufsd.store.ids import LayerId
 from aufsd.store.seals import is_frozen
-from aufsd.threads import Disk
-from aufsd_client.errors import MountFailed
+from aufsd.threads import Disk, Scans
+from aufsd_client.errors import MountFailed, PermissionDenied
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +32,59 @@ class Access:
     chains: Chains
     content: Content
     disk: Disk
+    # mount tables of other namespaces
+    scans: Scans = field(default_factory=lambda: Scans(2))
 
     async def get(
-        self, id: LayerId, reference: Reference, *, label: str, read_only: bool = False
+        self,
+        id: LayerId,
+        reference: Reference,
+        *,
+        label: str,
+        view: View | None = None,
+        read_only: bool = False,
     ) -> Entry:
         """Count one reference, and give the layer out on the first; the entry as it is then.
 
-        Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict, MountFailed,
-        ConversionNeeded, LayerInUse (a branch in another dialect that a mount of another backend
-        stands on), and what Identity.verify raises. Cancelled or failed: the count is as before,
-        and nothing is left mounted.
+        `view`: what who asks sees of our mounts. Raises LayerNotFound, LayerDamaged, LabelConflict,
+        ModeConflict, MountFailed, ConversionNeeded, LayerInUse (a branch in another dialect that a
+        mount of another backend stands on), PermissionDenied (who asks does not see it), and what
+        Identity.verify raises. Cancelled or failed: the count is as before, and nothing is left mounted.
         """
+        entry = await self._count(id, reference, label, read_only=read_only)
+        if view is not None and not view.is_near(anew=True):
+            await self._require_seen(id, entry, reference, view)
+        return entry
+
+    async def _require_seen(
+        self, id: LayerId, entry: Entry, reference: Reference, view: View
+    ) -> None:
+        """Take the reference back if who asked for it would find another directory at the path.
+
+        Whether a mount reaches another namespace is seen when it is there, and not before.
+        """
+        layout, seen = self.mounts.store.layout, False
+        path = layout.mount_point(id) if entry.union else layout.content(id)
+        try:
+            seen = await self.scans.run(view.sees, path)
+        finally:
+            if not seen:
+                with trio.CancelScope(shield=True):
+                    await self.mounts.take_back(id, reference)
+        if not seen:
+            raise PermissionDenied(
+                f"process {view.pid} is in another mount namespace than the daemon, and finds "
+                f"something else than layer {id} at {path}; run it in the daemon's (nsenter -m "
+                f"-t {os.getpid()}), or in one that gets its mounts (unshare --propagation "
+                "slave, where the store lies on a shared mount)",
+                id=id,
+                path=path,
+            )
+        view.remember((id, entry.mount))
+
+    async def _count(
+        self, id: LayerId, reference: Reference, label: str, *, read_only: bool
+    ) -> Entry:
         table, store = self.mounts.table, self.mounts.store
         while True:
             entry = self.mounts.get_now(id, reference, label=label, read_only=read_only)

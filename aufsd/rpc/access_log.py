@@ -57,7 +57,8 @@ class AccessLog:
     def dropped(self, peer: Peer, reason: str) -> None:
         """A peer that misbehaved was dropped."""
         if self._allows(peer):
-            log.warning("peer dropped", reason=reason, **peer._asdict())
+            known = {"pid": peer.pid, "uid": peer.uid, "gid": peer.gid}
+            log.warning("peer dropped", reason=reason, **known, comm=peer.comm, start=peer.start)
 
     async def run(self) -> None:
         """Tell now and then how many lines were left out. Endless."""

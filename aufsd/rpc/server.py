@@ -111,7 +111,7 @@ class Server:
         pid, uid, gid = struct.unpack(
             "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )
-        peer, groups = identify(pid, uid, gid), _groups(sock)
+        peer, groups = identify(sock, pid, uid, gid), _groups(sock)
         self._admission.admit(uid, monitor=monitor)
         try:
             reader = self._readers[monitor]
