@@ -31,6 +31,7 @@ from aufsd.kernel import probe
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
+from aufsd.layers.checkpoints import Checkpoints
 from aufsd.layers.content import Content
 from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
@@ -181,6 +182,7 @@ async def open_driver(
                 access=Access(active, chains, content, disk),
                 chains=chains,
                 content=content,
+                checkpoints=Checkpoints(active, chains, disk, upkeep.erase),
                 erase=upkeep.erase,
                 upkeep=upkeep,
                 naming=Naming(store.layout, disk),

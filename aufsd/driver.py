@@ -26,6 +26,7 @@ from aufsd.layers import check as checks
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
+from aufsd.layers.checkpoints import Checkpoints
 from aufsd.layers.content import Content
 from aufsd.status import Overview
 from aufsd.store import seals
@@ -53,6 +54,7 @@ API = 1
 _PIECE = 250
 FEATURES = (
     "batches",
+    "checkpoint",
     "created",
     "descriptors",
     "diff-id",
@@ -79,6 +81,7 @@ class Driver:
     access: Access
     chains: Chains
     content: Content
+    checkpoints: Checkpoints
     # set to have removed layers deleted in the background
     erase: Bell
     upkeep: Upkeep
@@ -344,6 +347,16 @@ class Driver:
             seals.require_unsealed(self.store, id)
             self.chains.forget(id)
             return await self.content.apply(id, source, digest=digest)
+
+    async def checkpoint(self, id: LayerId, *, below: LayerId) -> results.Checkpointed:
+        """What `id` holds becomes the layer `below`; `id` goes on with nothing, on top of it."""
+        async with self.naming:
+            return await self.checkpoints.checkpoint(id, below)
+
+    async def rollback(self, id: LayerId, *, to: LayerId | None) -> results.RolledBack:
+        """Throw away what `id` holds and, with `to`, put it on that layer instead."""
+        async with self.naming:
+            return await self.checkpoints.rollback(id, to)
 
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         """Rewrite the layer's whiteouts for another union file system."""

@@ -252,6 +252,23 @@ class Check(Struct, frozen=True):
     problems: list[Problem]
 
 
+class Checkpointed(Struct, frozen=True):
+    """Answer of `checkpoint`: `live` if it was made under processes that use the layer."""
+
+    parent: str
+    live: bool
+    references: int
+    warnings: list[str]
+
+
+class RolledBack(Struct, frozen=True):
+    """Answer of `rollback`: `discarded` if there was something to throw away."""
+
+    parent: str
+    references: int
+    discarded: bool
+
+
 class Converted(Struct, frozen=True):
     """Answer of `convert`; false if the layer was in that dialect already."""
 

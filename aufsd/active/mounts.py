@@ -287,7 +287,7 @@ class Mounts:
         try:
             target = self.store.layout.mount_point(id)
             once = partial(performing.unmount, self.backend, target, entry, flush=flush)
-            await unmount(id, target, once, self.thread, retrying=self._retrying)
+            await unmount(id, target, once, self.thread, retrying=self.retrying)
         except BaseException as error:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
@@ -302,7 +302,8 @@ class Mounts:
             table.leave(id)
             table.record(id)
 
-    def _retrying(self) -> None:
+    def retrying(self) -> None:
+        """An unmount is tried once more."""
         self.counters.busy_retries += 1
 
     async def flush(self, id: LayerId) -> None:

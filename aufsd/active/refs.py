@@ -138,6 +138,16 @@ def mounted(entry: Entry, mount: Identity | None, *, read_only: bool, since: flo
     return replace(entry, state=State.MOUNTED, since=since, mount=mount, read_only=read_only)
 
 
+def replacing(entry: Entry) -> Entry:
+    """The mount is about to be made anew, and its references stand: a restart has to see to it."""
+    return replace(entry, state=State.MOUNTING)
+
+
+def mounted_again(entry: Entry, mount: Identity | None, *, read_only: bool) -> Entry:
+    """A mount of it stands again; `mount` None: it has to be made by the next `get`."""
+    return replace(entry, state=State.MOUNTED, mount=mount, read_only=read_only)
+
+
 def counts(entry: Entry, reference: Reference) -> bool:
     """Whether the reference is one more; not if the entry has one of its name already."""
     return not reference.name or _position_of(entry, reference.name) is None

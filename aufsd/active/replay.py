@@ -10,18 +10,18 @@ from typing import Literal, NamedTuple, get_args
 
 from msgspec.structs import replace
 
-from aufsd.active import refs, standing
-from aufsd.active.refs import Entry
+from aufsd.active import performing, refs, standing
+from aufsd.active.refs import Entry, State
 from aufsd.active.table import Table
 from aufsd.kernel.mountinfo import Mount
 from aufsd.kernel.peer import process
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.union.backend import Backend
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import AufsdError, MountFailed
 
 # what can be otherwise than when the last daemon ended
-Difference = Literal["vanished", "appeared", "partial", "foreign", "holder"]
+Difference = Literal["vanished", "appeared", "partial", "foreign", "holder", "remounted"]
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 
 
@@ -50,7 +50,10 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> li
         if not store.exists(id) or not (entry.references or entry.union):
             continue
         stands = _stands(store.layout, id, entry, live.get(id, []))
-        if stands is None:
+        if stands is None and entry.state is State.MOUNTING:
+            table.enter(id, _made_again(table, backend, id, entry, live.get(id, [])))
+            notes.append(Note(id, "remounted", "was about to be mounted again: it is now"))
+        elif stands is None:
             dropped = len(entry.references)
             notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
         else:
@@ -62,6 +65,23 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> li
             notes.append(_appeared(table, backend, id, rows[-1]))
     table.journal.rewrite(table.entries)
     return notes
+
+
+def _made_again(
+    table: Table, backend: Backend, id: LayerId, entry: Entry, rows: Sequence[Mount]
+) -> Entry:
+    """The entry of a mount that the last daemon took away to make it again (again.py)."""
+    layout = table.store.layout
+    made = standing.uncounted(layout, id, rows[-1]) if rows else None
+    if made is not None:
+        return refs.mounted_again(entry, made.mount, read_only=made.read_only)
+    mount, read_only = None, entry.read_only
+    # by another backend, or where it fails, the next `get` mounts it
+    if entry.backend in (backend.name, refs.BIND) and not rows:
+        with suppress(AufsdError, OSError):
+            union = table.union(id, entry)
+            mount, read_only = performing.mount(backend, union, entry.backend)
+    return refs.mounted_again(entry, mount, read_only=read_only)
 
 
 def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) -> Entry | None:

@@ -198,6 +198,35 @@ class Table:
             self.end(id)
 
     @asynccontextmanager
+    async def replacing(
+        self, ids: tuple[LayerId, ...], refuse: Callable[[], None]
+    ) -> AsyncIterator[None]:
+        """Claim layers of which the first gets new content and a new parent, whoever uses it.
+
+        It may be referenced. Jobs that read it are waited for. Raises what `refuse` raises, which
+        is asked when all is settled; LayerNotFound, LayerDamaged. Cancelled: nothing was begun.
+        """
+        while True:
+            with self.locked():
+                waiting = self.moving(*ids)
+                if waiting is None:
+                    self.store.require(ids[0])
+                    waiting = self.moving(*self.store.chain(ids[0]))
+                if waiting is None and self.is_read(ids[0]):
+                    waiting = self._unread.setdefault(ids[0], trio.Event())
+                if waiting is None:
+                    refuse()
+                    for id in ids:
+                        self.begin(id)
+                    break
+            await waiting.wait()
+        try:
+            yield
+        finally:
+            for id in ids:
+                self.end(id)
+
+    @asynccontextmanager
     async def unused(self, id: LayerId) -> AsyncIterator[None]:
         """Claim a layer that nobody may write to meanwhile; it may be read, and stood on in use.
 

@@ -37,6 +37,22 @@ class Chains:
         """The layer is about to be written in another dialect, or to go."""
         self._roots.pop(id, None)
 
+    def moved(self, id: LayerId, below: LayerId) -> None:
+        """What a layer held is that of `below` now, and it holds nothing, in our dialect."""
+        if id in self._roots:
+            self._roots[below] = self._roots[id]
+        self._roots[id] = False
+
+    def moved_back(self, id: LayerId, below: LayerId) -> None:
+        """The same backwards."""
+        self.forget(id)
+        if below in self._roots:
+            self._roots[id] = self._roots.pop(below)
+
+    def emptied(self, id: LayerId) -> None:
+        """A layer holds nothing now, in our dialect."""
+        self._roots[id] = False
+
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         """Bring every branch of a chain that is about to be mounted into the backend's dialect.
 

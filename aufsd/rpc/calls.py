@@ -101,7 +101,11 @@ def method(
             fields.append((parameter.name, hints[parameter.name], empty))
         else:
             fields.append((parameter.name, hints[parameter.name], parameter.default))
-    params = msgspec.defstruct(f"{name}.params", fields, kw_only=True, forbid_unknown_fields=True)
+    # one that is a keyword of Python has an underscore behind it, which is not on the wire
+    keywords = {each[0]: each[0][:-1] for each in fields if each[0].endswith("_")}
+    params = msgspec.defstruct(
+        f"{name}.params", fields, kw_only=True, forbid_unknown_fields=True, rename=keywords
+    )
     return Method(
         name=name,
         function=function,

@@ -247,6 +247,16 @@ async def check(
     return await call.driver.check(id=layer, deep=deep, repair=repair)
 
 
+async def checkpoint(call: Call, /, *, id: Id, as_: Id) -> results.Checkpointed:
+    """Freeze what a layer holds as the layer `as`, below it; the layer goes on with nothing."""
+    return await call.driver.checkpoint(parse_id(id), below=parse_id(as_))
+
+
+async def rollback(call: Call, /, *, id: Id, to: OptionalId = "") -> results.RolledBack:
+    """Throw away what a layer holds of its own; with `to`, put it on that layer instead."""
+    return await call.driver.rollback(parse_id(id), to=_parse_optional(to))
+
+
 async def convert(call: Call, /, *, id: Id, to: Literal["aufs", "overlay"]) -> results.Converted:
     """Rewrite a layer's whiteouts for another union file system."""
     return await call.driver.convert(parse_id(id), to=Dialect(to))
@@ -261,6 +271,10 @@ _CREATE = (
 _GET = (
     *(*_LAYER, InvalidLabel, MountFailed, LabelConflict, LayerInUse, BackendUnsupported),
     *(IncompatibleFilesystem, ConversionNeeded, ModeConflict, NoSpace),
+)
+_REPLACE = (
+    *(*_LAYER, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, MountFailed),
+    *(ConversionNeeded, NoSpace, BackendUnsupported),
 )
 _COMPARE = (*_LAYER, ParentNotFound)
 _STREAM = (InvalidDescriptor, StreamBroken)
@@ -293,6 +307,8 @@ TABLE: dict[str, Method] = {
         method(mounts, "read"),
         method(holders, "read", *_LAYER),
         method(check, "read", *_LAYER),
+        method(checkpoint, "change", *_REPLACE, LayerExists, TooManyLayers),
+        method(rollback, "change", *_REPLACE, ParentNotFound),
         method(convert, "change", *_LAYER, LayerInUse, IncompatibleFilesystem, NoSpace),
         method(discover_, "read", name="rpc.discover", monitor=True),
     )

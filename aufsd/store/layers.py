@@ -12,7 +12,7 @@ import contextlib
 import errno
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from aufsd.kernel import syscalls
@@ -43,7 +43,7 @@ class Store:
 
     `parent` has None for a base layer. `damaged` are layers whose record on disk cannot be trusted;
     they are not in `parent`. Owns the descriptors of the locks until `close`; `jobs_fd` is for the
-    processes of archive jobs to inherit.
+    processes of archive jobs to inherit. `resumed`: action, what and id (recovery.py tells it).
     """
 
     layout: Layout
@@ -62,9 +62,10 @@ class Store:
     created: dict[LayerId, float] = field(default_factory=dict)
     # those whose content changes no more (seals.py)
     sealed: set[LayerId] = field(default_factory=set)
-    # those of which nothing is recorded, as far as it is known
+    # nothing is recorded of them, as far as it is known
     unrecorded: set[LayerId] = field(default_factory=set)
-    # removed layers whose content could not be deleted at the last try
+    resumed: Sequence[tuple[str, str, str]] = ()
+    # removed ones whose content could not be deleted
     undeleted: int = 0
     # below the store's private directory, and could not be moved away when their time was over
     _left: list[str] = field(default_factory=list)

@@ -16,6 +16,7 @@ from aufsd.store.identity import identify
 from aufsd.store.index import read_index
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
+from aufsd.store.replacing import resume
 from aufsd_client.errors import IncompatibleFilesystem, StoreLocked, StoreNotAdopted
 
 # a whole store may be walked by root and the remapped group only: 0701 let any user of the host
@@ -83,6 +84,7 @@ def open_store(
             if sync != "none":
                 fsync(root)
                 fsync(os.path.dirname(root))
+        resumed = list(resume(layout))
         index = read_index(layout, xattr_namespace)
         identity = identify(layout)
     except BaseException:
@@ -105,6 +107,7 @@ def open_store(
         damaged=index.damaged,
         created=index.created,
         sealed=index.sealed,
+        resumed=resumed,
     )
 
 

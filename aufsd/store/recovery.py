@@ -36,6 +36,7 @@ def recover(store: Store) -> list[Recovered]:
     """
     steps: tuple[Callable[[Store], Iterator[Recovered]], ...] = (
         _trials,
+        _replacements,
         _staged,
         _removals,
         _removals_by_docker,
@@ -63,6 +64,12 @@ def _trials(store: Store) -> Iterator[Recovered]:
     for name in names:
         store.discard(f"{probes}/{name}")
         yield Recovered("undone", "trial mount", name)
+
+
+def _replacements(store: Store) -> Iterator[Recovered]:
+    """Done before the index was read (replacing.py); told here."""
+    for action, what, name in store.resumed:
+        yield Recovered(next(each for each in ACTIONS if each == action), what, name)
 
 
 def _staged(store: Store) -> Iterator[Recovered]:

@@ -171,6 +171,16 @@ def check(id: str = "", *, deep: bool = False, repair: bool = False) -> Request[
     return Request(results.Check, "check", {"id": id, "deep": deep, "repair": repair})
 
 
+def checkpoint(id: str, as_: str) -> Request[results.Checkpointed]:
+    """Freeze what a layer holds as the layer `as_`, and go on on top. LayerExists, UnmountBusy."""
+    return Request(results.Checkpointed, "checkpoint", {"id": id, "as": as_})
+
+
+def rollback(id: str, *, to: str = "") -> Request[results.RolledBack]:
+    """Throw away what a layer holds; with `to`, put it on that layer. UnmountBusy."""
+    return Request(results.RolledBack, "rollback", {"id": id, "to": to})
+
+
 def convert(id: str, to: Dialect) -> Request[results.Converted]:
     """Rewrite a layer's whiteouts for another union file system. LayerInUse."""
     return Request(results.Converted, "convert", {"id": id, "to": to})

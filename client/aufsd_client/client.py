@@ -108,6 +108,8 @@ class Client:
     mounts = _blocking(calls.mounts)
     holders = _blocking(calls.holders)
     check = _blocking(calls.check)
+    checkpoint = _blocking(calls.checkpoint)
+    rollback = _blocking(calls.rollback)
     convert = _blocking(calls.convert)
 
     def diff(

@@ -306,6 +306,25 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpointed:
+    """`live`: it was made under processes that use the layer. `parent` is the checkpoint."""
+
+    parent: str
+    live: bool
+    references: int
+    warnings: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class RolledBack:
+    """`discarded`: there was something to throw away."""
+
+    parent: str
+    references: int
+    discarded: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Converted:
     """False if the layer was in that dialect already."""
 

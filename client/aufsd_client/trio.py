@@ -96,6 +96,8 @@ class Client:
     mounts = _awaited(calls.mounts)
     holders = _awaited(calls.holders)
     check = _awaited(calls.check)
+    checkpoint = _awaited(calls.checkpoint)
+    rollback = _awaited(calls.rollback)
     convert = _awaited(calls.convert)
 
     async def diff(

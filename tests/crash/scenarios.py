@@ -4,10 +4,13 @@ An operation is held to: as before, or as after the last step; one that does two
 them whole, may be found between them.
 """
 
+import os
+import shutil
 import socket
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from aufsd_client import Client
 from aufsd_client.wire import (
@@ -36,6 +39,8 @@ class Scenario:
 
 def populate(client: Client) -> None:
     """What all scenarios stand on."""
+    client.create("other")
+    client.apply_diff("other", tar({"etc": None, "etc/other": b"o"}))
     client.create("base")
     # with a time for the top directory, which what stands on it takes over
     client.apply_diff(
@@ -149,7 +154,43 @@ def _put(client: Client, id: str) -> object:
     return client.put(id)
 
 
+KEPT = "-kept"
+
+
+def _first_kept(client: Client, id: str) -> object:
+    return client.checkpoint(id, f"{id}-first")
+
+
+def _write(client: Client, id: str) -> object:
+    """Change it through its mount."""
+    path = Path(client.get_metadata(id).metadata["path"])
+    shutil.rmtree(path / "etc")
+    (path / "new").write_text("new")
+    os.chmod(path / "d", 0o700)
+    for changed in (path / "new", path):
+        os.utime(changed, (1_500_000_000, 1_500_000_000))
+    return None
+
+
+def _checkpoint(client: Client, id: str) -> object:
+    return client.checkpoint(id, id + KEPT)
+
+
+def _rollback(client: Client, id: str) -> object:
+    return client.rollback(id)
+
+
+def _rollback_to(client: Client, id: str) -> object:
+    return client.rollback(id, to="other")
+
+
 SCENARIOS = (
+    Scenario("checkpoint", (_create, _first), _checkpoint),
+    Scenario("checkpoint of a mounted layer", (_create, _first, _get, _get), _checkpoint),
+    Scenario("second checkpoint", (_create, _get, _first_kept, _write), _checkpoint),
+    Scenario("rollback", (_create, _first), _rollback),
+    Scenario("rollback of a mounted layer", (_create, _first, _get), _rollback),
+    Scenario("rollback to another", (_create, _first, _get), _rollback_to),
     Scenario("create", (), _create),
     Scenario("remove", (_create, _first), _remove),
     Scenario("remove by force", (_create, _first, _get), _remove_by_force, between=(_put,)),
@@ -214,5 +255,5 @@ SNAPSHOTS = (
 
 def clear(client: Client, id: str) -> None:
     """Take away what a scenario left, so that the store does not grow."""
-    for name in (id, f"{id}-before", f"{id}-base"):
+    for name in (id, id + KEPT, f"{id}-first", f"{id}-before", f"{id}-base"):
         client.remove(name, force=True)

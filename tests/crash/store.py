@@ -55,9 +55,16 @@ def look(subject: Subject, client: Client, id: str) -> Seen | None:
     assert row is not None, f"{id} is not listed, but is in {found}"
     assert len(found) == 3, f"{id} is listed, but only in {found}"
     # a parent may be named after the layer
+    content: list[object] = list(_tree(root / "diff" / id))
+    for row_below in rows:
+        # what a checkpoint made of it
+        if row_below.id.startswith(f"{id}-") and row_below.id.endswith(("-kept", "-first")):
+            record = (root / "layers" / row_below.id).read_bytes().replace(id.encode(), b"ID")
+            content.append((row_below.id.removeprefix(id), record, row_below.sealed))
+            content += _tree(root / "diff" / row_below.id)
     return Seen(
         (root / "layers" / id).read_bytes().replace(id.encode(), b"ID"),
-        tuple(_tree(root / "diff" / id)),
+        tuple(content),
         row.references,
         os.path.ismount(root / "mnt" / id),
         row.sealed,
@@ -77,9 +84,9 @@ def _tree(top: Path) -> Iterator[object]:
             for name in os.listxattr(path, follow_symlinks=False)
             if name not in _MARKS
         }
-        # a whiteout has no time of its own
+        # a whiteout has no time of its own, and overlayfs links them to each other as it likes
         whiteout = stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
-        links = 0 if stat.S_ISDIR(info.st_mode) else info.st_nlink
+        links = 0 if whiteout or stat.S_ISDIR(info.st_mode) else info.st_nlink
         yield (
             *(str(path.relative_to(top)), info.st_mode, info.st_uid, info.st_gid, links, body),
             *(0 if whiteout else info.st_mtime_ns, tuple(sorted(xattrs.items()))),

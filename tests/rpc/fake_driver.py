@@ -242,6 +242,16 @@ class FakeDriver:
         self.calls.append(f"check {id} {deep} {repair}")
         return results.Check([results.Problem("a", "stray", "x", repair)])
 
+    async def checkpoint(self, id: LayerId, *, below: LayerId) -> results.Checkpointed:
+        self._require(id)
+        await self._work("checkpoint", id)
+        return results.Checkpointed(below, False, self.counts.get(id, 0), [])
+
+    async def rollback(self, id: LayerId, *, to: LayerId | None) -> results.RolledBack:
+        self._require(id)
+        await self._work("rollback", id)
+        return results.RolledBack(to or "", self.counts.get(id, 0), True)
+
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         self._require(id)
         await self._work("convert", id)

@@ -37,6 +37,8 @@ def others(method: str) -> dict[str, object]:
     """What else a method has to be given."""
     if method == "convert":
         return {"to": "aufs"}
+    if method == "checkpoint":
+        return {"as": "b"}
     return {"fd": 0} if TABLE[method].streams else {}
 
 

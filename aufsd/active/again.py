@@ -1,0 +1,121 @@
+"""A mount taken away for a moment and made again: its references stay, and so does its path.
+
+The journal says so before the first call, so that a start which finds nothing there mounts it.
+"""
+
+from functools import partial
+
+import structlog
+from msgspec import to_builtins
+
+from aufsd.active import performing, refs, standing
+from aufsd.active.in_use import unmount
+from aufsd.active.mounts import Mounts
+from aufsd.active.refs import Entry
+from aufsd.kernel import copies
+from aufsd.kernel import holders as kernel_holders
+from aufsd.kernel.mountinfo import Identity
+from aufsd.results import Holders
+from aufsd.store.ids import LayerId
+from aufsd.union import exclusive, helper
+from aufsd.union.backend import Union
+from aufsd_client.errors import MountFailed, UnmountBusy
+
+log = structlog.get_logger(__name__)
+
+
+async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
+    """Unmount a layer whose transition the caller holds, for `put_up` to mount again.
+
+    Its entry, which stays in the table; None if it is not mounted, or no reference is left and it
+    is gone for good. Raises UnmountBusy, NoSpace: it is mounted as before.
+    """
+    table = mounts.table
+    entry = table.entries.get(id)
+    if entry is None or not entry.union:
+        return None
+    moving = refs.replacing(entry)
+    table.enter(id, moving)
+    table.record(id)
+    target = mounts.store.layout.mount_point(id)
+    once = partial(performing.unmount, mounts.backend, target, entry, flush=True)
+    try:
+        await unmount(id, target, once, mounts.thread, retrying=mounts.retrying)
+    except BaseException:
+        table.enter(id, entry)
+        table.record(id)
+        raise
+    mounts.counters.unmounts += 1
+    mounts.stays.pop(id, None)
+    mounts.helpers.unmounted(id)
+    if not entry.references:
+        table.leave(id)
+        table.record(id)
+        return None
+    return moving
+
+
+async def put_up(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None:
+    """Mount again what `take_down` took away, over the chain as it is in the index now.
+
+    Raises MountFailed, TooManyLayers: then nothing is mounted, and the entry is as before.
+    """
+    table = mounts.table
+    entry = table.entries[id]
+    union = table.union(id, entry, opaque=opaque)
+    mount, read_only = await mounts.thread.run(
+        performing.mount, mounts.backend, union, entry.backend
+    )
+    mounts.counters.mounts += 1
+    mounts.helpers.mounted(id)
+    table.enter(id, refs.mounted_again(entry, mount, read_only=read_only))
+    table.record(id)
+
+
+def give_up(mounts: Mounts, id: LayerId) -> None:
+    """It cannot be mounted now: its references stand, and the next `get` mounts it."""
+    table = mounts.table
+    entry = table.entries[id]
+    log.warning("a mount could not be made again; the next get does", id=id)
+    table.enter(id, refs.mounted_again(entry, None, read_only=entry.read_only))
+    table.record(id)
+
+
+async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
+    """Raise UnmountBusy if the union that was unmounted lives on, and may write its branch.
+
+    It has a copy, in another mount namespace most likely. From that it is mounted again, as
+    nothing else can be while it lives.
+    """
+    union = mounts.table.union(id, entry)
+    mount = await mounts.thread.run(_brought_back, mounts, union, entry)
+    if mount is None:
+        return
+    found = Holders([])
+    if isinstance(mount, Identity) and entry.references:
+        mounts.table.enter(id, refs.mounted_again(entry, mount, read_only=entry.read_only))
+        mounts.table.record(id)
+        found = await mounts.thread.run(kernel_holders.look, union.target, busy=True)
+    raise UnmountBusy(
+        f"the content of layer {id} is still written through a copy of its mount, in another mount "
+        "namespace or elsewhere; end what uses that, then try again",
+        id=id,
+        errno="EBUSY",
+        holders=[to_builtins(each) for each in found.holders],
+    )
+
+
+def _brought_back(mounts: Mounts, union: Union, entry: Entry) -> Identity | bool | None:
+    """The mount that was made of a copy; False if none could be; None if no union lives on."""
+    if not helper.is_alive(union.work):
+        try:
+            exclusive.refuse_if_written(union, mounts.store.layout.probes, mounts.backend.namespace)
+        except MountFailed:
+            pass
+        else:
+            return None
+    if entry.mount is None or not entry.references:
+        return False
+    if not copies.bring_back(entry.mount.device, union.target):
+        return False
+    return standing.identify(union.target, entry.backend) or False

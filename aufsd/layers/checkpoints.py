@@ -1,0 +1,235 @@
+"""Checkpoint and roll back of layers that are mounted over their parents.
+
+What a layer holds of its own is renamed out of it (store/replacing.py) with the layer unmounted; a
+mount that has references is made again within the call. From the unmount on nothing is cancelled:
+it is done, or taken back, and the references stand either way.
+"""
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+
+import structlog
+import trio
+
+from aufsd import results
+from aufsd.active import again
+from aufsd.active.mounts import Mounts
+from aufsd.active.refs import BIND, State
+from aufsd.layers.branches import Chains
+from aufsd.store import dialect as dialects
+from aufsd.store import replacing, seals
+from aufsd.store.dialect import HOUSEKEEPING
+from aufsd.store.ids import LayerId
+from aufsd.tasks import Bell
+from aufsd.threads import Disk
+from aufsd_client.errors import (
+    AufsdError,
+    BackendUnsupported,
+    InvalidParams,
+    LayerExists,
+    LayerHasChildren,
+    LayerInUse,
+    ParentNotFound,
+    TooManyLayers,
+)
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """Works on the rooms, owns none. `erase` is set when there is content to delete."""
+
+    mounts: Mounts
+    chains: Chains
+    disk: Disk
+    erase: Bell
+
+    async def checkpoint(self, id: LayerId, below: LayerId) -> results.Checkpointed:
+        """What `id` holds becomes the sealed layer `below`, and `id` goes on with nothing on it.
+
+        All or nothing; cancelled before the unmount: nothing was done, after it: done. Raises
+        LayerExists, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, TooManyLayers, NoSpace.
+        """
+        store = self.mounts.store
+
+        def refuse() -> None:
+            if store.exists(below):
+                raise LayerExists(f"layer {below} exists already", id=below)
+            self._refuse(id, "checkpoint")
+            most, length = self.mounts.backend.max_branches, len(store.chain(id)) + 1
+            if length > most:
+                raise TooManyLayers(
+                    f"layer {id} would be the {length}th of its chain; {self.mounts.backend.name} "
+                    f"takes {most} here; `aufsctl squash {id}` makes the chain shorter",
+                    id=id,
+                    limit=most,
+                )
+
+        async with self.mounts.table.replacing((id, below), refuse):
+            store.register(below, store.parent[id])
+            try:
+                await self.chains.prepare(store.chain(id))
+                with trio.CancelScope(shield=True):
+                    await self._checkpoint(id, below)
+            except BaseException:
+                self.chains.forget(below)
+                store.forget(below)
+                raise
+        entry = self.mounts.table.entries.get(id)
+        return results.Checkpointed(below, False, len(entry.references) if entry else 0, [])
+
+    async def _checkpoint(self, id: LayerId, below: LayerId) -> None:
+        store, dialect = self.mounts.store, self.mounts.backend.dialect
+        commit = partial(replacing.checkpoint_on_disk, store, id, below, dialect)
+
+        def enter() -> None:
+            replacing.checkpoint_in_index(store, id, below)
+            self.chains.moved(id, below)
+
+        async def back() -> None:
+            await self.disk.run(replacing.take_back, store, id, below)
+            replacing.checkpoint_out_of_index(store, id, below)
+            self.chains.moved_back(id, below)
+
+        await self._replace(id, commit, enter, back)
+
+    async def rollback(self, id: LayerId, to: LayerId | None) -> results.RolledBack:
+        """Throw away what `id` holds of its own and, with `to`, put it on that layer instead.
+
+        All or nothing; cancelled before the unmount: nothing was done, after it: done. Raises
+        ParentNotFound, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, NoSpace, and
+        InvalidParams if `to` stands on `id`.
+        """
+        store = self.mounts.store
+
+        def refuse() -> None:
+            if to is not None:
+                if not store.exists(to):
+                    raise ParentNotFound(f"there is no layer {to}", id=id, parent=to)
+                store.require(to)
+                if id in store.chain(to):
+                    raise InvalidParams(
+                        f"layer {to} stands on {id}, which cannot stand on it too", id=id
+                    )
+            self._refuse(id, "rollback")
+
+        ids = (id,) if to is None or to == id else (id, to)
+        async with self.mounts.table.replacing(ids, refuse):
+            before = store.parent[id]
+            parent = before if to is None else to
+            chain = store.chain(parent) if parent is not None else ()
+            await self.chains.prepare((id, *chain))
+            held = await self.disk.run(self._holds_something, id)
+            with trio.CancelScope(shield=True):
+                await self._rollback(id, before, chain)
+        entry = self.mounts.table.entries.get(id)
+        self.erase.set()
+        return results.RolledBack(parent or "", len(entry.references) if entry else 0, held)
+
+    async def _rollback(
+        self, id: LayerId, before: LayerId | None, parents: tuple[LayerId, ...]
+    ) -> None:
+        store, dialect = self.mounts.store, self.mounts.backend.dialect
+        commit = partial(replacing.rollback_on_disk, store, id, parents, dialect)
+
+        def enter() -> None:
+            replacing.restand(store, id, parents[0] if parents else None)
+            self.chains.emptied(id)
+
+        async def back() -> None:
+            await self.disk.run(replacing.take_back, store, id, None)
+            replacing.restand(store, id, before)
+            store.unrecorded.discard(id)
+            self.chains.forget(id)
+
+        await self._replace(id, commit, enter, back)
+        await self.disk.run(replacing.discard_rolled_back, store, id)
+
+    # --- what both share ----------------------------------------------------------------------
+
+    def _refuse(self, id: LayerId, verb: str) -> None:
+        """Raise unless what the layer holds may be taken out of it. From memory."""
+        store, entry = self.mounts.store, self.mounts.table.entries.get(id)
+        if self.mounts.backend.snapshots:
+            raise BackendUnsupported(f"{self.mounts.backend.name} has no {verb} yet")
+        seals.require_unsealed(store, id)
+        children = sorted(store.children_of(id))
+        if children:
+            raise LayerHasChildren(
+                f"other layers stand on {id}, so it changes no more: it is frozen already; "
+                f"make a layer on it, and {verb} that",
+                id=id,
+                children=children[:20],
+            )
+        if entry is None:
+            return
+        if not entry.union or entry.backend == BIND:
+            raise LayerInUse(
+                f"layer {id} has no parents and is in use: those who use it have the path of its "
+                f"content, which would change; make a layer on it, and {verb} that",
+                id=id,
+                references=len(entry.references),
+                layers=[id],
+                holders=[],
+            )
+        if entry.backend != self.mounts.backend.name:
+            raise LayerInUse(
+                f"layer {id} is still mounted by {entry.backend}, which served this store before; "
+                "put it first",
+                id=id,
+                references=len(entry.references),
+                layers=[id],
+                holders=[],
+            )
+
+    async def _replace(
+        self,
+        id: LayerId,
+        commit: Callable[[], None],
+        enter: Callable[[], None],
+        back: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Unmount, commit, mount again; if the last fails, all is taken back."""
+        before = self.mounts.table.entries.get(id)
+        held = await again.take_down(self.mounts, id)
+        try:
+            if before is not None:
+                await again.refuse_if_alive(self.mounts, id, before)
+            await self.disk.run(commit)
+            enter()
+            if held is not None:
+                try:
+                    await self._put_up(id)
+                except BaseException:
+                    await back()
+                    raise
+        except BaseException:
+            self.erase.set()
+            if held is not None:
+                await self._restore(id)
+            raise
+
+    async def _put_up(self, id: LayerId) -> None:
+        opaque = await self.chains.prepare(self.mounts.store.chain(id))
+        await again.put_up(self.mounts, id, opaque)
+
+    async def _restore(self, id: LayerId) -> None:
+        """Mount what was mounted before, or leave that to the next `get`."""
+        if self.mounts.table.entries[id].state is State.MOUNTED:
+            return  # it is there, from a copy
+        try:
+            await self._put_up(id)
+        except (AufsdError, OSError) as error:
+            log.warning("mounting a layer again failed", id=id, error=str(error))
+            again.give_up(self.mounts, id)
+
+    def _holds_something(self, id: LayerId) -> bool:
+        store = self.mounts.store
+        content = store.layout.content(id)
+        if dialects.has_opaque_xattr(content, store.xattr_namespace):
+            return True
+        with os.scandir(content) as entries:
+            return any(os.fsencode(entry.name) not in HOUSEKEEPING for entry in entries)

@@ -1,0 +1,306 @@
+"""What a layer holds of its own is taken out of it, and it goes on with nothing.
+
+At a checkpoint that becomes the content of a new layer, which the layer stands on from then on; at
+a roll back it goes, and the layer may come to stand on another one. Nothing is copied: directories
+and parents files are renamed, in this order, and a marker says that it is being done. The marker is
+the parents file that the layer will have.
+
+    prepared   marker and fresh content in staging
+    commit     diff/ID is renamed out
+    after      fresh content becomes diff/ID; layers/ID is renamed out; the marker becomes layers/ID
+
+While the marker is there, the content that is out says on which side of the commit a crash was.
+Taking it back goes the same steps backwards, so a crash in that finds nothing new. A start does
+this before it reads the index. Synchronous; the caller holds the transitions of all ids.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple
+
+from aufsd.kernel import syscalls
+from aufsd.store import dialect as dialects
+from aufsd.store.content import copy_attributes, fsync
+from aufsd.store.dialect import Dialect
+from aufsd.store.format import write_durably
+from aufsd.store.ids import LayerId, is_id
+from aufsd.store.index import parent_mark, read_parents
+from aufsd.store.layers import Store
+from aufsd.store.layout import Layout
+from aufsd.store.seals import OPEN, SEALED
+from aufsd.store.space import no_space
+from aufsd_client.errors import LayerExists
+
+Kind = Literal["checkpoint", "rollback"]
+_KINDS: Final[tuple[Kind, ...]] = ("checkpoint", "rollback")
+# in staging, before the id; no id holds a colon
+_FRESH: Final = "fresh:"
+_CONTENT: Final = "old-content:"
+_RECORD: Final = "old-record:"
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The paths of one replacement: of the layer `id`, whose own content becomes that of `below`.
+
+    `below` is None where it goes.
+    """
+
+    layout: Layout
+    id: LayerId
+    below: LayerId | None
+
+    @property
+    def kind(self) -> Kind:
+        """What is being done."""
+        return "rollback" if self.below is None else "checkpoint"
+
+    @property
+    def marker(self) -> str:
+        """The parents file to come."""
+        return f"{self.layout.staging}/{self.kind}:{self.id}"
+
+    @property
+    def fresh(self) -> str:
+        """The content to come."""
+        return f"{self.layout.staging}/{_FRESH}{self.id}"
+
+    @property
+    def content(self) -> str:
+        """Where the old content goes."""
+        if self.below is not None:
+            return self.layout.content(self.below)
+        return f"{self.layout.staging}/{_CONTENT}{self.id}"
+
+    @property
+    def record(self) -> str:
+        """Where the old parents file goes."""
+        if self.below is not None:
+            return self.layout.parents_file(self.below)
+        return f"{self.layout.staging}/{_RECORD}{self.id}"
+
+
+def checkpoint_on_disk(store: Store, id: LayerId, below: LayerId, dialect: Dialect) -> None:
+    """Make what a layer holds the sealed layer `below`, which it then stands on.
+
+    `below` is in the index already, on the parent of `id`. All or nothing, durable by the policy.
+    LayerExists if something lies where `below` would, NoSpace, OSError: nothing was done.
+    """
+    layout = store.layout
+    for path in (layout.parents_file(below), layout.content(below)):
+        if os.path.lexists(path):
+            raise LayerExists(
+                f"there is no layer {below}, but {path} exists; `aufsctl check` says more", id=below
+            )
+    if os.path.lexists(layout.removal(below)):
+        store.finish_removal(below)
+    parents = (below, *store.chain(below)[1:])
+    _replace(store, Move(layout, id, below), parents, dialect, layout.content(id))
+    store.created[below] = os.lstat(layout.parents_file(below)).st_mtime
+
+
+def rollback_on_disk(
+    store: Store, id: LayerId, parents: Sequence[LayerId], dialect: Dialect
+) -> None:
+    """Empty a layer, and put it on these parents. All or nothing, durable by the policy.
+
+    What was thrown away stays in staging until `discard_rolled_back`. NoSpace, OSError: nothing was
+    done.
+    """
+    like = store.layout.content(parents[0]) if parents else ""
+    _replace(store, Move(store.layout, id, None), parents, dialect, like)
+
+
+def take_back(store: Store, id: LayerId, below: LayerId | None) -> None:
+    """Undo a checkpoint, or with None a roll back, that was just made. Raises OSError."""
+    _take_back(store, Move(store.layout, id, below))
+
+
+def discard_rolled_back(store: Store, id: LayerId) -> None:
+    """Let go of what a roll back took out, to be deleted later."""
+    move = Move(store.layout, id, None)
+    for path in (move.content, move.record):
+        store.discard_staged(path)
+
+
+def checkpoint_in_index(store: Store, id: LayerId, below: LayerId) -> None:
+    """What `checkpoint_on_disk` did, in the index. Not in a thread, as all that changes that."""
+    store.sealed.add(below)
+    if id in store.unrecorded:
+        store.unrecorded.add(below)
+    restand(store, id, below)
+
+
+def checkpoint_out_of_index(store: Store, id: LayerId, below: LayerId) -> None:
+    """The same backwards; `below` stays registered."""
+    restand(store, id, store.parent[below])
+    if below not in store.unrecorded:
+        store.unrecorded.discard(id)
+
+
+def restand(store: Store, id: LayerId, parent: LayerId | None) -> None:
+    """Put a layer, which holds nothing now, on another parent in the index."""
+    above = store.parent[id]
+    if above is not None:
+        store.children[above].discard(id)
+        if not store.children[above]:
+            del store.children[above]
+    store.parent[id] = parent
+    if parent is not None:
+        store.children.setdefault(parent, set()).add(id)
+    store.unrecorded.add(id)
+
+
+def _replace(
+    store: Store, move: Move, parents: Sequence[LayerId], dialect: Dialect, like: str
+) -> None:
+    layout, id = store.layout, move.id
+    mount_point = None if move.below is None else layout.mount_point(move.below)
+    try:
+        try:
+            if mount_point is not None:
+                _make_directory(mount_point, store)
+            _stage(store, move, parents, dialect, like)
+            _commit(move)
+            if store.sync != "none":
+                fsync(layout.diff)
+                fsync(layout.layers)
+        except BaseException:
+            _take_back(store, move)
+            raise
+    except OSError as error:
+        raise no_space(error, id) or error from error
+
+
+def _make_directory(path: str, store: Store) -> None:
+    with suppress(FileExistsError):
+        os.mkdir(path, 0o755)
+    os.chown(path, store.uid, store.gid)
+    os.chmod(path, 0o755)
+
+
+def _stage(
+    store: Store, move: Move, parents: Sequence[LayerId], dialect: Dialect, like: str
+) -> None:
+    namespace = store.xattr_namespace
+    os.mkdir(move.fresh, 0o700)
+    if like:
+        copy_attributes(like, move.fresh)
+    else:
+        os.chown(move.fresh, store.uid, store.gid)
+        os.chmod(move.fresh, 0o755)
+    marks = parent_mark(parents[0] if parents else None, namespace)
+    for name, value in {**dialects.xattrs(dialect, namespace), **marks}.items():
+        os.setxattr(move.fresh, name, value)
+    made = os.lstat(store.layout.parents_file(move.id))
+    write_durably(move.marker, "".join(f"{parent}\n" for parent in parents), store.sync)
+    # it says when the layer was made
+    os.utime(move.marker, ns=(made.st_atime_ns, made.st_mtime_ns))
+    if store.sync != "none":
+        for path in (move.fresh, store.layout.mnt, store.layout.staging):
+            fsync(path)
+
+
+def _commit(move: Move) -> None:
+    """Go the steps that are left, whichever those are; the marker is there."""
+    layout, id = move.layout, move.id
+    if not os.path.lexists(move.content):
+        _rename(layout.content(id), move.content)
+    if os.path.lexists(move.fresh):
+        _rename(move.fresh, layout.content(id))
+    if not os.path.lexists(move.record):
+        _rename(layout.parents_file(id), move.record)
+    if move.below is not None:
+        os.chmod(move.record, SEALED)
+        os.utime(move.record)
+    os.rename(move.marker, layout.parents_file(id))
+
+
+def _take_back(store: Store, move: Move) -> None:
+    """Go back from wherever it is. Raises OSError; the next start decides then."""
+    layout, id = move.layout, move.id
+    if os.path.lexists(move.content):
+        if os.path.lexists(move.record):
+            if not os.path.lexists(move.marker):
+                os.rename(layout.parents_file(id), move.marker)
+            if move.below is not None:
+                made = os.lstat(move.marker)
+                os.chmod(move.record, OPEN)
+                os.utime(move.record, ns=(made.st_atime_ns, made.st_mtime_ns))
+            _rename(move.record, layout.parents_file(id))
+        if os.path.lexists(layout.content(id)):
+            _rename(layout.content(id), move.fresh)
+        _rename(move.content, layout.content(id))
+        if store.sync != "none":
+            fsync(layout.layers)
+            fsync(layout.diff)
+    # a marker that stays is of something that did not begin
+    for path in (move.fresh, move.marker):
+        store.discard_staged(path)
+    if move.below is not None:
+        with suppress(OSError):
+            os.rmdir(layout.mount_point(move.below))
+
+
+def _rename(source: str, target: str) -> None:
+    at = syscalls.AT_FDCWD
+    syscalls.renameat2(at, source, at, target, syscalls.RENAME_NOREPLACE)
+
+
+class Resumed(NamedTuple):
+    """What a start did about a replacement that was cut off; `failed`: `what` says why."""
+
+    action: Literal["finished", "undone", "failed"]
+    what: str
+    name: str
+
+
+def resume(layout: Layout) -> Iterator[Resumed]:
+    """Finish or undo what a crash cut off, before the index is read. Safe to be cut off itself."""
+    told: set[str] = set()
+    names = sorted(os.listdir(layout.staging))
+    for name in names:
+        kind, _, id = name.partition(":")
+        for known in _KINDS:
+            if kind == known and is_id(id):
+                try:
+                    yield Resumed(_resume(layout, known, LayerId(id)), known, id)
+                except OSError as error:
+                    yield Resumed("failed", f"{known}: {error.strerror}", error.filename or "")
+                told.add(id)
+    for serial, name in enumerate(names):
+        kind, colon, id = name.partition(":")
+        if kind + colon in (_FRESH, _CONTENT, _RECORD):
+            with suppress(OSError):
+                os.rename(f"{layout.staging}/{name}", f"{layout.removing}/{os.getpid()}.r{serial}")
+                if kind + colon == _CONTENT and id not in told:
+                    yield Resumed("finished", "rollback", id)
+
+
+def _resume(layout: Layout, kind: Kind, id: LayerId) -> Literal["finished", "undone"]:
+    marker = f"{layout.staging}/{kind}:{id}"
+    below: LayerId | None = None
+    if kind == "checkpoint":
+        parents = read_parents(marker)
+        if isinstance(parents, str) or not parents:
+            # cut off while it was written
+            os.unlink(marker)
+            return "undone"
+        below = LayerId(parents[0])
+    move, there = Move(layout, id, below), os.path.lexists
+    # of each two one is there at every step; else the marker is an old one that could not go
+    begun = (
+        there(move.content)
+        and there(move.fresh) is not there(layout.content(id))
+        and there(move.record) is not there(layout.parents_file(id))
+    )
+    if begun:
+        _commit(move)
+        return "finished"
+    os.unlink(marker)
+    if below is not None and not there(layout.parents_file(below)):
+        with suppress(OSError):
+            os.rmdir(layout.mount_point(below))
+    return "undone"
