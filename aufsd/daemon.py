@@ -185,7 +185,7 @@ async def open_driver(
                 checkpoints=Checkpoints(active, chains, disk, upkeep.erase),
                 erase=upkeep.erase,
                 upkeep=upkeep,
-                naming=Naming(store.layout, disk),
+                naming=Naming(store.layout, active.scans),
             )
             nursery.start_soon(upkeep.run)
             try:

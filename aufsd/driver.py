@@ -278,7 +278,7 @@ class Driver:
         for id, failure in failed.items():
             name = str(failure.data["errno"])
             busy = name == "EBUSY"
-            found = await self.disk.run(
+            found = await self.active.scans.run(
                 kernel_holders.look, self.store.layout.mount_point(id), busy=busy
             )
             holders = found.holders if busy else []
@@ -291,7 +291,7 @@ class Driver:
         self.store.require(id)
         target = self.store.layout.mount_point(id)
         busy = id in self.active.table.busy()
-        return await self.disk.run(kernel_holders.look, target, busy=busy)
+        return await self.active.scans.run(kernel_holders.look, target, busy=busy)
 
     # --- content ------------------------------------------------------------------------------
 

@@ -55,6 +55,11 @@ class Scans:
     def __init__(self, threads: int = 1) -> None:
         self._limiter = trio.CapacityLimiter(threads)
 
+    @property
+    def waiting(self) -> int:
+        """How many calls wait for a thread."""
+        return self._limiter.statistics().tasks_waiting
+
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """See `run` above."""
         return await run(function, self._limiter, *args, **kwargs)

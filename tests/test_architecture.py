@@ -110,3 +110,12 @@ def test_the_picture_of_the_rooms_is_drawn_from_the_imports_as_they_are() -> Non
 def test_the_store_knows_nothing_of_unions() -> None:
     for path in CHECKOUT.glob("aufsd/store/*.py"):
         assert not [name for name in imports(path) if name.startswith("aufsd.union")], path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_all_of_proc_is_read_in_threads_that_are_kept_for_that(path: Path) -> None:
+    for call in ast.walk(ast.parse(path.read_text())):
+        if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".run") and call.args:
+            where, what = ast.unparse(call.func), ast.unparse(call.args[0])
+            if what.startswith("kernel_holders."):
+                assert where.endswith("scans.run"), f"{path}: {where}({what})"

@@ -8,8 +8,7 @@ from functools import partial
 import structlog
 from msgspec import to_builtins
 
-from aufsd.active import performing, refs, standing
-from aufsd.active.in_use import unmount
+from aufsd.active import in_use, performing, refs, standing
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry
 from aufsd.kernel import copies
@@ -40,7 +39,9 @@ async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
     target = mounts.store.layout.mount_point(id)
     once = partial(performing.unmount, mounts.backend, target, entry, flush=True)
     try:
-        await unmount(id, target, once, mounts.thread, retrying=mounts.retrying)
+        await in_use.unmount(
+            id, target, once, mounts.thread, mounts.scans, retrying=mounts.retrying
+        )
     except BaseException:
         table.enter(id, entry)
         table.record(id)
@@ -63,8 +64,9 @@ async def put_up(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> Non
     table = mounts.table
     entry = table.entries[id]
     union = table.union(id, entry, opaque=opaque)
-    mount, read_only = await mounts.thread.run(
-        performing.mount, mounts.backend, union, entry.backend
+    once = partial(performing.mount, mounts.backend, union, entry.backend)
+    mount, read_only = await in_use.mount(
+        union, once, mounts.thread, mounts.scans, retrying=mounts.retrying_mount
     )
     mounts.counters.mounts += 1
     mounts.helpers.mounted(id)
@@ -95,7 +97,7 @@ async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
     if isinstance(mount, Identity) and entry.references:
         mounts.table.enter(id, refs.mounted_again(entry, mount, read_only=entry.read_only))
         mounts.table.record(id)
-        found = await mounts.thread.run(kernel_holders.look, union.target, busy=True)
+        found = await mounts.scans.run(kernel_holders.look, union.target, busy=True)
     raise UnmountBusy(
         f"the content of layer {id} is still written through a copy of its mount, in another mount "
         "namespace or elsewhere; end what uses that, then try again",

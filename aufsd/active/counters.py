@@ -11,6 +11,7 @@ class Counters:
     mounts: int = 0
     unmounts: int = 0
     busy_retries: int = 0
+    busy_mounts: int = 0
     failed_mounts: int = 0
     vanished_mounts: int = 0
     # at the start: where the journal and the kernel did not agree, by kind

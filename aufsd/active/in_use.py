@@ -5,7 +5,9 @@ A union that cannot be unmounted without loss stays mounted, and the error says 
 
 import errno
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import trio
 from msgspec import to_builtins
@@ -15,9 +17,12 @@ from aufsd.kernel import mountinfo
 from aufsd.results import Holder, Holders
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
-from aufsd.threads import Disk, MountThread
-from aufsd.union.backend import NotFlushed
-from aufsd_client.errors import LayerInUse, ModeConflict, NoSpace, UnmountBusy
+from aufsd.threads import MountThread, Scans
+from aufsd.union import exclusive, helper
+from aufsd.union.backend import NotFlushed, Union
+from aufsd_client.errors import LayerInUse, ModeConflict, MountFailed, NoSpace, UnmountBusy
+
+T = TypeVar("T")
 
 # umount2(2) gives EBUSY for as long as anything has the mount open; moby 57f06409b1 retries so
 TRIES = 5
@@ -25,8 +30,6 @@ PAUSE = 0.1  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # mounts whose users are looked for when a layer is refused: each time all of /proc is read
 _LOOKED_AT = 4
-# one at a time, so that whoever is refused again and again keeps no other thread busy
-_looking = trio.CapacityLimiter(1)
 
 
 class Covered(Exception):
@@ -37,11 +40,62 @@ class Covered(Exception):
         self.row = row
 
 
+class Occupied(Exception):
+    """Something that aufsd did not mount lies where a layer is to be mounted."""
+
+
+async def mount(
+    union: Union,
+    once: Callable[[], T],
+    thread: MountThread,
+    scans: Scans,
+    *,
+    retrying: Callable[[], None],
+) -> T:
+    """Mount in the mount thread, by `once`; `retrying` is told of further tries.
+
+    A process that starts in a mount namespace of its own (unshare -m) has copies of all mounts in
+    it, also of the last one of this layer, which lives on as long as it does. That is waited for as
+    an unmount is. Raises what `once` does; MountFailed for Occupied, and with `holders` if the
+    branch stays busy. Cancelled between two tries: it is not mounted.
+    """
+    for attempt in range(1, TRIES + 1):
+        try:
+            return await thread.run(once)
+        except Occupied as occupied:
+            raise MountFailed(
+                f"something that aufsd did not mount is at {union.target}; unmount it first",
+                id=union.id,
+                errno="EBUSY",
+                holders=[],
+            ) from occupied
+        except MountFailed as failed:
+            if failed.data.get("errno") != "EBUSY":
+                raise
+            busy = failed
+        if attempt < TRIES:
+            retrying()
+            await trio.sleep(PAUSE)
+    found = Holders([])
+    with suppress(OSError):  # no descriptor left, for one
+        found = Holders(await scans.run(_writers, union))
+    data = {**busy.data, "holders": _named(found.holders)}
+    raise MountFailed(f"{busy.message}: {_words(found)}", **data) from busy
+
+
+def _writers(union: Union) -> list[Holder]:
+    """Who keeps the union that was last mounted for a layer, wherever it is mounted."""
+    served = helper.read(union.work) if helper.is_alive(union.work) else None
+    device = served.device if served else exclusive.noted_device(union.work)
+    return [] if device is None else kernel_holders.holders_of(device)
+
+
 async def unmount(
     id: LayerId,
     target: str,
     once: Callable[[], None],
     thread: MountThread,
+    scans: Scans,
     *,
     retrying: Callable[[], None],
 ) -> None:
@@ -79,7 +133,7 @@ async def unmount(
             retrying()
             await trio.sleep(PAUSE)
     try:
-        found = await thread.run(kernel_holders.look, target, busy=True)
+        found = await scans.run(kernel_holders.look, target, busy=True)
     except OSError:  # no descriptor left, for one
         found = Holders([])
     raise UnmountBusy(
@@ -159,7 +213,7 @@ class Naming:
     """
 
     layout: Layout
-    disk: Disk
+    scans: Scans
 
     async def __aenter__(self) -> None:
         pass
@@ -174,8 +228,7 @@ class Naming:
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):
             targets = [self.layout.mount_point(id) for id in ids[:_LOOKED_AT]]
-            async with _looking:
-                users = await self.disk.run(_users, targets)
+            users = await self.scans.run(_users, targets)
             found = {each["pid"]: each for each in users}
             for holder in holders:
                 holder.update(found.pop(holder["pid"], {}))
@@ -197,6 +250,15 @@ def mode_conflict(id: LayerId, *, read_only: bool) -> ModeConflict:
         f"layer {id} is in use and given out {now}, so it cannot be had {wanted}: put it first, "
         f"or ask for it {now}",
         id=id,
+    )
+
+
+def not_known(id: LayerId, error: OSError) -> MountFailed:
+    """Whether the process that serves a layer's mount lives cannot be told."""
+    return MountFailed(
+        f"whether layer {id} is mounted still cannot be told: {error.strerror}; try again",
+        id=id,
+        errno=_name(error),
     )
 
 

@@ -17,9 +17,8 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from aufsd.active import performing, refs, standing
+from aufsd.active import in_use, performing, refs, standing
 from aufsd.active.counters import Counters
-from aufsd.active.in_use import mode_conflict, not_ours, not_readable, unmount
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch, ProcessWatch
@@ -27,7 +26,7 @@ from aufsd.kernel.mountinfo import Changes
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.seals import is_frozen
-from aufsd.threads import MountThread
+from aufsd.threads import MountThread, Scans
 from aufsd.union.backend import Backend, NotFlushed
 from aufsd_client.errors import (
     AufsdError,
@@ -59,6 +58,8 @@ class Mounts:
     nursery: trio.Nursery
     helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
+    # of all processes, for who holds a mount
+    scans: Scans = field(default_factory=Scans)
     counters: Counters = field(default_factory=Counters)
     # of those that stay mounted without a reference, with which errno the last try failed
     stays: dict[LayerId, str] = field(default_factory=dict)
@@ -91,7 +92,7 @@ class Mounts:
             if step is OnGet.COUNT:
                 return self._count(id, entry, reference)
             if step is OnGet.MODE:
-                raise mode_conflict(id, read_only=read_only)
+                raise in_use.mode_conflict(id, read_only=read_only)
             if step is OnGet.CONFLICT:
                 raise LabelConflict(
                     f"layer {id} is mounted with the label {entry.label!r}; put it first",
@@ -153,8 +154,9 @@ class Mounts:
         Raises MountFailed and TooManyLayers, with nothing left mounted.
         """
         union = self.table.union(id, entry, opaque=opaque)
-        mount, read_only = await self.thread.run(
-            performing.mount, self.backend, union, entry.backend
+        once = partial(performing.mount, self.backend, union, entry.backend)
+        mount, read_only = await in_use.mount(
+            union, once, self.thread, self.scans, retrying=self.retrying_mount
         )
         self.counters.mounts += 1
         self.helpers.mounted(id)
@@ -287,7 +289,7 @@ class Mounts:
         try:
             target = self.store.layout.mount_point(id)
             once = partial(performing.unmount, self.backend, target, entry, flush=flush)
-            await unmount(id, target, once, self.thread, retrying=self.retrying)
+            await in_use.unmount(id, target, once, self.thread, self.scans, retrying=self.retrying)
         except BaseException as error:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
@@ -306,6 +308,10 @@ class Mounts:
         """An unmount is tried once more."""
         self.counters.busy_retries += 1
 
+    def retrying_mount(self) -> None:
+        """A mount is tried once more."""
+        self.counters.busy_mounts += 1
+
     async def flush(self, id: LayerId) -> None:
         """Have a mounted layer's content complete by itself; nothing to do for any other.
 
@@ -316,7 +322,7 @@ class Mounts:
             try:
                 await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
             except NotFlushed as failed:
-                raise not_readable(id, failed) from failed
+                raise in_use.not_readable(id, failed) from failed
 
     # --- what other operations need unmounted -------------------------------------------------
 
@@ -348,7 +354,7 @@ class Mounts:
                 # its content goes next, and on a full disk that is how to get space
                 await self._unmount(id, flush=False)
             if self.is_mount_point(id):
-                raise not_ours(id, self.store.layout.mount_point(id))
+                raise in_use.not_ours(id, self.store.layout.mount_point(id))
             yield
         finally:
             table.end(id)
@@ -368,7 +374,7 @@ class Mounts:
             try:
                 await self._take_down(id)
                 if self.is_mount_point(id):
-                    raise not_ours(id, self.store.layout.mount_point(id))
+                    raise in_use.not_ours(id, self.store.layout.mount_point(id))
                 if id in found:
                     done.append(id)
             except AufsdError as error:
@@ -407,7 +413,10 @@ class Mounts:
         if self.changes.any():
             self._seen.clear()
         if standing.is_served(entry.backend) and entry.backend == self.backend.name:
-            found = self.backend.is_mounted(target)
+            try:
+                found = self.backend.is_mounted(target)
+            except OSError as error:
+                raise in_use.not_known(id, error) from error
         elif not (found := id in self._seen):
             if not entry.union:
                 # the directory that is given out is there as long as the store is

@@ -5,13 +5,12 @@ import os
 import structlog
 
 from aufsd.active import standing
-from aufsd.active.in_use import Covered
+from aufsd.active.in_use import Covered, Occupied
 from aufsd.active.refs import BIND, Entry
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.mountinfo import Identity
 from aufsd.union import bind
 from aufsd.union.backend import Backend, Union
-from aufsd_client.errors import MountFailed
 
 log = structlog.get_logger(__name__)
 
@@ -19,7 +18,7 @@ log = structlog.get_logger(__name__)
 def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, bool]:
     """Mount a union, by the backend or as "bind": which mount it is, and whether read-only.
 
-    Raises MountFailed, TooManyLayers; EBUSY if somebody else mounted something there.
+    Raises Occupied, MountFailed, TooManyLayers.
     """
     backend.clear(union.target)
     try:
@@ -28,11 +27,7 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, boo
         os.makedirs(union.target, 0o755)
         foreign = False
     if foreign:
-        raise MountFailed(
-            f"something that aufsd did not mount is at {union.target}; unmount it first",
-            id=union.id,
-            errno="EBUSY",
-        )
+        raise Occupied(union.target)
     if by == BIND:
         bind.mount(union)
     else:

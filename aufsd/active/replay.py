@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple, get_args
 from msgspec.structs import replace
 
 from aufsd.active import performing, refs, standing
+from aufsd.active.in_use import Occupied
 from aufsd.active.refs import Entry, State
 from aufsd.active.table import Table
 from aufsd.kernel.mountinfo import Mount
@@ -78,7 +79,7 @@ def _made_again(
     mount, read_only = None, entry.read_only
     # by another backend, or where it fails, the next `get` mounts it
     if entry.backend in (backend.name, refs.BIND) and not rows:
-        with suppress(AufsdError, OSError):
+        with suppress(AufsdError, OSError, Occupied):
             union = table.union(id, entry)
             mount, read_only = performing.mount(backend, union, entry.backend)
     return refs.mounted_again(entry, mount, read_only=read_only)
@@ -126,5 +127,12 @@ def _ended(id: LayerId, entry: Entry) -> list[Note]:
     return [
         Note(id, "holder", f"process {pid} has ended, its references are put")
         for pid, start in sorted(held)
-        if process(pid)[1] != start
+        if _has_ended(pid, start)
     ]
+
+
+def _has_ended(pid: int, start: int) -> bool:
+    try:
+        return process(pid)[1] != start
+    except OSError:  # it cannot be told now; who watches processes asks again
+        return False

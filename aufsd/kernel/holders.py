@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 from msgspec import UNSET
 
-from aufsd.kernel import mountinfo
+from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.mountinfo import Mount
 from aufsd.results import Holder, Holders
 
@@ -65,18 +65,28 @@ def holders(target: str) -> list[Holder]:
     """
     own_mounts = mountinfo.read()
     row = next((row for row in reversed(own_mounts) if row.mount_point == target), None)
-    if row is None:
-        return []
+    return [] if row is None else _users(own_mounts, row.device, row.root, detached=False)
+
+
+def holders_of(device: int) -> list[Holder]:
+    """As `holders`, of the union with this device number, which we need not have mounted.
+
+    It may be a copy in another mount namespace, or detached and open all the same.
+    """
+    return _users(mountinfo.read(), device, "/", detached=True)
+
+
+def _users(own_mounts: Sequence[Mount], device: int, root: str, *, detached: bool) -> list[Holder]:
     # the device number of a union is its superblock's own, so it finds every copy
     own = os.readlink("/proc/self/ns/mnt")
-    spaces: dict[str, _Namespace] = {own: _namespace(0, own_mounts, row)}
+    spaces: dict[str, _Namespace] = {own: _namespace(0, own_mounts, device, root)}
     processes: list[_Process] = []
     for pid in _pids():
         for task in _tasks(pid):
             with suppress(OSError):
                 link = os.readlink(f"/proc/{task}/ns/mnt")
                 if link not in spaces:
-                    spaces[link] = _namespace(pid, mountinfo.read(task), row)
+                    spaces[link] = _namespace(pid, mountinfo.read(task), device, root)
                 processes.append(_Process(pid, task, spaces[link]))
                 break
     copies = frozenset().union(*(space.copies for space in spaces.values()))
@@ -85,8 +95,9 @@ def holders(target: str) -> list[Holder]:
     for process in processes:
         with suppress(OSError):
             bound = _bound_sockets(process, sockets)
-            device = row.device if row.root == "/" else None
-            uses = list(_uses(process, copies, device))
+            uses = list(_uses(process, copies, device if root == "/" else None))
+            if detached:
+                uses += [use for use in _uses_detached(process, device) if use not in uses]
             if bound and "fd" not in uses:
                 uses.append("fd")
             if uses:
@@ -149,13 +160,9 @@ def _tasks(pid: int) -> Iterator[int]:
         yield from (tid for tid in map(int, os.listdir(f"/proc/{pid}/task")) if tid != pid)
 
 
-def _namespace(first: int, mounts: Sequence[Mount], own: Mount) -> _Namespace:
+def _namespace(first: int, mounts: Sequence[Mount], device: int, root: str) -> _Namespace:
     # of content that is shown read-only the device is the whole disk's, and the root tells
-    copies = (
-        row.id
-        for row in mounts
-        if row.device == own.device and (own.root == "/" or row.root == own.root)
-    )
+    copies = (row.id for row in mounts if row.device == device and root in ("/", row.root))
     return _Namespace(first, mounts, frozenset(copies))
 
 
@@ -170,6 +177,33 @@ def _uses(process: _Process, copies: Collection[int], device: int | None) -> Ite
         yield "map"
     if process.pid == space.first and space.copies:
         yield "mount-namespace"
+
+
+def _uses_detached(process: _Process, device: int) -> Iterator[Use]:
+    """By what the process uses a mount of this device that is in no mount namespace."""
+    known = {row.id for row in process.space.mounts}
+    for link in _LINKS:
+        if any(_leads_to(path, device, known) for path in _links(process, link)):
+            yield link
+    with suppress(OSError):
+        at = f"/proc/{process.task}/fd"
+        if any(_leads_to(f"{at}/{fd}", device, known) for fd in os.listdir(at)):
+            yield "fd"
+
+
+def _leads_to(link: str, device: int, known: Collection[int]) -> bool:
+    """Whether a link of /proc leads to this device, through a mount that is not a known one.
+
+    False of what cannot be opened. No server of a file system is asked.
+    """
+    with suppress(OSError):
+        fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if _mount_id(_read(f"/proc/self/fdinfo/{fd}")) not in known:
+                return syscalls.fstatx_device(fd) == device
+        finally:
+            os.close(fd)
+    return False
 
 
 def _links(process: _Process, link: Use) -> Iterator[str]:

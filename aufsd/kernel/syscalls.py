@@ -319,6 +319,13 @@ def statx_place(path: str) -> Place:
     return Place(found.stx_mnt_id if known else 0, device, found.stx_ino)
 
 
+def fstatx_device(fd: int) -> int:
+    """The same of an open file, which O_PATH is enough for."""
+    found, flags = _Statx(), AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
+    _check(_libc.statx(fd, b"", flags, 0, ctypes.byref(found)))
+    return os.makedev(found.stx_dev_major, found.stx_dev_minor)
+
+
 class MountIds(NamedTuple):
     """What statx(2) says of the mount that a path lies in, and of the path itself.
 

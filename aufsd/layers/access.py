@@ -49,7 +49,8 @@ class Access:
         `view`: what who asks sees of our mounts. Raises LayerNotFound, LayerDamaged, LabelConflict,
         ModeConflict, MountFailed, ConversionNeeded, LayerInUse (a branch in another dialect that a
         mount of another backend stands on), PermissionDenied (who asks does not see it), and what
-        Identity.verify raises. Cancelled or failed: the count is as before, and nothing is left mounted.
+        Identity.verify raises. Cancelled or failed: the count is as before, and nothing is left
+        mounted.
         """
         entry = await self._count(id, reference, label, read_only=read_only)
         if view is not None and not view.is_near(anew=True):

@@ -109,6 +109,7 @@ def mounts(unions: Mounts) -> Source:
             ("mounts_vanished", "Mounts that others unmounted", unions.counters.vanished_mounts),
             ("unmounts", "Unmounts made", unions.counters.unmounts),
             ("unmount_busy_retries", "Unmounts repeated after EBUSY", unions.counters.busy_retries),
+            ("mount_busy_retries", "Mounts repeated after EBUSY", unions.counters.busy_mounts),
             ("processes_ended", "Processes that ended holding", unions.processes.ends),
         ):
             yield counter(f"aufsd_{name}_total", text, value)

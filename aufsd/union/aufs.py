@@ -92,7 +92,8 @@ class Aufs:
             raise runner.failure(union.id, calls[-1], error, self.log) from error
         if not union.read_only:
             for name, inode in self._new_union(union.target):
-                exclusive.note(union.work, "aufs", name, inode)
+                device = os.lstat(union.target).st_dev
+                exclusive.note(union.work, "aufs", name, inode, device)
 
     def _new_union(self, target: str) -> set[tuple[str, int]]:
         """What is in sysfs since the last mount, narrowed to the union at `target`."""

@@ -29,7 +29,9 @@ _IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
 
 
 def note(work: str, *words: str | int) -> None:
-    """Remember the writable union just mounted: `aufs NAME INODE` of sysfs, or `overlay DEVICE`."""
+    """Remember the writable union just mounted: `overlay DEVICE`, or `aufs NAME INODE DEVICE`, of
+    which the first two are those of sysfs.
+    """
     text, path = " ".join(map(str, words)), f"{work}/union"
     if _noted(work) == text:
         return
@@ -56,11 +58,18 @@ def refuse_if_written(union: Union, scratch: str, namespace: XattrNamespace) -> 
         raise in_use(union)
 
 
+def noted_device(work: str) -> int | None:
+    """The device number of the writable union that was noted last; None if it was not."""
+    words = _noted(work).split()
+    at = {"overlay": 1, "aufs": 3}.get(words[0], 0) if words else 0
+    return int(words[at]) if 0 < at < len(words) else None
+
+
 def in_use(union: Union) -> MountFailed:
     """The error of a layer whose content another mount still writes."""
     return MountFailed(
         f"the content of layer {union.id} is still written by another mount, one that was detached "
-        "or lives on in another mount namespace: end what uses it",
+        "or lives on in another mount namespace; end what uses it",
         id=union.id,
         errno="EBUSY",
         options=f"{union.top}=rw",

@@ -1,18 +1,23 @@
 """Who uses a layer is named wherever a call is refused; a process's references end with it."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
+from aufsd import results
 from aufsd.active import mounts
 from aufsd.active.processes import ended
+from aufsd.driver import Driver
 from aufsd.kernel import syscalls
 from aufsd.kernel.peer import process
 from aufsd_client import Client, errors
@@ -205,3 +210,137 @@ async def test_a_pid_that_went_to_another_process_is_not_waited_for() -> None:
         child.kill()
         with trio.fail_after(30):
             await ended(child.pid, start)
+
+
+async def test_without_a_descriptor_left_a_process_that_lives_is_not_taken_for_ended() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    over = trio.Event()
+
+    async def wait(pid: int, start: int) -> None:
+        await ended(pid, start)
+        over.set()
+
+    with sleeping() as child:
+        _, start = process(child.pid)
+        async with trio.open_nursery() as nursery:
+            for left in (0, 1):
+                # none for /proc, or none for that beside the pidfd
+                taken = take_all_descriptors()
+                try:
+                    for fd in taken[:left]:
+                        os.close(fd)
+                    nursery.start_soon(wait, child.pid, start)
+                    await trio.testing.wait_all_tasks_blocked()
+                    assert not over.is_set()
+                finally:
+                    for fd in taken[left:]:
+                        os.close(fd)
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            child.kill()
+            with trio.fail_after(30):
+                await over.wait()
+
+
+def take_all_descriptors() -> list[int]:
+    """All that a limit just above those in use leaves; the limit is the caller's to lift."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    taken: list[int] = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+    return taken
+
+
+@contextmanager
+def sleeping(directory: str = "/") -> Iterator[subprocess.Popen[bytes]]:
+    """A process that does nothing, in a directory; it ends with the block."""
+    with subprocess.Popen(["sleep", "1000"], cwd=directory) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+@contextmanager
+def copying() -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a mount namespace of its own, with copies of all that is mounted now."""
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", "echo copied; exec sleep 1000"],
+        stdout=subprocess.PIPE,
+    ) as copy:
+        assert copy.stdout is not None
+        assert copy.stdout.readline() == b"copied\n"
+        try:
+            yield copy
+        finally:
+            copy.kill()
+
+
+async def test_a_get_waits_for_a_copy_of_the_last_mount_that_is_soon_gone(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver:
+        await driving.get(driver, TOP)
+        with copying() as copy:
+            await driving.put(driver, TOP)
+            got: list[results.Got] = []
+
+            async def get() -> None:
+                got.append(await driving.get(driver, TOP))
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(get)
+                while not driver.active.counters.busy_mounts:
+                    await trio.sleep(0.01)
+                copy.kill()
+                copy.wait()
+        assert [each.references for each in got] == [1]
+
+
+@pytest.mark.parametrize("lasting", ["a copy in another namespace", "a detached mount"])
+async def test_who_has_the_last_mount_of_a_layer_is_named_by_a_get(
+    tmp_path: Path, lasting: str
+) -> None:
+    async with opened(tmp_path) as driver:
+        path = (await driving.get(driver, TOP)).path
+        if lasting == "a detached mount":
+            with sleeping(path) as holder:
+                syscalls.umount2(path, syscalls.MNT_DETACH)
+                await _refused(driver, holder.pid, "sleep", "cwd")
+        else:
+            with copying() as holder:
+                await driving.put(driver, TOP)
+                await _refused(driver, holder.pid, "sleep", "mount-namespace")
+        assert (await driving.get(driver, TOP)).mounted
+
+
+async def _refused(driver: Driver, pid: int, comm: str, use: str) -> None:
+    eventually(lambda: Path(f"/proc/{pid}/comm").read_text() == f"{comm}\n")
+    with pytest.raises(errors.MountFailed, match=rf"{comm} \({pid}\)") as caught:
+        await driving.get(driver, TOP)
+    assert caught.value.data["errno"] == "EBUSY"
+    assert named(caught.value) == {pid: [use]}
+
+
+async def test_who_holds_a_mount_is_looked_for_in_a_thread_of_its_own(tmp_path: Path) -> None:
+    async with opened(tmp_path) as driver:
+        path = (await driving.get(driver, TOP)).path
+        go_on = threading.Event()
+        async with trio.open_nursery() as nursery:
+            # whoever looks has to wait, and nobody else
+            nursery.start_soon(driver.active.scans.run, go_on.wait)
+            await trio.testing.wait_all_tasks_blocked()
+            try:
+                with open(f"{path}/file", "rb"):
+                    async with trio.open_nursery() as putting:
+                        putting.start_soon(driving.put, driver, TOP)
+                        with trio.fail_after(30):
+                            while driver.active.scans.waiting < 1:
+                                await trio.sleep(0.01)
+                        putting.cancel_scope.cancel()
+                nursery.start_soon(driver.holders, TOP)
+                with trio.fail_after(30):
+                    await driver.active.breathe()
+                    assert (await driving.get(driver, TOP)).references == 1
+                    assert not (await driving.put(driver, TOP)).references
+            finally:
+                go_on.set()
