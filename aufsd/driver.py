@@ -187,9 +187,14 @@ class Driver:
         try:
             dialect = await self.disk.run(self.chains.dialect, id)
         except LayerDamaged:
-            # or removed meanwhile: asked again with nobody at it
-            async with self.active.table.reading(lambda: ((id,),)):
+            # or removed meanwhile: asked again with nobody at it, and whoever comes waits. To a
+            # claim for reading an apply would be refused, for a question that changes nothing.
+            table = self.active.table
+            await table.claim(id, self.store.require)
+            try:
                 dialect = await self.disk.run(self.chains.dialect, id)
+            finally:
+                table.end(id)
         chain = self.store.chain(id)
         read_only = seals.is_frozen(self.store, id)
         return listing.metadata(

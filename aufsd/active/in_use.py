@@ -93,17 +93,18 @@ def _writers(union: Union) -> list[Holder]:
 async def unmount(
     id: LayerId,
     target: str,
-    once: Callable[[], None],
+    once: Callable[[], bool],
     thread: MountThread,
     scans: Scans,
     *,
     retrying: Callable[[], None],
-) -> None:
+) -> bool:
     """Unmount a layer's mount in the mount thread, by `once`; `retrying` is told of further tries.
 
-    `once` raises Covered, NotFlushed, or OSError as umount2(2) does. Raises NoSpace if what is
-    written in it cannot be made to last for want of space, UnmountBusy with `errno` and the holders
-    if it stays for any other reason. Cancelled between two tries: it is mounted.
+    False if it was not mounted any more. `once` raises Covered, NotFlushed, or OSError as
+    umount2(2) does. Raises NoSpace if what is written in it cannot be made to last for want of
+    space, UnmountBusy with `errno` and the holders if it stays for any other reason. Cancelled
+    between two tries: it is mounted.
     """
     for attempt in range(1, TRIES + 1):
         try:
@@ -121,7 +122,7 @@ async def unmount(
             raise _would_lose(id, failed) from failed
         except OSError as error:
             if error.errno in (errno.EINVAL, errno.ENOENT) and not _is_mount_point(target):
-                return None  # which is what was wanted
+                return False  # which is what was wanted
             if error.errno != errno.EBUSY:
                 raise UnmountBusy(
                     f"layer {id} stays mounted: {error.strerror}; mend that, then put or cleanup",

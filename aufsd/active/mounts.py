@@ -261,35 +261,36 @@ class Mounts:
             await waiting.wait()
         await self._take_down(id)
 
-    async def _take_down(self, id: LayerId) -> None:
-        """Unmount an id whose transition the caller began, and end that, however it goes."""
+    async def _take_down(self, id: LayerId) -> bool:
+        """As `_unmount`, of an id whose transition the caller began; end that, however it goes."""
         try:
-            await self._unmount(id)
+            return await self._unmount(id)
         finally:
             self.table.end(id)
 
-    async def _unmount(self, id: LayerId, *, flush: bool = True) -> None:
+    async def _unmount(self, id: LayerId, *, flush: bool = True) -> bool:
         """Unmount an id whose transition the caller holds, and drop its entry and references.
 
-        What somebody else mounted there is left alone, and no error if the layer's own mount is not
-        below it.
+        Whether it was mounted until then. What somebody else mounted there is left alone, and no
+        error if the layer's own mount is not below it.
         """
         table = self.table
         entry = table.entries.get(id)
         if entry is None:
             # the kernel has something there, and nobody counted it
             entry = await self.thread.run(standing.uncounted_at, self.store.layout, id)
-        if entry is None:
-            return
-        if not entry.union:
-            table.leave(id)
-            table.record(id)
-            return
+        if entry is None or not entry.union:
+            if entry is not None:
+                table.leave(id)
+                table.record(id)
+            return False
         table.enter(id, refs.unmounting(entry))
         try:
             target = self.store.layout.mount_point(id)
             once = partial(performing.unmount, self.backend, target, entry, flush=flush)
-            await in_use.unmount(id, target, once, self.thread, self.scans, retrying=self.retrying)
+            was = await in_use.unmount(
+                id, target, once, self.thread, self.scans, retrying=self.retrying
+            )
         except BaseException as error:
             with table.locked():
                 table.enter(id, refs.busy(refs.unmounting(entry)))
@@ -303,6 +304,7 @@ class Mounts:
             self.helpers.unmounted(id)
             table.leave(id)
             table.record(id)
+        return was
 
     def retrying(self) -> None:
         """An unmount is tried once more."""
@@ -372,11 +374,11 @@ class Mounts:
         for id in sorted(found | counted):
             await self.table.claim(id)
             try:
-                await self._take_down(id)
+                was = await self._take_down(id)
                 if self.is_mount_point(id):
                     raise in_use.not_ours(id, self.store.layout.mount_point(id))
-                if id in found:
-                    done.append(id)
+                # not what others unmounted, or mounted, since it was looked for
+                done += [id] if was else []
             except AufsdError as error:
                 failed[id] = error
             except OSError as error:

@@ -39,8 +39,8 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, boo
     return standing.identify(union.target, by), read_only
 
 
-def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> None:
-    """Unmount the entry's own mount once, if it is what is seen there.
+def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> bool:
+    """Unmount the entry's own mount once, if it is what is seen there; whether it was.
 
     Nothing to do if it is not mounted at all. Raises Covered, NotFlushed, OSError.
     """
@@ -49,7 +49,9 @@ def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> None
         if standing.is_below(rows, entry):
             raise Covered(rows[-1])
         log.warning("mount vanished", path=target)
-    elif entry.backend == BIND:
+        return False
+    if entry.backend == BIND:
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
     else:
         backend.unmount(target, flush=flush)
+    return True

@@ -104,6 +104,31 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
     assert ["side"] in found
 
 
+async def test_a_question_about_a_layer_that_is_being_made_refuses_no_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What looks damaged is looked at again; an apply that comes meanwhile waits for that."""
+    async with opened(tmp_path) as driver, trio.open_nursery() as nursery:
+        content = Path(driver.store.layout.content(TOP))
+        content.rename(tmp_path / "aside")
+        run, looks = driver.disk.run, 0
+
+        async def counted(*args: object, **named: object) -> object:
+            nonlocal looks
+            looks += args[0] == driver.chains.dialect
+            if looks == 2:
+                (tmp_path / "aside").rename(content)
+                nursery.start_soon(driving.apply, driver, tmp_path, b"x")
+                await trio.testing.wait_all_tasks_blocked()
+                looks += 1
+            return await run(*args, **named)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(type(driver.disk), "run", staticmethod(counted))
+        assert (await driver.get_metadata(TOP)).metadata["id"] == TOP
+    assert looks >= 3
+    assert (content / "file").exists()
+
+
 async def until_claimed(driver: Driver, id: LayerId) -> None:
     with trio.fail_after(30):
         while driver.active.table.moving(id) is None:
