@@ -2,9 +2,11 @@
 
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 import trio
@@ -32,6 +34,7 @@ from aufsd.store.opening import open_store
 from aufsd.tasks import Tasks
 from aufsd.threads import Disk
 from aufsd.union import overlay
+from aufsd.union.backend import Backend, Union
 from aufsd_client.errors import (
     LabelConflict,
     LayerDamaged,
@@ -62,8 +65,16 @@ async def get(mounts: Mounts, id: LayerId, reference: Reference, *, label: str) 
 
 
 @asynccontextmanager
-async def opened(tmp_path: Path) -> AsyncIterator[Mounts]:
-    """A store, its mounts, and what the journal says; mounts stay when it is left."""
+async def opened(
+    tmp_path: Path,
+    *,
+    serve: Callable[[Backend], Backend] = lambda found: found,
+    tasks: Tasks | None = None,
+) -> AsyncIterator[Mounts]:
+    """A store, its mounts, and what the journal says; mounts stay when it is left.
+
+    `serve` gives the backend in the place of the one that was found.
+    """
     root = tmp_path / "store"
     root.mkdir(exist_ok=True)
     store = open_store(str(root), adopt=False, xattr_namespace=NAMESPACE)
@@ -73,7 +84,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Mounts]:
         assert isinstance(backend, overlay.Overlay), backend
         recorded = journal.read(book, store.layout.root)
         table = Table(store, Journal(book, store.layout.root, recorded))
-        async with open_mounts(table, backend, recorded, Tasks()) as mounts:
+        async with open_mounts(table, serve(backend), recorded, tasks or Tasks()) as mounts:
             yield mounts
         table.journal.close()
     finally:
@@ -253,6 +264,91 @@ async def test_at_start_a_stranger_is_not_taken_for_the_union(
             syscalls.umount2(layout.mount_point(id))
         await second.cleanup()
         assert mountinfo.mounted_under(layout.mnt) == []
+
+
+async def test_another_overlay_is_told_also_with_a_mount_inside(tmp_path: Path) -> None:
+    async with opened(tmp_path) as first:
+        make(first.store, BASE)
+        make(first.store, TOP, BASE)
+        content, target = first.store.layout.content(TOP), first.store.layout.mount_point(TOP)
+    for name in ("lower/inside", "work"):
+        (tmp_path / "foreign" / name).mkdir(parents=True)
+    # the layer's own content on top, over somebody else's
+    data = f"lowerdir={tmp_path}/foreign/lower,upperdir={content},workdir={tmp_path}/store/work"
+    (tmp_path / "store" / "work").mkdir()
+    syscalls.mount("none", target, "overlay", 0, data + (",userxattr" * (NAMESPACE == "user")))
+    syscalls.mount("none", f"{target}/inside", "tmpfs", 0, "size=64k")
+    async with opened(tmp_path) as second:
+        assert TOP not in second.table.entries
+        assert second.counters.differences["foreign"] == 1
+    syscalls.umount2(f"{target}/inside")
+    syscalls.umount2(target)
+
+
+@dataclass(frozen=True)
+class Broken:
+    """The overlay backend, but that TOP is mounted in part, and SIDE not looked at until mended."""
+
+    overlay: Backend
+    mended: list[bool] = field(default_factory=list)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.overlay, name)
+
+    def is_part(self, union: Union) -> bool:
+        if union.id == SIDE and not self.mended:
+            raise RuntimeError("a fault of aufsd")
+        return union.id == TOP
+
+
+async def test_a_layer_that_cannot_be_settled_ends_no_start_and_is_settled_later(
+    tmp_path: Path,
+) -> None:
+    ids = (TOP, SIDE, LayerId("sound"))
+    async with opened(tmp_path) as first:
+        make(first.store, BASE)
+        for id in ids:
+            make(first.store, id, BASE)
+            await get(first, id, MANUAL, label="")
+        layout = first.store.layout
+    for id in (TOP, SIDE):
+        forget(tmp_path / "journal", id)
+    tasks, broken = Tasks(), None
+
+    def serve(found: Backend) -> Backend:
+        nonlocal broken
+        broken = Broken(found)
+        return cast(Backend, broken)
+
+    inside = os.open(layout.mount_point(TOP), os.O_PATH)
+    try:
+        async with opened(tmp_path, serve=serve, tasks=tasks) as second:
+            assert count(second, LayerId("sound")) == 1
+            told = next(check for check in tasks.checks() if check.name == "replay")
+            assert told.status == "degraded"
+            assert "busy" in told.detail
+            assert "a fault of aufsd" in told.detail
+            assert is_mounted(second, TOP)
+            os.close(inside)
+            inside = -1
+            assert isinstance(broken, Broken)
+            broken.mended.append(True)
+            with trio.fail_after(30):
+                while next(c for c in tasks.checks() if c.name == "replay").status != "ok":
+                    await trio.sleep(0.01)
+            # nobody was given what was there in part; of the other one somebody may have been
+            assert (count(second, TOP), count(second, SIDE)) == (0, 1)
+            assert not is_mounted(second, TOP)
+            await second.cleanup()
+    finally:
+        if inside >= 0:
+            os.close(inside)
+
+
+def forget(book: Path, id: LayerId) -> None:
+    """Take the lines of a layer out of the journal."""
+    lines = book.read_bytes().splitlines(keepends=True)
+    book.write_bytes(b"".join(line for line in lines if f'"id":"{id}"'.encode() not in line))
 
 
 async def test_a_damaged_layer_that_is_mounted_is_counted_and_not_removed_under_its_users(

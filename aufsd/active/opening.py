@@ -1,14 +1,16 @@
 """The mounts of a store as the daemon starts: the table replayed, the watches and retries begun."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import structlog
 import trio
 
+from aufsd.active import standing
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry
-from aufsd.active.replay import replay
+from aufsd.active.replay import Note, replay, settle
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch
 from aufsd.store.ids import LayerId
@@ -16,6 +18,47 @@ from aufsd.tasks import Tasks
 from aufsd.union.backend import Backend
 
 log = structlog.get_logger(__name__)
+
+
+def _tell(mounts: Mounts, notes: Sequence[Note]) -> None:
+    for note in notes:
+        log.warning("table and kernel did not agree", id=note.id, kind=note.kind, note=note.text)
+        mounts.counters.differences[note.kind] += 1
+
+
+def _watch(mounts: Mounts, id: LayerId) -> None:
+    """Watch the processes that a layer's entry depends on."""
+    mounts.helpers.mounted(id)
+    for reference in mounts.table.entries[id].references:
+        if reference.hold == "process":
+            mounts.processes.holds(reference)
+
+
+async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Entry | None) -> None:
+    """Try again what could not be settled at the start; `kept` is what stands in the table for it.
+
+    Raises what `settle` does: it stays as it is.
+    """
+    table, layout = mounts.table, mounts.store.layout
+    await table.claim(id)
+    try:
+        if table.entries.get(id) is not kept:
+            # a call has put it right meanwhile
+            return
+        rows = await mounts.thread.run(standing.rows_at, layout)
+        entry, notes = await mounts.thread.run(
+            settle, table, mounts.backend, id, recorded, rows.get(id, [])
+        )
+        with table.locked():
+            if entry is None:
+                table.leave(id)
+            else:
+                table.enter(id, entry)
+                _watch(mounts, id)
+            table.record(id)
+        _tell(mounts, notes)
+    finally:
+        table.end(id)
 
 
 @asynccontextmanager
@@ -27,16 +70,15 @@ async def open_mounts(
         watches = tasks.add("watches", "the end of each process that counts is noticed")
         helpers = HelperWatch(backend, table, nursery, watches)
         mounts = Mounts(table.store, backend, table, nursery, helpers)
-        for note in await mounts.thread.run(replay, table, recorded, backend):
-            log.warning(
-                "table and kernel did not agree", id=note.id, kind=note.kind, note=note.text
-            )
-            mounts.counters.differences[note.kind] += 1
-        for id, entry in list(table.entries.items()):
-            helpers.mounted(id)
-            for reference in entry.references:
-                if reference.hold == "process":
-                    mounts.processes.holds(reference)
+        found = await mounts.thread.run(replay, table, recorded, backend)
+        _tell(mounts, found.notes)
+        for id in list(table.entries):
+            _watch(mounts, id)
+        settling = tasks.add("replay", "what stood when the daemon started is counted")
+        for id, error in found.left.items():
+            settling.failed(id, error)
+            again = partial(_settle, mounts, id, recorded.get(id), table.entries.get(id))
+            nursery.start_soon(settling.until_done, again, id)
         retries = tasks.add("retries", "unmounts that stayed busy are tried again")
         nursery.start_soon(retries.repeat, mounts.retry_busy)
         try:

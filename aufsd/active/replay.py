@@ -34,7 +34,14 @@ class Note(NamedTuple):
     text: str
 
 
-def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> list[Note]:
+class Replayed(NamedTuple):
+    """What did not agree, and which layers could not be settled for what reason."""
+
+    notes: list[Note]
+    left: dict[LayerId, Exception]
+
+
+def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> Replayed:
     """Set the table from the journal and the kernel, at start; what did not agree.
 
     An entry stands if the mount that it was made for does, also below another one. Otherwise it
@@ -43,29 +50,55 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> li
     A union that lacks branches, because the last daemon was killed between two mount calls, was
     never given to anybody: it is unmounted. References of processes that have ended are noted, and
     stand until who watches processes puts them. Blocking; called before the first call.
+
+    Of a layer that cannot be settled what the journal says stays; `settle` is for later. Raises
+    OSError if the kernel's table cannot be read.
+    """
+    store = table.store
+    found = Replayed([], {})
+    live = standing.rows_at(store.layout)
+    for id in {**recorded, **live}:
+        entry = recorded.get(id)
+        try:
+            settled, notes = settle(table, backend, id, entry, live.get(id, []))
+        except Exception as error:
+            # one layer, whatever is wrong with it, ends no start
+            found.left[id] = error
+            settled, notes = refs.busy(entry) if entry else None, []
+        if settled is not None:
+            table.enter(id, settled)
+        found.notes.extend(notes)
+    table.journal.rewrite(table.entries)
+    return found
+
+
+def settle(
+    table: Table, backend: Backend, id: LayerId, recorded: Entry | None, rows: Sequence[Mount]
+) -> tuple[Entry | None, list[Note]]:
+    """The entry that a layer has by the journal and by the rows of its mount point, if any.
+
+    Raises OSError, AufsdError: a mount that has to go stays. Blocking.
     """
     store = table.store
     notes: list[Note] = []
-    live = {id: rows for id, rows in standing.rows_at(store.layout).items() if store.exists(id)}
-    for id, entry in recorded.items():
-        if not store.exists(id) or not (entry.references or entry.union):
-            continue
-        stands = _stands(store.layout, id, entry, live.get(id, []))
-        if stands is None and entry.state is State.MOUNTING:
-            table.enter(id, _made_again(table, backend, id, entry, live.get(id, [])))
+    if not store.exists(id):
+        return None, notes
+    entry = None
+    if recorded is not None and (recorded.references or recorded.union):
+        entry = _stands(store.layout, id, recorded, rows)
+        if entry is not None:
+            entry = refs.busy(entry)
+            notes += _ended(id, recorded)
+        elif recorded.state is State.MOUNTING:
+            entry = _made_again(table, backend, id, recorded, rows)
             notes.append(Note(id, "remounted", "was about to be mounted again: it is now"))
-        elif stands is None:
-            dropped = len(entry.references)
-            notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
         else:
-            table.enter(id, refs.busy(stands))
-            notes += _ended(id, entry)
-    for id, rows in live.items():
-        known = table.entries.get(id)
-        if known is None or not known.union:
-            notes.append(_appeared(table, backend, id, rows[-1]))
-    table.journal.rewrite(table.entries)
-    return notes
+            dropped = len(recorded.references)
+            notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
+    if rows and (entry is None or not entry.union):
+        appeared, note = _appeared(table, backend, id, rows[-1])
+        entry, notes = appeared or entry, [*notes, note]
+    return entry, notes
 
 
 def _made_again(
@@ -99,27 +132,27 @@ def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) ->
     return entry if on_top or standing.is_below(rows, entry) else None
 
 
-def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> Note:
+def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> tuple[Entry | None, Note]:
     """A mount without an entry: the layer's own is counted, anything else told."""
     store = table.store
     entry = standing.uncounted(store.layout, id, row)
     if entry is None:
-        return Note(id, "foreign", f"{row.fstype} that aufsd did not mount is there: left alone")
+        text = f"{row.fstype} that aufsd did not mount is there: left alone"
+        return None, Note(id, "foreign", text)
     if entry.backend == backend.name and id in store.parent:
         union = table.union(id, entry)
-        if not backend.is_whole(union):
-            # one call mounts all of it or nothing
-            if len(backend.plan(union)) == 1:
-                text = "its branches are not the layer's parents: left alone"
-                return Note(id, "foreign", text)
+        if backend.is_part(union):
             backend.unmount(row.mount_point, flush=False)
-            return Note(id, "partial", "mounted in part when the daemon was killed: unmounted")
+            text = "mounted in part when the daemon was killed: unmounted"
+            return None, Note(id, "partial", text)
+        if not backend.is_whole(union):
+            text = "its branches are not the layer's parents: left alone"
+            return None, Note(id, "foreign", text)
     if not entry.read_only:
         # whoever mounted it may have written to it
         with suppress(MountFailed):
             store.unrecord(id)
-    table.enter(id, entry)
-    return Note(id, "appeared", "mounted without an entry: counts 1")
+    return entry, Note(id, "appeared", "mounted without an entry: counts 1")
 
 
 def _ended(id: LayerId, entry: Entry) -> list[Note]:

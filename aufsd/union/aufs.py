@@ -29,6 +29,10 @@ MAGIC: Final = syscalls.AUFS_SUPER_MAGIC
 # include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_BR, union aufs_brinfo); with a null pointer it
 # counts the branches
 _AUFS_CTL_BRINFO: Final = 0x50004105
+# one union aufs_brinfo: id, permission, path
+_BRINFO_SIZE: Final = 4096
+_BRINFO_PATH: Final = 8
+_BRINFO_SPARE: Final = 64
 _HOUSEKEEPING: Final = tuple(os.fsdecode(name) for name in sorted(HOUSEKEEPING))
 _BRANCH_MAXIMA: Final = (127, 511, 1023, 32767)
 
@@ -82,7 +86,7 @@ class Aufs:
             before = _times_at_risk(union)
         runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
         try:
-            if not self.is_whole(union):
+            if branch_count(union.target) != 1 + len(union.lowers):
                 raise OSError(errno.EINVAL, "aufs mounted fewer branches than it was given")
             if before is not None:
                 # in the branch: a time set through the union has whole seconds
@@ -121,10 +125,17 @@ class Aufs:
         return runner.is_mounted(target, MAGIC)
 
     def is_whole(self, union: Union) -> bool:
-        """As Backend.is_whole: aufs is asked how many branches it has."""
+        """As Backend.is_whole: aufs is asked which branches it has."""
         if not self.is_mounted(union.target):
             return False
-        return branch_count(union.target) == 1 + len(union.lowers)
+        return branches(union.target) == (union.top, *union.lowers)
+
+    def is_part(self, union: Union) -> bool:
+        """As Backend.is_part: the branches come from the uppermost down, some in each call."""
+        if not self.is_mounted(union.target):
+            return False
+        shown, wanted = branches(union.target), (union.top, *union.lowers)
+        return len(shown) < len(wanted) and shown == wanted[: len(shown)]
 
     def helper(self, target: str) -> tuple[int, int] | None:
         """As Backend.helper: the kernel serves it."""
@@ -243,6 +254,25 @@ def branch_count(target: str) -> int:
         return fcntl.ioctl(root, _AUFS_CTL_BRINFO, 0)
     finally:
         os.close(root)
+
+
+def branches(target: str) -> tuple[str, ...]:
+    """The branches of the union mounted at `target`, the uppermost first. Raises OSError."""
+    root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # au_brinfo() in fs/aufs/sysfs.c is not told how long the buffer is, and somebody may add
+        # one meanwhile
+        room = fcntl.ioctl(root, _AUFS_CTL_BRINFO, 0) + _BRINFO_SPARE
+        info = bytearray(room * _BRINFO_SIZE)
+        count = fcntl.ioctl(root, _AUFS_CTL_BRINFO, info)
+    finally:
+        os.close(root)
+    paths = [info[at + _BRINFO_PATH : at + _BRINFO_SIZE] for at in _starts(count)]
+    return tuple(mountinfo.unescape(bytes(path.partition(b"\0")[0])) for path in paths)
+
+
+def _starts(count: int) -> range:
+    return range(0, count * _BRINFO_SIZE, _BRINFO_SIZE)
 
 
 def _unions() -> set[tuple[str, int]]:

@@ -127,9 +127,15 @@ class Backend(Protocol):
         """Whether this backend's union is mounted at `target` now: O(1), no mountinfo."""
 
     def is_whole(self, union: Union) -> bool:
-        """Whether what is mounted there has all the union's branches.
+        """Whether what is mounted there has the union's branches, and no others.
 
-        A process killed between two mount calls leaves the first ones; asked once at start-up.
+        Asked once, at start-up, of what no journal knows.
+        """
+
+    def is_part(self, union: Union) -> bool:
+        """Whether what is mounted there has the first of the union's branches, and no others.
+
+        A process killed between two mount calls leaves that.
         """
 
     def helper(self, target: str) -> tuple[int, int] | None:

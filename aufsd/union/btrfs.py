@@ -67,6 +67,10 @@ class Btrfs:
         """As Backend.is_whole: never."""
         return False
 
+    def is_part(self, union: Union) -> bool:
+        """As Backend.is_part: never."""
+        return False
+
     def helper(self, target: str) -> tuple[int, int] | None:
         """As Backend.helper: the kernel serves it."""
         return None

@@ -200,8 +200,12 @@ class Fuse:
         return serving is not None and _is_device(target, serving.device)
 
     def is_whole(self, union: Union) -> bool:
-        """As Backend.is_whole: one call mounts all of it or nothing."""
+        """As Backend.is_whole: its helper was given these branches, and its mount is known."""
         return self.is_mounted(union.target)
+
+    def is_part(self, union: Union) -> bool:
+        """As Backend.is_part: one call mounts all of it or nothing."""
+        return False
 
     def helper(self, target: str) -> tuple[int, int] | None:
         """As Backend.helper."""

@@ -120,10 +120,17 @@ class Overlay:
         """As Backend.is_whole: the branches are those that the kernel shows."""
         if not self.is_mounted(union.target):
             return False
-        row = mountinfo.mounted_under(union.target)[-1:]
-        shown = shown_branches(row[0].super_options) if row else ()
+        # not what is mounted inside
+        rows = [
+            row for row in mountinfo.mounted_under(union.target) if row.mount_point == union.target
+        ]
+        shown = shown_branches(rows[-1].super_options) if rows else ()
         expected = self._merged(union)
         return shown in ((), expected, (*expected, self.empty))
+
+    def is_part(self, union: Union) -> bool:
+        """As Backend.is_part: one call mounts all of it or nothing."""
+        return False
 
     def helper(self, target: str) -> tuple[int, int] | None:
         """As Backend.helper: the kernel serves it."""

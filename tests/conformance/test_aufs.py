@@ -187,6 +187,20 @@ def test_part_of_a_chain_is_not_whole(layers: Layers) -> None:
     layers.mount(*chain[:70])
     assert layers.backend.is_mounted(union.target)
     assert not layers.backend.is_whole(union)
+    assert layers.backend.is_part(union)
+
+
+def test_as_many_branches_are_not_the_same(layers: Layers) -> None:
+    """Which they are counts, also where the names have to be escaped."""
+    top, base, other = layers.add(id="top"), layers.add(id="base"), layers.add(id="other")
+    union = layers.mount(top, base)
+    assert aufs.branches(union.target) == (union.top, *union.lowers)
+    assert layers.backend.is_whole(union)
+    assert not layers.backend.is_part(union)
+    for chain in ((top, other), (top, other, base)):
+        assert not layers.backend.is_whole(layers.union(*chain))
+        assert not layers.backend.is_part(layers.union(*chain))
+    assert layers.backend.is_part(layers.union(top, base, other))
 
 
 def test_a_long_read_only_chain_stays_read_only(layers: Layers) -> None:
