@@ -3,11 +3,12 @@
 The two clients make their methods from these functions. Standard library only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, Literal, TypeVar
 
 from aufsd_client import results
+from aufsd_client.errors import LayerInUse
 
 T = TypeVar("T")
 Hold = Literal["manual", "process"]
@@ -16,11 +17,15 @@ Dialect = Literal["aufs", "overlay"]
 
 @dataclass(frozen=True, slots=True)
 class Request(Generic[T]):
-    """One call: its method and parameters, and the class of its result."""
+    """One call: its method and parameters, the class of its result, and what has to be true of it.
+
+    A client calls `judge` with the result; it raises one of the errors.
+    """
 
     result: type[T]
     method: str
     params: dict[str, object] = field(default_factory=dict)
+    judge: Callable[[T], None] = lambda _: None
 
 
 def version() -> Request[results.Version]:
@@ -70,9 +75,24 @@ def create(
     return Request(results.Created, "create", params)
 
 
-def remove(id: str, *, force: bool = False) -> Request[results.Removed]:
-    """Remove a layer. LayerHasChildren; UnmountBusy with `force`."""
-    return Request(results.Removed, "remove", {"id": id, "force": force})
+def remove(id: str, *, force: bool = False, in_use_ok: bool = False) -> Request[results.Removed]:
+    """Remove a layer. LayerHasChildren, LayerInUse; UnmountBusy with `force`.
+
+    With `in_use_ok` the result says that it is in use. One that is not there is no error: then
+    the result is false.
+    """
+
+    def judge(found: results.Removed) -> None:
+        if found.reason == "in-use" and not in_use_ok:
+            left = f"{found.references} reference{'s' * (found.references != 1)}"
+            why = f"it has {left}" if found.references else "another call reads it"
+            raise LayerInUse(
+                f"layer {id} is in use and stays: {why}",
+                id=id,
+                references=found.references,
+            )
+
+    return Request(results.Removed, "remove", {"id": id, "force": force}, judge)
 
 
 def get(

@@ -191,7 +191,9 @@ class Client:
         return reply.result
 
     def _ask(self, request: Request[T], fd: int | None = None) -> T:
-        return parsing.parse(request.result, self.call(request.method, request.params, fd=fd))
+        found = parsing.parse(request.result, self.call(request.method, request.params, fd=fd))
+        request.judge(found)
+        return found
 
     def _take(self) -> "Link | None":
         with self._lock:

@@ -111,7 +111,7 @@ def _is_there(client: Client, id: str, below: Sequence[str]) -> bool:
         )
     if metadata["sealed"] == "true":
         return True
-    found = client.remove(id)
+    found = client.remove(id, in_use_ok=True)
     if found.reason == "in-use":
         raise LayerExists(
             f"layer {id} is one that a load was cut off at, and it is in use: put it, then load "

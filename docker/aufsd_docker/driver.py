@@ -107,7 +107,7 @@ class Driver:
         self.left.discard(call.id)
         if not self.counts[call.id]:
             await self.client.put(call.id, name=_name(call.id))
-        found = await self.client.remove(call.id)
+        found = await self.client.remove(call.id, in_use_ok=True)
         if not found.removed and found.reason == "in-use":
             raise LayerInUse(f"layer {call.id} has {found.references} references")
         self._locks.pop(call.id, None)

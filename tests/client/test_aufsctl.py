@@ -76,6 +76,8 @@ OUTPUT: dict[str, tuple[int, str]] = {
     "put a": (0, "a: 0 references left, not mounted\n"),
     "usage a": (0, "4.1 kB, 2 inodes\n"),
     "seal a": (0, "sealed a: 4.1 kB, 2 inodes\n"),
+    "checkpoint a b": (0, "a stands on b now\n"),
+    "rollback a b": (0, "a is empty, on b\n"),
     "diff-size a": (0, "18 bytes (18 B)\n"),
     "changes a": (0, "A /0\nA /1\nA /2\nA /3\nA /4\nD /\\udcff\n"),
     "changes a --limit 2": (0, "A /0\nA /1\n"),

@@ -18,6 +18,7 @@ from aufsd_client.errors import (
     AufsdError,
     InvalidParams,
     LayerExists,
+    LayerInUse,
     LayerNotFound,
     Overloaded,
     ShuttingDown,
@@ -117,6 +118,17 @@ def test_mounted_is_get_and_put(daemon: Daemon, client: Client) -> None:
     with pytest.raises(ZeroDivisionError), client.mounted("a"):
         raise ZeroDivisionError
     assert daemon.driver.counts == {"a": 0}
+
+
+def test_a_layer_in_use_is_not_removed_without_a_word(daemon: Daemon, client: Client) -> None:
+    client.get("a")
+    with pytest.raises(LayerInUse, match="it has 1 reference") as refused:
+        client.remove("a")
+    assert refused.value.data == {"id": "a", "references": 1}
+    assert client.remove("a", in_use_ok=True).reason == "in-use"
+    client.put("a")
+    assert client.remove("a")
+    assert not client.remove("a")
 
 
 # --- streams ----------------------------------------------------------------------------------
@@ -371,7 +383,7 @@ def test_fields_that_a_newer_daemon_adds_are_left_out(
 
 def test_importing_the_client_pulls_in_nothing_but_the_standard_library() -> None:
     script = (
-        "import sys; before = set(sys.modules); import aufsd_client\n"
+        "import sys; before = set(sys.modules); import aufsd_client.asyncio, aufsd_client.client\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
         "print(*sorted(new - sys.stdlib_module_names))\n"
     )

@@ -10,7 +10,7 @@ import trio.testing
 import aufsd_client.trio
 from aufsd.rpc.server import Settings
 from aufsd_client import Client as BlockingClient
-from aufsd_client import ConnectionLost, DaemonUnreachable, results
+from aufsd_client import ConnectionLost, DaemonUnreachable, awaited, results
 from aufsd_client.errors import LayerExists, Overloaded
 from aufsd_client.trio import Client
 from tests.rpc.fake_driver import TAR
@@ -27,7 +27,7 @@ def public(kind: type) -> dict[str, list[str]]:
 
 
 def test_both_clients_have_the_same_methods_and_parameters() -> None:
-    assert public(Client) == public(BlockingClient)
+    assert public(awaited.Client) == public(BlockingClient)
 
 
 async def test_calls_give_results_and_raise_errors(served: Served) -> None:

@@ -99,7 +99,9 @@ def test_remove_of_a_mounted_layer_without_put(served: Daemon, client: Client) -
     client.create("1")
     client.create("2", parent="1")
     client.get("2")
-    refused = client.remove("2")
+    with pytest.raises(errors.LayerInUse, match="it has 1 reference"):
+        client.remove("2")
+    refused = client.remove("2", in_use_ok=True)
     assert (refused.removed, refused.reason, refused.references) == (False, "in-use", 1)
     assert served.mounts() == ["2"]
     assert client.remove("2", force=True).removed

@@ -98,7 +98,7 @@ def _remove_left_behind(client: Client) -> None:
 def _remove(client: Client, id: str) -> bool:
     """Remove an empty layer, unless a call reads it now; whether it is gone."""
     with suppress(LayerNotFound, LayerHasChildren):
-        return client.remove(id).reason != "in-use"
+        return client.remove(id, in_use_ok=True).reason != "in-use"
     return True
 
 

@@ -89,8 +89,8 @@ def _removed(client: Client, id: str, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             try:
-                found = client.remove(id, force=True)
-                left = "" if found.removed or found.reason == "not-found" else "it is in use"
+                client.remove(id, force=True)
+                left = ""
             except (AufsdError, OSError) as error:
                 left = str(error)
             if left:

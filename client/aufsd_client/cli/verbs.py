@@ -11,6 +11,7 @@ MODULES: Final = {
         *("exists", "create", "remove", "get", "put", "seal", "usage", "get-metadata", "list"),
         *("mounts", "holders"),
     ),
+    "checkpoints": ("checkpoint", "rollback"),
     "content": ("diff", "apply-diff", "diff-size", "changes"),
     "conversion": ("convert",),
     "export": ("export",),

@@ -1,0 +1,290 @@
+"""The client for whoever awaits; trio.py and asyncio.py say how. Standard library only."""
+
+import os
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from itertools import count
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+
+from aufsd_client import calls, parsing, results, streams
+from aufsd_client.address import reachable
+from aufsd_client.calls import Hold, Request
+from aufsd_client.client import describe
+from aufsd_client.wire import (
+    READ_SIZE,
+    ConnectionLost,
+    LineSplitter,
+    Reply,
+    decode_reply,
+    descriptor,
+    encode_request,
+    match,
+    unreachable,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# idle connections that are kept for the next call; one that is in use has one call
+_KEPT = 8
+_CONNECT_PAUSE = 0.01  # seconds
+
+
+def _awaited(build: Callable[P, Request[T]]) -> Callable[Concatenate["Client", P], Awaitable[T]]:
+    """The method that makes the call that `build` describes."""
+
+    async def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._ask(build(*args, **kwargs))
+
+    return describe(method, build)
+
+
+class Waits(Protocol):
+    """How one waits in a framework."""
+
+    async def readable(self, sock: socket.socket) -> None:
+        """Until there is something to be read."""
+
+    async def writable(self, sock: socket.socket) -> None:
+        """Until there is room to write."""
+
+    async def sleep(self, seconds: float) -> None:
+        """For a while."""
+
+    async def finish(self, act: Callable[[], Awaitable[Any]]) -> None:
+        """Await to the end, also if who waits is cancelled."""
+
+    def closed(self) -> Exception:
+        """What is raised by a client that is closed."""
+
+
+class Client:
+    """A client of the daemon on the socket at `path`; for any number of tasks.
+
+    A call that is cancelled drops its connection: a running `diff` or `apply_diff` is then
+    cancelled in the daemon, any other call it carries out. The errors are those of the blocking
+    client. No call is ever repeated. Use it in an `async with` block, or close it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], waits: Waits) -> None:
+        self.path = os.fspath(path)
+        self._waits = waits
+        self._idle: list[_Link] = []
+        self._numbers = count(1)
+        self._closed = False
+
+    def close(self) -> None:
+        """Close the connections that are idle; those in use close after their call."""
+        self._closed = True
+        while self._idle:
+            self._idle.pop().close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # --- one method for each of the API's -----------------------------------------------------
+
+    version = _awaited(calls.version)
+    ping = _awaited(calls.ping)
+    status = _awaited(calls.status)
+    health = _awaited(calls.health)
+    metrics = _awaited(calls.metrics)
+    exists = _awaited(calls.exists)
+    create = _awaited(calls.create)
+    remove = _awaited(calls.remove)
+    get = _awaited(calls.get)
+    put = _awaited(calls.put)
+    diff_size = _awaited(calls.diff_size)
+    usage = _awaited(calls.usage)
+    seal = _awaited(calls.seal)
+    checkpoint = _awaited(calls.checkpoint)
+    rollback = _awaited(calls.rollback)
+    changes = _awaited(calls.changes)
+    get_metadata = _awaited(calls.get_metadata)
+    cleanup = _awaited(calls.cleanup)
+    mounts = _awaited(calls.mounts)
+    holders = _awaited(calls.holders)
+    check = _awaited(calls.check)
+    convert = _awaited(calls.convert)
+
+    async def diff(
+        self,
+        id: str,
+        out: streams.HasFileno | streams.Path | bytearray,
+        *,
+        parent: str = "",
+        digest: bool = False,
+    ) -> results.Streamed:
+        """Write the layer's changes as a tar to `out`: an open file, a path, or a bytearray."""
+        with streams.sink(out) as fd:
+            return await self._ask(calls.diff(id, parent=parent, digest=digest), fd)
+
+    async def apply_diff(
+        self,
+        id: str,
+        source: streams.HasFileno | streams.Path | bytes,
+        *,
+        parent: str = "",
+        digest: bool = False,
+    ) -> results.Streamed:
+        """Unpack the tar that `source` is into the layer: an open file, a path, or bytes."""
+        with streams.source(source) as fd:
+            return await self._ask(calls.apply_diff(id, parent=parent, digest=digest), fd)
+
+    async def discover(self) -> dict[str, object]:
+        """The OpenRPC document."""
+        return await self.call("rpc.discover", {})
+
+    # last of them: below, the name is this method's and no longer the type's
+    list = _awaited(calls.list_)
+
+    async def iter_changes(self, id: str, *, parent: str = "") -> AsyncIterator[results.Change]:
+        """All changes of a layer, page after page."""
+        after = ""
+        while True:
+            page = await self.changes(id, parent=parent, after=after)
+            for change in page.changes:
+                yield change
+            if not (after := page.next):
+                return
+
+    async def iter_layers(self, *, prefix: str = "") -> AsyncIterator[results.LayerRow]:
+        """All layers, page after page; with a `prefix`, those whose ids begin so."""
+        after = ""
+        while True:
+            page = await self.list(after=after, prefix=prefix)
+            for row in page.layers:
+                yield row
+            if not (after := page.next):
+                return
+
+    @asynccontextmanager
+    async def mounted(
+        self, id: str, mount_label: str = "", *, hold: Hold = "manual"
+    ) -> AsyncIterator[str]:
+        """`get` before the block and `put` after it, also if it is cancelled; the layer's path."""
+        path = (await self.get(id, mount_label=mount_label, hold=hold)).path
+        try:
+            yield path
+        finally:
+            await self._waits.finish(lambda: self.put(id))
+
+    # --- how a call is made -------------------------------------------------------------------
+
+    async def call(
+        self, method: str, params: dict[str, object], *, fd: int | None = None
+    ) -> dict[str, object]:
+        """Any method by name, its result object as it came; `fd` is sent along, not closed."""
+        id = f"{os.getpid()}:{method}#{next(self._numbers)}"
+        link = self._take() or await _connect(self.path, self._waits)
+        try:
+            reply = match(await link.exchange(encode_request(id, method, params), fd), id)
+        except BaseException:
+            # an answer that comes later must not be taken for another call's
+            link.close()
+            raise
+        if self._closed or len(self._idle) >= _KEPT:
+            link.close()
+        else:
+            self._idle.append(link)
+        if reply.error:
+            raise reply.error
+        return reply.result
+
+    async def _ask(self, request: Request[T], fd: int | None = None) -> T:
+        found = parsing.parse(
+            request.result, await self.call(request.method, request.params, fd=fd)
+        )
+        request.judge(found)
+        return found
+
+    def _take(self) -> "_Link | None":
+        if self._closed:
+            raise self._waits.closed()
+        while self._idle:
+            if (link := self._idle.pop()).usable():
+                return link
+            link.close()
+        return None
+
+
+async def _connect(path: str, waits: Waits) -> "_Link":
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        with reachable(path) as short:
+            while True:
+                try:
+                    sock.connect(short)
+                except BlockingIOError:
+                    # many wait to be let in; connect(2) does not queue who does not block
+                    await waits.sleep(_CONNECT_PAUSE)
+                else:
+                    return _Link(sock, waits)
+    except OSError as error:
+        sock.close()
+        raise unreachable(path, error) from error
+    except BaseException:
+        sock.close()
+        raise
+
+
+class _Link:
+    """One connection; one call at a time."""
+
+    def __init__(self, sock: socket.socket, waits: Waits) -> None:
+        self._sock = sock
+        self._waits = waits
+        self._lines = LineSplitter()
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def usable(self) -> bool:
+        """Whether an idle connection still stands: the daemon may have ended meanwhile."""
+        try:
+            self._sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return True
+        except OSError:
+            pass
+        return False
+
+    async def exchange(self, frame: bytes, fd: int | None) -> Reply:
+        """Send a call and wait for its answer. Raises ConnectionLost."""
+        # what the daemon said before it closed tells more than the broken pipe
+        with suppress(BrokenPipeError, ConnectionResetError):
+            await self._send(memoryview(frame), fd)
+        return await self._receive()
+
+    async def _send(self, rest: memoryview, fd: int | None) -> None:
+        ancillary = descriptor(fd)
+        while rest:
+            try:
+                rest = rest[self._sock.sendmsg([rest], ancillary, socket.MSG_NOSIGNAL) :]
+                ancillary = []
+            except BlockingIOError:
+                await self._waits.writable(self._sock)
+
+    async def _receive(self) -> Reply:
+        while True:
+            await self._waits.readable(self._sock)
+            try:
+                data = self._sock.recv(READ_SIZE)
+            except BlockingIOError:
+                continue
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise ConnectionLost("the daemon closed the connection before it answered")
+            for line in self._lines.feed(data):
+                return decode_reply(line)

@@ -1,0 +1,34 @@
+"""Verbs that keep what a layer holds as a layer of its own, or throw it away."""
+
+import click
+
+from aufsd_client import calls
+from aufsd_client.cli import show
+from aufsd_client.cli.session import Session, warn
+
+
+@click.command()
+@click.argument("id")
+@click.argument("name", metavar="AS")
+@click.pass_obj
+def checkpoint(session: Session, id: str, name: str) -> None:
+    """Keep what a layer holds as the sealed layer AS below it; the layer goes on, in use or not."""
+    found = session.ask(calls.checkpoint(id, name))
+    if session.human:
+        warn(found.warnings)
+        show.line(f"{id} stands on {found.parent} now")
+
+
+@click.command()
+@click.argument("id")
+@click.argument("to", default="")
+@click.pass_obj
+def rollback(session: Session, id: str, to: str) -> None:
+    """Throw away what a layer holds of its own; with TO, put it on that layer."""
+    found = session.ask(calls.rollback(id, to=to))
+    if session.human:
+        done = "is empty" if found.discarded else "was empty"
+        show.line(f"{id} {done}" + (f", on {found.parent}" if found.parent else ""))
+
+
+COMMANDS = (checkpoint, rollback)
