@@ -25,6 +25,8 @@ class Daemon:
     directory: Path
     root: Path
     flags: tuple[str, ...] = ()
+    # a command that runs the daemon, as its last arguments
+    prefix: tuple[str, ...] = ()
     process: subprocess.Popen[bytes] | None = None
     started: int = field(default=0)
 
@@ -42,6 +44,7 @@ class Daemon:
 
     def command(self, *flags: str) -> list[str]:
         return [
+            *self.prefix,
             *(sys.executable, "-m", "aufsd", "serve", "--root", str(self.root)),
             *("--state-dir", str(self.directory / "run")),
             *("--socket", self.socket, "--monitor-socket", self.monitor_socket),
@@ -135,9 +138,11 @@ def descendants(pid: int) -> list[int]:
 
 
 @contextmanager
-def daemon(directory: Path, *flags: str, root: Path | None = None) -> Iterator[Daemon]:
+def daemon(
+    directory: Path, *flags: str, root: Path | None = None, prefix: tuple[str, ...] = ()
+) -> Iterator[Daemon]:
     """A started daemon; killed at the end, and what it left mounted is unmounted."""
-    made = Daemon(directory, root or directory / "store", flags)
+    made = Daemon(directory, root or directory / "store", flags, prefix)
     try:
         yield made.start()
     finally:

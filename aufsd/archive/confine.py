@@ -53,9 +53,14 @@ def prepare(scratch: str) -> None:
             # a kernel built without it, or as many as there may be; the rest holds all the same
             if error.errno not in (errno.EINVAL, errno.ENOSPC):
                 raise
+    above, name = os.path.split(scratch)
+    where = os.open(above, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _leave_chroot(scratch)
     sc.mount("none", "/", "", sc.MS_REC | sc.MS_PRIVATE)
-    sc.mount("none", scratch, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, "mode=0700")
-    os.chdir(scratch)
+    os.fchdir(where)
+    os.close(where)
+    sc.mount("none", name, "tmpfs", sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC, "mode=0700")
+    os.chdir(name)
     sc.pivot_root(".", ".")
     # the old root lies over the new one now: "." is the old (pivot_root(2), NOTES)
     sc.umount2(".", sc.MNT_DETACH)
@@ -71,6 +76,29 @@ def prepare(scratch: str) -> None:
                     raise
     sc.prctl(sc.PR_SET_NO_NEW_PRIVS, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _leave_chroot(below: str) -> None:
+    """Have the root of the mount namespace for a root; `below` is any directory.
+
+    Where a daemon that runs in a chroot(2) has its root, nothing need be mounted, and then that can
+    neither be made private nor pivoted away: EINVAL. What is mounted above would stay, too.
+    """
+    root = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    # with the root below it, `..` of the working directory ends at the top of all mounts and no
+    # sooner (chroot(2), NOTES)
+    os.chroot(below)
+    os.fchdir(root)
+    os.close(root)
+    while _at(".") != _at(".."):
+        os.chdir("..")
+    os.chroot(".")
+
+
+def _at(path: str) -> tuple[int, int, int]:
+    """Which directory it is: one of which a part is mounted at a part of it comes twice."""
+    found = sc.statx_mount_ids(path)
+    return found.id, found.device, found.inode
 
 
 def isolate() -> None:
