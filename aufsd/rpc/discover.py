@@ -69,10 +69,10 @@ def _method(row: Method, params: dict[str, Any], result: dict[str, Any]) -> dict
 
 
 def _errors_of(row: Method) -> list[str]:
-    return [*_ANYWHERE, *(kind.__name__ for kind in row.errors)]
+    return [*ANYWHERE, *(kind.__name__ for kind in row.errors)]
 
 
-_ANYWHERE = ("InvalidParams", "InternalError", "ShuttingDown", "Overloaded", "PermissionDenied")
+ANYWHERE = ("InvalidParams", "InternalError", "ShuttingDown", "Overloaded", "PermissionDenied")
 
 
 def _params(schema: dict[str, Any]) -> list[dict[str, object]]:
