@@ -2,42 +2,39 @@
 
 import os
 from collections.abc import Iterator
-from typing import Final
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+from aufsd.kernel.beneath import DIRECTORY
+from aufsd.store.walk import Descent
 
 
 def erase(name: bytes) -> Iterator[int]:
-    """Remove the directory `name` in the current one: the inodes of the directories that went.
-
-    One descriptor, whatever the depth: the way up is `..`.
-    """
-    way = [name]
-    here = os.open(name, _DIRECTORY)
+    """Remove the directory `name` in the current one: the inodes of the directories that went."""
+    top = os.open(name, DIRECTORY)
     try:
-        while way:
-            below = _emptied(here)
-            if below is not None:
-                inner = os.open(below, _DIRECTORY, dir_fd=here)
-                way.append(below)
-                os.close(here)
-                here = inner
-                continue
-            inode = os.fstat(here).st_ino
-            above = os.open("..", _DIRECTORY, dir_fd=here)
-            os.close(here)
-            here = above
-            os.rmdir(way.pop(), dir_fd=here)
-            yield inode
+        with Descent(top) as here:
+            _empty(here)
+            while True:
+                below = here.take()
+                if below is not None:
+                    here.down(below)
+                    _empty(here)
+                    continue
+                yield os.fstat(here.fd).st_ino
+                if not here.depth:
+                    break
+                gone = here.name
+                here.up()
+                os.rmdir(gone, dir_fd=here.fd)
     finally:
-        os.close(here)
+        os.close(top)
+    os.rmdir(name)
 
 
-def _emptied(fd: int) -> bytes | None:
-    """Remove what a directory holds up to the first directory in it, whose name this is."""
-    with os.scandir(fd) as entries:
+def _empty(here: Descent) -> None:
+    """Remove what is no directory; those come later."""
+    with os.scandir(here.fd) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
-                return os.fsencode(entry.name)
-            os.unlink(entry.name, dir_fd=fd)
-    return None
+                here.later(entry.name)
+            else:
+                os.unlink(entry.name, dir_fd=here.fd)

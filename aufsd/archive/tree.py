@@ -2,16 +2,18 @@
 
 The current directory of the process is the directory that entries are made in. The layer is the
 root of the process, so a symlink in the middle of a name leads somewhere inside, as it does for
-Docker and GNU tar, and `..` ends there.
+Docker and GNU tar, and `..` ends there. What is known of directories hangs together as they do, by
+names: no path is kept, and a step to the next directory costs the same at any depth.
 """
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 
+from aufsd.archive.directories import PATH_MAX, Directory, step
 from aufsd.archive.erase import erase
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
@@ -19,59 +21,43 @@ from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd_client.errors import BadArchive
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 DEFAULT_ACL: Final = "system.posix_acl_default"
-# PATH_MAX is 4096 with the NUL
-_PATH_MAX: Final = 4000
-
-
-class Directory:
-    """A directory that entries were made in: it gets `mtime` when nothing is written any more.
-
-    New entries of a `setgid` one belong to its group until they are told otherwise. A default ACL
-    would be given to new entries too, so it waits till the end.
-    """
-
-    __slots__ = ("default_acl", "inode", "mtime", "path", "setgid")
-
-    def __init__(self, path: bytes, found: os.stat_result) -> None:
-        self.path = path
-        self.mtime = found.st_mtime_ns
-        self.inode = found.st_ino
-        self.setgid = bool(found.st_mode & stat.S_ISGID)
-        self.default_acl = b""
-
-    def inside(self, name: bytes) -> bytes:
-        """The path of what lies in it under this name."""
-        return self.path + b"/" + name if self.path else name
+# Directories that are known at a time, at some 300 bytes each. Beyond it they get what waits for
+# the end, and are looked at again if an entry comes for one.
+_KNOWN_MAX: Final = 1 << 16
 
 
 class Tree:
     """Moves through the layer, makes and removes. `fresh` says that it was empty at the start.
 
-    In a layer with earlier content `put` are the names that this archive put there, as (inode of
-    the directory, name on disk). `hidden` are names that stand beside an aufs whiteout of theirs;
-    while `hides` is false there are none. `at` is the path of the current directory.
+    In a layer with earlier content `put` are the names that this archive put there, by the inode of
+    their directory. `hidden` are names that stand beside an aufs whiteout of theirs; while `hides`
+    is false there are none. `at` is the path of the current directory, as the archive has it.
     """
 
     def __init__(self, dialect: Dialect, namespace: str, *, fresh: bool) -> None:
         self.dialect = dialect
         self.fresh = fresh
-        self.root = self.here = Directory(ROOT, os.stat(b"/"))
+        self.root = self.here = Directory(None, b"", os.stat(b"/"))
         os.chdir(b"/")
+        # the one that is the current directory of the process; None if that is not known
+        self._stand: Directory | None = self.root
         self._take_default_acl(self.here)
         # whether anything was taken away: then sizes have to be measured
         self.removed = False
         self._namespace = namespace
         self._opaque_xattr = marks.opaque_xattr(namespace)
-        self._put: set[tuple[int, bytes]] = set()
-        self._hidden: set[tuple[int, bytes]] = set()
+        self._put: dict[int, set[bytes]] = {}
+        self._hidden: dict[int, set[bytes]] = {}
         self.hides = dialect is Dialect.AUFS and not fresh
         # directories in which whiteouts were made: some of them may have nothing below to hide
         self.marked: dict[int, Directory] = {}
-        self._by_path = {ROOT: self.here}
-        self._by_inode = {self.here.inode: self.here}
-        self.at: bytes | None = None
+        # symlinks that lead to a known directory: where they lie, and their names
+        self._links: list[tuple[Directory, bytes]] = []
+        self._known = 1
+        # whether one that was known may be met again as if it were not
+        self._forgot = False
+        self.at: bytes | None = ROOT
         self._mark_file: bytes | None = None
 
     # --- moving -------------------------------------------------------------------------------
@@ -82,144 +68,195 @@ class Tree:
         `implied` gives a directory made here its attributes. Raises BadArchive if a file is in the
         way.
         """
-        if path == self.at:
-            return
-        known = self._by_path.get(path)
-        if known is None:
-            known = self._walk(path, implied)
-        else:
-            change_directory(known.path)
-        self.at = path
-        self.here = known
+        if path != self.at:
+            self._walk(path, implied)
 
     def reach(self, path: bytes) -> bool:
         """As `enter`, but for a directory that is not there: nothing is made, and it is False."""
         if path == self.at:
             return True
-        known = self._by_path.get(path)
         try:
-            if known is None:
-                known = self._walk(path, None)
-            else:
-                change_directory(known.path)
+            self._walk(path, None)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        self.at, self.here = path, known
         return True
 
-    def _walk(self, path: bytes, implied: Callable[[bytes], None] | None) -> Directory:
-        done = path
-        while done not in self._by_path:
-            done = done.rpartition(b"/")[0]
-        here = self._by_path[done]
-        change_directory(here.path)
+    def approach(self, path: bytes) -> bytes:
+        """Go to the last directory on the way to one that is not there; the name that it lacks."""
+        try:
+            self._walk(path, None)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            self.go(self.here)
+            return os.fsencode(error.filename)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    def go(self, directory: Directory) -> None:
+        """Make a known directory the current one."""
+        if self._stand is not directory:
+            stand, self._stand = self._stand, None
+            step(stand or self.root, directory, known=stand is not None)
+            self._stand = directory
+        self.here = directory
         self.at = None
-        for part in path[len(done) :].lstrip(b"/").split(b"/"):
-            self.here = here
+
+    def _walk(self, path: bytes, implied: Callable[[bytes], None] | None) -> None:
+        here, rest = self.root, path
+        if self.at and path.startswith(self.at + b"/"):
+            here, rest = self.here, path[len(self.at) + 1 :]
+        self.at = None
+        parts = rest.split(b"/") if rest else []
+        parts.reverse()
+        while parts and (known := here.below.get(parts[-1])) is not None:
+            here = known
+            parts.pop()
+        self.go(here)
+        # made only if there is a directory to be told of
+        done = path[: -(sum(map(len, parts)) + len(parts))] if parts else b""
+        while parts:
+            part = parts.pop()
             done = done + b"/" + part if done else part
-            made = False
-            try:
-                os.chdir(part)
-            except (FileNotFoundError, NotADirectoryError):
-                if implied is None:
-                    raise
-                self._make_missing(part, done)
-                os.chdir(part)
-                implied(done)
-                made = True
-            except OSError as error:
-                if error.errno != errno.ELOOP:
-                    raise
-                raise BadArchive(f"{shown(done)} leads in a circle") from None
-            self.note(part)
-            here = self._known(done, part, made=made)
-        return here
+            # behind a symlink they may be known
+            known = here.below.get(part)
+            if known is None:
+                here = self._step(here, part, done, implied)
+            else:
+                here = known
+                self.go(here)
+        self.at = path
 
-    def _make_missing(self, name: bytes, path: bytes) -> None:
+    def _step(
+        self, here: Directory, part: bytes, done: bytes, implied: Callable[[bytes], None] | None
+    ) -> Directory:
+        """From the directory `here` into one that is not known yet, `done` on the archive's way."""
+        made = False
         try:
-            found = os.lstat(name)
+            found = os.lstat(part)
         except FileNotFoundError:
-            pass
+            if implied is None:
+                raise
+            self.make_directory(part, 0o755)
+            found = os.lstat(part)
+            made = True
+        if stat.S_ISLNK(found.st_mode):
+            self._follow(part, done, implied)
+            self._links.append((here, part))
+            below = self.here
         else:
-            if not marks.is_whiteout_node(found) or self.dialect is not Dialect.OVERLAY:
-                raise BadArchive(f"{shown(path)} is not a directory")
-        self.make_directory(name, 0o755)
+            if not stat.S_ISDIR(found.st_mode):
+                if implied is None:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), part)
+                if not self._is_whiteout(found):
+                    raise BadArchive(f"{shown(done)} is not a directory")
+                self.make_directory(part, 0o755)
+                found = os.lstat(part)
+                made = True
+            self._stand = None
+            os.chdir(part)
+            if made and implied is not None:
+                implied(done)
+                found = os.stat(b".")
+            below = self._stand = self._add(here, part, found)
+            if made or not self.fresh or self._forgot:
+                self._take_default_acl(below)
+        self._note(here, part)
+        here.below[part] = self.here = below
+        return below
 
-    def _known(self, path: bytes, part: bytes, *, made: bool) -> Directory:
-        """The record of the current directory, `part` of the one that `here` still says.
-
-        It is kept under the path that leads there with no symlink, which stays true whatever
-        becomes of the symlink by which the archive got there.
-        """
-        known = self._by_path.get(path)
-        if known is None:
-            found = os.stat(b".")
-            known = self._by_inode.get(found.st_ino)
-            if known is None:
-                own = self.here.inside(part)
-                if not made and not self._is_here(found, own):
-                    own = os.getcwdb().lstrip(b"/")
-                known = self._by_inode[found.st_ino] = Directory(own, found)
-                if made or not self.fresh:
-                    self._take_default_acl(known)
-            self._by_path[path] = known
-        return known
-
-    def _is_here(self, found: os.stat_result, path: bytes) -> bool:
-        """Whether the current directory is what has this path from the root, and no symlink to it.
-
-        One of a path that is longer than a path can be is taken by its name alone.
-        """
-        if len(path) >= _PATH_MAX:
-            return True
+    def _follow(self, name: bytes, done: bytes, implied: Callable[[bytes], None] | None) -> None:
+        """Go where a symlink in the current directory leads, as if by the way without symlinks."""
+        self._stand = None
         try:
-            there = os.lstat(b"/" + path)
-        except OSError:
-            return False
-        return there.st_ino == found.st_ino
+            os.chdir(name)
+        except (FileNotFoundError, NotADirectoryError):
+            if implied is None:
+                raise
+            raise BadArchive(f"{shown(done)} is not a directory") from None
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise BadArchive(f"{shown(done)} leads in a circle") from None
+        here = self.root
+        for part in os.getcwdb().split(b"/"):
+            if part:
+                known = here.below.get(part)
+                if known is None or known.above is not here:
+                    self.go(here)
+                    found = os.lstat(part)
+                    os.chdir(part)
+                    known = self._stand = here.below[part] = self._add(here, part, found)
+                    if not self.fresh or self._forgot:
+                        self._take_default_acl(known)
+                here = known
+        self.go(here)
 
-    def _take_default_acl(self, directory: Directory) -> None:
-        if DEFAULT_ACL in os.listxattr(b"."):
-            directory.default_acl = os.getxattr(b".", DEFAULT_ACL)
-            os.removexattr(b".", DEFAULT_ACL)
+    def _add(self, above: Directory, name: bytes, found: os.stat_result) -> Directory:
+        self._known += 1
+        return Directory(above, name, found)
 
-    def record(self, path: bytes, name: bytes) -> Directory:
-        """The record of the directory `name` in the current one, whose path is `path`."""
-        known = self._by_path.get(path)
+    def _take_default_acl(self, directory: Directory, name: bytes = b".") -> None:
+        if DEFAULT_ACL in os.listxattr(name):
+            directory.default_acl = os.getxattr(name, DEFAULT_ACL)
+            os.removexattr(name, DEFAULT_ACL)
+
+    def record(self, name: bytes) -> Directory:
+        """What is known of the directory `name` in the current one, or of that itself, `.`."""
+        if name == b".":
+            return self.here
+        known = self.here.below.get(name)
         if known is None:
-            found = os.lstat(name)
-            known = self._by_inode.get(found.st_ino)
-            if known is None:
-                known = self._by_inode[found.st_ino] = Directory(self.here.inside(name), found)
-            self._by_path[path] = known
+            if self._known >= _KNOWN_MAX:
+                self._forget()
+            known = self.here.below[name] = self._add(self.here, name, os.lstat(name))
+            if not self.fresh or self._forgot:
+                self._take_default_acl(known, name)
         return known
 
     def finish(self) -> None:
         """Give directories what waits till nothing is written any more."""
-        for directory in self._by_inode.values():
-            times = (directory.mtime, directory.mtime)
-            try:
-                if len(directory.path) < _PATH_MAX and not directory.default_acl:
-                    os.utime(b"/" + directory.path, ns=times, follow_symlinks=False)
-                    continue
-                change_directory(directory.path)
-                if directory.default_acl:
-                    os.setxattr(b".", DEFAULT_ACL, directory.default_acl)
-                os.utime(b".", ns=times)
-            except (FileNotFoundError, NotADirectoryError):
-                # it was reached through a symlink that was replaced later
-                continue
+        for directory in list(self.root.known()):
+            self._give(directory)
+
+    def _give(self, directory: Directory) -> None:
+        times = (directory.mtime, directory.mtime)
+        if directory.size < PATH_MAX and not directory.default_acl:
+            os.utime(b"/" + directory.path, ns=times, follow_symlinks=False)
+            return
+        self.go(directory)
+        if directory.default_acl:
+            os.setxattr(b".", DEFAULT_ACL, directory.default_acl)
+        os.utime(b".", ns=times)
+
+    def _forget(self) -> None:
+        """Give all but those on the way to here what waits, and know no more of them."""
+        here, at = self.here, self.at
+        way = [self.root, *here.way()]
+        kept = set(map(id, way))
+        for directory in list(self.root.known()):
+            if id(directory) not in kept:
+                self._give(directory)
+        for directory in way:
+            directory.below = {}
+        for above, below in pairwise(way):
+            above.below[below.name] = below
+        self._links.clear()
+        self._known = len(way)
+        self._forgot = True
+        self.go(here)
+        self.at = at
 
     # --- making and removing in the current directory -----------------------------------------
 
     def note(self, name: bytes) -> None:
         """Remember that this archive put `name` here."""
+        self._note(self.here, name)
+
+    def _note(self, directory: Directory, name: bytes) -> None:
         if not self.fresh:
-            self._put.add((self.here.inode, name))
+            self._put.setdefault(directory.inode, set()).add(name)
 
     def is_put(self, name: bytes) -> bool:
         """Whether this archive put `name` here."""
-        return self.fresh or (self.here.inode, name) in self._put
+        return self.fresh or name in self._put.get(self.here.inode, ())
 
     def make_directory(self, name: bytes, mode: int) -> bool:
         """Make a directory, or keep the one that is there; whether it is new.
@@ -247,10 +284,10 @@ class Tree:
         if not self.hides:
             return False
         if self.fresh:
-            key = (self.here.inode, name)
-            if key not in self._hidden:
+            hidden = self._hidden.get(self.here.inode, ())
+            if name not in hidden:
                 return False
-            self._hidden.remove(key)
+            self._hidden[self.here.inode].remove(name)
         try:
             os.unlink(marks.WHITEOUT + name)
         except FileNotFoundError:
@@ -279,7 +316,7 @@ class Tree:
             self.clear(name)
             return self._make_whiteout(name)
         if stat.S_ISDIR(found.st_mode):
-            self.keep_put(name, found.st_ino)
+            self.keep_put(name)
             self.set_opaque(name)
         return False
 
@@ -303,43 +340,37 @@ class Tree:
             os.setxattr(name, self._opaque_xattr, b"y", follow_symlinks=False)
             return
         if not self.fresh:
-            self._put.add((os.stat(name).st_ino, marks.OPAQUE))
+            self._put.setdefault(os.stat(name).st_ino, set()).add(marks.OPAQUE)
         self._make_mark(name + b"/" + marks.OPAQUE)
 
-    def keep_put(self, name: bytes, inode: int) -> None:
-        """Remove from a directory what this archive did not put there."""
+    def keep_put(self, name: bytes) -> None:
+        """Remove from a directory, `.` for this one, what this archive did not put there."""
         if self.fresh:
             return
-        before = self.here
-        fd = os.open(b".", _DIRECTORY)
-        try:
-            self._keep_put(name, inode)
-        finally:
-            os.fchdir(fd)
-            os.close(fd)
-            self.here = before
-
-    def _keep_put(self, name: bytes, inode: int) -> None:
-        levels = [(os.open(name, _DIRECTORY), self._keep_put_here(name, inode))]
+        before, at = self.here, self.at
+        levels = [self._keep_put_here(self.record(name))]
         while levels:
-            fd, names = levels[-1]
-            os.fchdir(fd)
-            if not names:
-                os.close(fd)
-                levels.pop()
+            if levels[-1]:
+                levels.append(self._keep_put_here(self.record(levels[-1].pop())))
                 continue
-            below, inode = names.pop()
-            levels.append((os.open(below, _DIRECTORY), self._keep_put_here(below, inode)))
+            levels.pop()
+            if levels:
+                assert self.here.above is not None
+                self.go(self.here.above)
+        self.go(before)
+        self.at = at
 
-    def _keep_put_here(self, name: bytes, inode: int) -> list[tuple[bytes, int]]:
+    def _keep_put_here(self, directory: Directory) -> list[bytes]:
         """Go into a directory and remove what was not put there; the directories that were."""
-        os.chdir(name)
+        self.go(directory)
         kept = []
-        for entry in list(os.scandir(b".")):
-            if (inode, entry.name) not in self._put:
+        with os.scandir(b".") as entries:
+            found = list(entries)
+        for entry in found:
+            if not self.is_put(entry.name):
                 self.clear(entry.name)
             elif entry.is_dir(follow_symlinks=False):
-                kept.append((entry.name, entry.inode()))
+                kept.append(entry.name)
         return kept
 
     def clear(self, name: bytes) -> None:
@@ -348,17 +379,18 @@ class Tree:
         try:
             os.unlink(name)
         except IsADirectoryError:
-            gone = set(erase(name))
-            for inode in gone:
-                self.marked.pop(inode, None)
-            self._by_path = {p: d for p, d in self._by_path.items() if d.inode not in gone}
-            self._by_inode = {i: d for i, d in self._by_inode.items() if i not in gone}
-            self._hidden = {key for key in self._hidden if key[0] not in gone}
-            self._put = {key for key in self._put if key[0] not in gone}
+            for inode in erase(name):
+                for known in (self.marked, self._hidden, self._put):
+                    known.pop(inode, None)
             self.at = None
-        if len(self._by_path) > len(self._by_inode):
-            # what went may be a symlink, by which a directory was known under another path
-            self._by_path = {p: d for p, d in self._by_path.items() if p == d.path}
+        gone = self.here.below.pop(name, None)
+        if gone is not None and gone.above is self.here:
+            self._known -= sum(1 for _ in gone.known())
+        if self._links:
+            # what went may be on the way of one of them
+            for directory, link in self._links:
+                directory.below.pop(link, None)
+            self._links.clear()
             self.at = None
 
     def _make_whiteout(self, name: bytes) -> bool:
@@ -370,7 +402,7 @@ class Tree:
             os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
             self.note(name)
             return True
-        self._hidden.add((self.here.inode, name))
+        self._hidden.setdefault(self.here.inode, set()).add(name)
         self.hides = True
         return self._make_mark(marks.WHITEOUT + name)
 
@@ -395,41 +427,12 @@ class Tree:
         if self.here.setgid:
             os.chown(path, 0, 0)
         os.utime(path, ns=(0, 0))
-        full = b"/%b/%b" % (self.here.path, path) if self.here.path else b"/" + path
-        self._mark_file = full if len(full) < _PATH_MAX else None
+        if self.here.size + len(path) < PATH_MAX - 2:
+            here = self.here.path
+            self._mark_file = b"/%b/%b" % (here, path) if here else b"/" + path
+        else:
+            self._mark_file = None
         return True
 
     def _is_whiteout(self, found: os.stat_result) -> bool:
         return self.dialect is Dialect.OVERLAY and marks.is_whiteout_node(found)
-
-
-def change_directory(path: bytes) -> None:
-    """chdir(2) to a path from the root, however long it is."""
-    if len(path) < _PATH_MAX:
-        os.chdir(b"/" + path)
-        return
-    os.chdir(b"/")
-    while path:
-        cut = len(path) if len(path) < _PATH_MAX else path.rindex(b"/", 0, _PATH_MAX)
-        os.chdir(path[:cut])
-        path = path[cut + 1 :]
-
-
-@contextmanager
-def directory_of(path: bytes) -> Iterator[tuple[int | None, bytes]]:
-    """A descriptor and a name by which system calls reach `path` from the root."""
-    if len(path) < _PATH_MAX:
-        yield None, b"/" + path
-        return
-    directory, _, name = path.rpartition(b"/")
-    here = os.open(b".", _DIRECTORY)
-    try:
-        change_directory(directory)
-        there = os.open(b".", _DIRECTORY)
-        os.fchdir(here)
-    finally:
-        os.close(here)
-    try:
-        yield there, name
-    finally:
-        os.close(there)

@@ -23,6 +23,7 @@ from aufsd.archive.attributes import (
     keep_only,
     set_time,
 )
+from aufsd.archive.directories import Directory, directory_of
 from aufsd.archive.fingerprint import Memory, crc32
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
@@ -30,7 +31,7 @@ from aufsd.archive.names import ROOT
 from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tally import Tally
-from aufsd.archive.tree import DEFAULT_ACL, Directory, Tree, directory_of
+from aufsd.archive.tree import DEFAULT_ACL, Tree
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
@@ -278,7 +279,7 @@ class Unpacker:
             os.chown(name, uid, gid, follow_symlinks=False)
         if not made:
             keep_only(name, {key for key, _ in member.xattrs or ()}, self._settings)
-        record = tree.record(path, name)
+        record = tree.record(name)
         record.default_acl = b""
         if member.xattrs:
             self._set_xattrs(name, member, record)
@@ -356,7 +357,7 @@ class Unpacker:
         directory = path.rpartition(b"/")[0]
         if not deleted:
             self._tree.enter(directory, self._implied)
-            self._tree.keep_put(b".", self._tree.here.inode)
+            self._tree.keep_put(b".")
             self._tree.set_opaque(b".")
             self._tally.add(self._dialect is Dialect.AUFS)
         elif self._tree.reach(directory):

@@ -7,12 +7,12 @@ There it hides nothing, so it is not kept. The layer's root is always merged.
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
+from aufsd.archive.directories import Directory
 from aufsd.archive.meter import shown
-from aufsd.archive.names import ROOT
-from aufsd.archive.tree import Tree, change_directory
+from aufsd.archive.tree import Tree
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd_client.errors import LimitExceeded
@@ -55,21 +55,28 @@ class Waiting:
 
     def those_to_make(self, tree: Tree, lies_below: Below) -> list[tuple[bytes, bytes]]:
         """Directory and name of those that hide something."""
+        opaque = _Opaque(tree)
         return [
             row
             for row in self._rows
-            if tree.reach(row[0]) or _shows_below(tree, row[0], lies_below)
+            if tree.reach(row[0]) or _shows_below(tree, row[0], lies_below, opaque)
         ]
 
 
 def settle(tree: Tree, lies_below: Below) -> int:
     """Take away the whiteouts of this archive that hide nothing; how many those were."""
     taken = 0
+    opaque = _Opaque(tree)
     for directory in list(tree.marked.values()):
-        if directory.path != ROOT and not _merges(tree, directory.path, lies_below):
-            change_directory(directory.path)
-            taken += _take_away(tree.dialect)
-    tree.at = None
+        if directory is tree.root or (not opaque.cuts(directory) and lies_below(directory.path)):
+            continue
+        tree.go(directory)
+        before = os.stat(b".").st_mtime_ns
+        some = _take_away(tree.dialect)
+        if some:
+            # it may be one that has got its time already
+            os.utime(b".", ns=(before, before))
+        taken += some
     return taken
 
 
@@ -93,32 +100,34 @@ def _take_away(dialect: Dialect) -> int:
     return len(found)
 
 
-def _merges(tree: Tree, path: bytes, lies_below: Below) -> bool:
-    """Whether the directory of this layer is merged with one below it."""
-    if not lies_below(path):
-        return False
-    return not any(tree.reach(above) and tree.is_opaque() for above in _way(path))
+class _Opaque:
+    """Which directories are opaque, or lie in one that is; each is looked at once."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._known: dict[int, bool] = {}
+
+    def cuts(self, directory: Directory) -> bool:
+        """Whether it is opaque, or one on the way to it from the root."""
+        known = self._known
+        unknown = []
+        here: Directory | None = directory
+        while here is not None and here.inode not in known:
+            unknown.append(here)
+            here = here.above
+        cut = here is not None and known[here.inode]
+        for directory in reversed(unknown):
+            if not cut:
+                self._tree.go(directory)
+                cut = self._tree.is_opaque()
+            known[directory.inode] = cut
+        return cut
 
 
-def _shows_below(tree: Tree, path: bytes, lies_below: Below) -> bool:
+def _shows_below(tree: Tree, path: bytes, lies_below: Below, opaque: _Opaque) -> bool:
     """Whether a directory that this layer does not have shows from below."""
     if not lies_below(path):
         return False
-    for above in _way(path):
-        if not tree.reach(above):
-            directory, _, name = above.rpartition(b"/")
-            # neither a file nor a whiteout of it may stand in the way
-            return tree.reach(directory) and not tree.says(name)
-        if tree.is_opaque():
-            return False
-    return True
-
-
-def _way(path: bytes) -> Collection[bytes]:
-    """The path of each directory on the way from the root to this one, both among them."""
-    found = [ROOT]
-    end = path.find(b"/")
-    while end >= 0:
-        found.append(path[:end])
-        end = path.find(b"/", end + 1)
-    return [*found, path]
+    name = tree.approach(path)
+    # neither a file nor a whiteout of it may stand in the way
+    return not tree.says(name) and not opaque.cuts(tree.here)

@@ -1,0 +1,128 @@
+"""Directories of the layer that is being written, and the ways between them.
+
+They hang together by their names: no path is kept, and none has to be shorter than a system call
+takes. The layer is the root of the process, and nobody else moves what lies in it.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from aufsd.kernel.beneath import DIRECTORY
+
+# PATH_MAX is 4096 with the NUL
+PATH_MAX: Final = 4000
+
+
+class Directory:
+    """A directory that entries were made in: it gets `mtime` when nothing is written any more.
+
+    `below` are the known ones in it, by the names that lead there: one of them may be a symlink's.
+    `size` is the length of its path. New entries of a `setgid` one belong to its group until they
+    are told otherwise. A default ACL would be given to new entries too, so it waits till the end.
+    """
+
+    __slots__ = ("above", "below", "default_acl", "inode", "mtime", "name", "setgid", "size")
+
+    def __init__(self, above: "Directory | None", name: bytes, found: os.stat_result) -> None:
+        self.above = above
+        self.name = name
+        self.size: int = above.size + 1 + len(name) if above else 0
+        self.below: dict[bytes, Directory] = {}
+        self.mtime = found.st_mtime_ns
+        self.inode = found.st_ino
+        self.setgid = bool(found.st_mode & stat.S_ISGID)
+        self.default_acl = b""
+
+    @property
+    def path(self) -> bytes:
+        """The way to it from the root, through no symlink."""
+        return b"/".join([each.name for each in self.way()])
+
+    def way(self) -> list["Directory"]:
+        """The directories on the way to it, the one below the root first, itself last."""
+        found = []
+        here = self
+        while here.above is not None:
+            found.append(here)
+            here = here.above
+        found.reverse()
+        return found
+
+    def known(self) -> Iterator["Directory"]:
+        """Itself and all that are known in it, each after the one that it lies in."""
+        pending = [self]
+        while pending:
+            here = pending.pop()
+            yield here
+            pending += [below for below in here.below.values() if below.above is here]
+
+
+def step(start: Directory, target: Directory, *, known: bool) -> None:
+    """chdir(2) from one directory to another, however deep they lie; `known`: we are at `start`."""
+    if target.size < PATH_MAX:
+        os.chdir(b"/" + target.path)
+        return
+    if not known:
+        os.chdir(b"/")
+    ups = 0
+    downs: list[bytes] = []
+    one, other = start, target
+    # up from both to the nearest directory that both lie in: a path is longer the deeper it leads
+    while one is not other:
+        deeper, same = one.size > other.size, one.size == other.size
+        if (deeper or same) and one.above is not None:
+            one = one.above
+            ups += 1
+        if not deeper and other.above is not None:
+            downs.append(other.name)
+            other = other.above
+    while ups:
+        step = min(ups, PATH_MAX // 3)
+        os.chdir(b"../" * step)
+        ups -= step
+    downs.reverse()
+    piece: list[bytes] = []
+    size = 0
+    for name in downs:
+        if size + len(name) >= PATH_MAX:
+            os.chdir(b"/".join(piece))
+            piece, size = [], 0
+        piece.append(name)
+        size += len(name) + 1
+    if piece:
+        os.chdir(b"/".join(piece))
+
+
+def change_directory(path: bytes) -> None:
+    """chdir(2) to a path from the root, however long it is."""
+    if len(path) < PATH_MAX:
+        os.chdir(b"/" + path)
+        return
+    os.chdir(b"/")
+    while path:
+        cut = len(path) if len(path) < PATH_MAX else path.rindex(b"/", 0, PATH_MAX)
+        os.chdir(path[:cut])
+        path = path[cut + 1 :]
+
+
+@contextmanager
+def directory_of(path: bytes) -> Iterator[tuple[int | None, bytes]]:
+    """A descriptor and a name by which system calls reach `path` from the root."""
+    if len(path) < PATH_MAX:
+        yield None, b"/" + path
+        return
+    directory, _, name = path.rpartition(b"/")
+    here = os.open(b".", DIRECTORY)
+    try:
+        change_directory(directory)
+        there = os.open(b".", DIRECTORY)
+        os.fchdir(here)
+    finally:
+        os.close(here)
+    try:
+        yield there, name
+    finally:
+        os.close(there)
