@@ -85,7 +85,8 @@ def _tree(top: Path) -> Iterator[object]:
             if name not in _MARKS
         }
         # a whiteout has no time of its own, and overlayfs links them to each other as it likes
-        whiteout = stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+        node = stat.S_ISCHR(info.st_mode) and info.st_rdev == 0
+        whiteout = node or path.name.startswith(".wh.")
         links = 0 if whiteout or stat.S_ISDIR(info.st_mode) else info.st_nlink
         yield (
             *(str(path.relative_to(top)), info.st_mode, info.st_uid, info.st_gid, links, body),
