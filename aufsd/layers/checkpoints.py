@@ -63,7 +63,7 @@ class Checkpoints:
             if length > most:
                 raise TooManyLayers(
                     f"layer {id} would be the {length}th of its chain; {self.mounts.backend.name} "
-                    f"takes {most} here; `aufsctl squash {id}` makes the chain shorter",
+                    f"takes {most} here",
                     id=id,
                     limit=most,
                 )
