@@ -61,12 +61,13 @@ class Snapshots:
         if label not in NO_LABEL and not self.selinux:
             warnings.append("labels are off for this daemon (selinux = false)")
             label = ""
-        # the seed's change: a layer that stands on its own -init layer was labelled with that
-        if label in NO_LABEL or parent == f"{id}-init":
-            staged = await self.disk.run(self.store.stage_child, parent, size)
-        else:
-            staged = await self._stage_labelled(id, parent, label, size)
+        staged = ""
         try:
+            # the seed's change: a layer that stands on its own -init layer was labelled with that
+            if label in NO_LABEL or parent == f"{id}-init":
+                staged = await self.disk.run(self.store.stage_child, parent, size)
+            else:
+                staged = await self._stage_labelled(id, parent, label, size)
             if parent is not None:
                 if await self.disk.run(contents.holds_subvolumes, self._content(parent)):
                     warnings.append(f"subvolumes inside of parent {parent} show as empty here")
@@ -141,8 +142,9 @@ class Snapshots:
         if await self.disk.run(contents.holds_subvolumes, self._content(id)):
             raise LayerInUse(f"layer {id} holds subvolumes, which an apply would lose", id=id)
         await self.disk.run(labelled.discard, self.store, id)
-        staged = await self.disk.run(self.store.stage_snapshot, id, self._xattrs())
+        staged = ""
         try:
+            staged = await self.disk.run(self.store.stage_snapshot, id, self._xattrs())
             own = (Branch(id, Dialect.NONE),)
             result = await self.jobs.apply(own, staged, source, digest=digest)
             size = await self.jobs.staged_size(id, staged, self.store.parent[id] or "")
@@ -163,8 +165,10 @@ class Snapshots:
         return await check.content(self.store, self.table, self.disk, self.jobs, ids)
 
     async def _discard(self, staged: str) -> None:
-        with trio.CancelScope(shield=True):
-            await self.disk.run(self.store.discard_staged, staged)
+        """Have what was staged deleted; "" if staging failed, which puts its own part away."""
+        if staged:
+            with trio.CancelScope(shield=True):
+                await self.disk.run(self.store.discard_staged, staged)
         self.erase.set()
 
     def _xattrs(self) -> dict[str, bytes]:
