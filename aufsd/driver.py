@@ -286,9 +286,9 @@ class Driver:
             found = await self.active.scans.run(
                 kernel_holders.look, self.store.layout.mount_point(id), busy=busy
             )
-            holders = found.holders if busy else []
+            holders, kernel = (found.holders, found.kernel) if busy else ([], [])
             log.warning("cleanup left a mount", id=id, reason=failure.message)
-            rows.append(results.FailedUnmount(id, name, holders))
+            rows.append(results.FailedUnmount(id, name, holders, kernel))
         return results.Cleanup(list(done), rows)
 
     async def holders(self, id: LayerId) -> results.Holders:

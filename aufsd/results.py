@@ -178,6 +178,7 @@ class FailedUnmount(Struct, frozen=True):
     id: str
     errno: str
     holders: list[Holder]
+    kernel: list[str] = []
 
 
 class Cleanup(Struct, frozen=True):

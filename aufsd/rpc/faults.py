@@ -1,13 +1,13 @@
 """What a call raised, as the peer is told of it."""
 
+import errno
 import secrets
 from collections.abc import Iterator
-from typing import TypeGuard
 
 import structlog
 import trio
 
-from aufsd_client.errors import AufsdError, InternalError
+from aufsd_client.errors import AufsdError, InternalError, NoSpace
 
 log = structlog.get_logger(__name__)
 
@@ -23,7 +23,7 @@ def translate(raised: BaseException) -> AufsdError:
     for leaf in leaves:
         if not isinstance(leaf, Exception):
             raise raised
-    known = [leaf for leaf in leaves if _is_answer(leaf)]
+    known = [answer for answer in map(_answer, leaves) if answer is not None]
     if known and len(known) == len(leaves):
         return known[0]
     incident = secrets.token_hex(8)
@@ -36,9 +36,17 @@ def translate(raised: BaseException) -> AufsdError:
     )
 
 
-def _is_answer(leaf: BaseException) -> TypeGuard[AufsdError]:
-    """Whether a peer may see this as it is: an InternalError is a fault that we gave a name to."""
-    return isinstance(leaf, AufsdError) and not isinstance(leaf, InternalError)
+def _answer(leaf: BaseException) -> AufsdError | None:
+    """What a peer may see of this: an InternalError is a fault that we gave a name to.
+
+    A full disk is met anywhere, also where a store makes a directory for itself.
+    """
+    if isinstance(leaf, OSError) and leaf.errno in (errno.ENOSPC, errno.EDQUOT):
+        name = errno.errorcode[leaf.errno]
+        return NoSpace(f"the store takes no more: {leaf.strerror}; free space first", errno=name)
+    if isinstance(leaf, AufsdError) and not isinstance(leaf, InternalError):
+        return leaf
+    return None
 
 
 def is_cancellation(raised: BaseException) -> bool:

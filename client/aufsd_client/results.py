@@ -218,11 +218,12 @@ class Holders:
 
 @dataclass(frozen=True, slots=True)
 class FailedUnmount:
-    """A mount that `cleanup` could not take down."""
+    """A mount that `cleanup` could not take down; `holders` and `kernel` as in Holders."""
 
     id: str
     errno: str
     holders: list[Holder]
+    kernel: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

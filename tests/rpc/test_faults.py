@@ -1,11 +1,14 @@
 """Nothing of an unexpected failure reaches a peer but the number of an incident."""
 
+import errno
+import os
+
 import pytest
 import trio
 from structlog.testing import capture_logs
 
 from aufsd.rpc.faults import is_cancellation, translate
-from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound
+from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound, NoSpace
 
 KNOWN = LayerNotFound("there is no layer a", id="a")
 FROM_A_JOB = InternalError("the archive job failed: /secret/path", traceback="/secret/code.py")
@@ -36,6 +39,14 @@ def test_an_unexpected_failure_is_an_incident(raised: BaseException) -> None:
 )
 def test_an_error_of_the_api_goes_out_as_it_is(raised: BaseException) -> None:
     assert translate(raised) is KNOWN
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_incident_wherever_it_is_met(number: int) -> None:
+    error = translate(OSError(number, os.strerror(number), "/secret/path"))
+    assert isinstance(error, NoSpace)
+    assert error.data == {"errno": errno.errorcode[number]}
+    assert "/secret" not in error.message
 
 
 def test_what_is_not_ours_to_handle_is_raised_again() -> None:

@@ -169,7 +169,12 @@ def test_a_descriptor_in_flight_and_what_the_kernel_has_are_told(
     try:
         with pytest.raises(errors.UnmountBusy, match=f"tmpfs mounted at {mounted}/inside"):
             client.put("top")
-        assert client.holders("top").kernel == [f"tmpfs mounted at {mounted}/inside"]
+        inside = [f"tmpfs mounted at {mounted}/inside"]
+        assert client.holders("top").kernel == inside
+        assert [each.kernel for each in client.cleanup().failed] == [inside]
+        with pytest.raises(errors.UnmountBusy, match="tmpfs mounted at"):
+            client.remove("top", force=True)
+        assert os.path.ismount(f"{mounted}/inside")
     finally:
         syscalls.umount2(f"{mounted}/inside")
     assert not client.put("top").mounted

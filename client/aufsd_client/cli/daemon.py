@@ -81,7 +81,8 @@ def cleanup(session: Session) -> Exit:
         for id in found.unmounted:
             show.line(f"unmounted {id}")
         for failed in found.failed:
-            held = ", ".join(f"{each.comm} ({each.pid})" for each in failed.holders)
+            holders = [f"{each.comm} ({each.pid})" for each in failed.holders]
+            held = ", ".join([*holders, *failed.kernel])
             by = f", held by {held}" if held else ""
             show.line(f"{failed.id} stays mounted: {failed.errno}{by}", stderr=True)
         if not found.unmounted and not found.failed:

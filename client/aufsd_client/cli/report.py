@@ -53,7 +53,10 @@ _HINTS: dict[type[BaseException], tuple[str, ...]] = {
     errors.BadArchive: ("at byte {offset}, entry {entry}", "at byte {offset}"),
     errors.LimitExceeded: ("the daemon's configuration sets the limit",),
     errors.NoSpace: ("free some space in the store's file system, then try again",),
-    errors.PermissionDenied: ("the control socket is for root and the group aufsd",),
+    errors.PermissionDenied: (
+        "layer {id} is at {path} in the daemon's mount namespace",
+        "the control socket is for root and the group aufsd",
+    ),
 }
 
 
