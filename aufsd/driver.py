@@ -186,7 +186,7 @@ class Driver:
         self.store.require(id)
         try:
             dialect = await self.disk.run(self.chains.dialect, id)
-        except LayerDamaged:
+        except (LayerDamaged, FileNotFoundError):
             # or removed meanwhile: asked again with nobody at it, and whoever comes waits. To a
             # claim for reading an apply would be refused, for a question that changes nothing.
             table = self.active.table
