@@ -4,13 +4,10 @@ An operation is held to: as before, or as after the last step; one that does two
 them whole, may be found between them.
 """
 
-import os
-import shutil
 import socket
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from aufsd_client import Client
 from aufsd_client.wire import (
