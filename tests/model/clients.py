@@ -74,6 +74,7 @@ class Place:
     path: str
     inode: int
     device: int
+    mounted: bool
 
 
 @dataclass
@@ -86,8 +87,14 @@ class Worker:
     client: Client = field(init=False)
     places: dict[str, Place] = field(default_factory=dict)
 
+    # the mount that the store lies on
+    below: str = field(init=False)
+
     def __post_init__(self) -> None:
         self.client = self.daemon.client(timeout=120)
+        fd = os.open(self.daemon.root, os.O_RDONLY | os.O_DIRECTORY)
+        self.below = _mount_id(fd)
+        os.close(fd)
 
     def make(self, call: Call) -> Answer:
         """Make the call. UNKNOWN is its answer if the daemon ends before it gives one."""
@@ -116,6 +123,9 @@ class Worker:
             found = os.fstat(fd)
             if (found.st_ino, found.st_dev) != (place.inode, place.device):
                 return GONE
+            # what is left after an unmount is the directory that was mounted on
+            if place.mounted and _mount_id(fd) == self.below:
+                return GONE
             return do(fd)
         except FileNotFoundError:
             return ABSENT if os.fstat(fd).st_nlink else GONE
@@ -129,12 +139,18 @@ class Worker:
             os.close(fd)
 
 
+def _mount_id(fd: int) -> str:
+    """Which mount an open directory lies on (proc_pid_fdinfo(5))."""
+    with open(f"/proc/self/fdinfo/{fd}") as file:
+        return next(line for line in file if line.startswith("mnt_id"))
+
+
 def _get(worker: Worker, call: Call) -> Answer:
     name = call.hold.removeprefix("name:")
     got = worker.client.get(call.id, name=name)
     try:
         found = os.stat(got.path)
-        worker.places[call.id] = Place(got.path, found.st_ino, found.st_dev)
+        worker.places[call.id] = Place(got.path, found.st_ino, found.st_dev, got.mounted)
     except OSError:
         worker.places.pop(call.id, None)
     return ("got", got.references, got.mounted, got.read_only, got.new)
@@ -236,6 +252,15 @@ def _check(worker: Worker, _: Call) -> Answer:
     )
 
 
+def _content(worker: Worker, call: Call) -> Answer:
+    path = worker.daemon.root / "diff" / call.id
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return frozenset((name, _token(fd, name)) for name in os.listdir(fd))
+    finally:
+        os.close(fd)
+
+
 def _kernel(worker: Worker, _: Call) -> Answer:
     return frozenset(worker.daemon.mounts())
 
@@ -255,19 +280,21 @@ def _look(worker: Worker, call: Call) -> Answer:
 
 
 def _read(worker: Worker, call: Call) -> Answer:
-    def read(fd: int) -> Answer:
-        try:
-            return int(os.readlink(call.name, dir_fd=fd))
-        except OSError as error:
-            if error.errno != errno.EINVAL:  # no symlink
-                raise
-        # a whiteout that hides nothing: in a layer without parents it is shown as it lies there
-        if not stat.S_ISREG(os.stat(call.name, dir_fd=fd).st_mode):
-            return ABSENT
-        with open(os.open(call.name, os.O_RDONLY, dir_fd=fd)) as file:
-            return int(file.readline())
+    return worker.inside(call, lambda fd: _token(fd, call.name))
 
-    return worker.inside(call, read)
+
+def _token(directory: int, name: str) -> Answer:
+    """What a name in a directory holds."""
+    try:
+        return int(os.readlink(name, dir_fd=directory))
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # no symlink
+            raise
+    # a whiteout that hides nothing: in a layer without parents it is shown as it lies there
+    if not stat.S_ISREG(os.stat(name, dir_fd=directory).st_mode):
+        return ABSENT
+    with open(os.open(name, os.O_RDONLY, dir_fd=directory)) as file:
+        return int(file.readline())
 
 
 def _link(worker: Worker, call: Call) -> Answer:
@@ -362,5 +389,6 @@ _DO: Mapping[str, Callable[[Worker, Call], Answer]] = {
     "mounts": _mounts,
     "get_metadata": _get_metadata,
     "check": _check,
+    "content": _content,
     "kernel": _kernel,
 }

@@ -59,6 +59,7 @@ def _beside(event: Event, history: Sequence[Event]) -> Beside:
         turning=frozenset(call.id for call in calls if call.method in _TURNS),
         torn=frozenset(writes if len(writes) > 1 else ()),
         full=any(call.method == "full" for call in calls),
+        removed=any(call.method == "remove" for call in calls),
         killed=event.optional and any(call.method == "restart" for call in calls),
     )
 
@@ -76,6 +77,11 @@ def explain(start: State, history: Sequence[Event]) -> State | None:
     ]
     after = [
         sum(1 << at for at, other in enumerate(events) if event.ended < other.began)
+        for event in events
+    ]
+    # those that may be left out, and that cannot come after it
+    passed = [
+        [at for at, other in enumerate(events) if other.optional and other.ended < event.began]
         for event in events
     ]
     pending = [(0, start)]
@@ -96,7 +102,8 @@ def explain(start: State, history: Sequence[Event]) -> State | None:
                 if event.optional or fits(expected, event.answer)
             }
             places = [(done | 1 << at, each) for each in then]
-            if then == {now} and not event.optional:
+            lost = any(not (done >> other & 1 or after[other] & done) for other in passed[at])
+            if then == {now} and not event.optional and not lost:
                 # it changes nothing and may be next: if there is an order, there is one from here
                 found = places
                 break
@@ -141,6 +148,17 @@ def _until(history: Sequence[Event], moment: float) -> list[Event]:
 
 def _asks_only(event: Event) -> bool:
     """Whether the call changed nothing, by its own answer."""
-    asks = (*_READS, "exists", "list", "mounts", "get_metadata", "check", "kernel", "look", "read")
+    asks = (
+        *_READS,
+        "exists",
+        "list",
+        "mounts",
+        "get_metadata",
+        "check",
+        "kernel",
+        "content",
+        "look",
+        "read",
+    )
     refused = isinstance(event.answer, str) and event.answer[:1].isupper()
     return event.call.method in asks or refused

@@ -99,6 +99,7 @@ class Beside(NamedTuple):
     `readers`: pairs of layers that a diff, diff_size or changes compares meanwhile. `turning`: ids
     that are mounted or unmounted meanwhile. `torn`: names that several writes change meanwhile.
     `full`: the disk is full, for a time that overlaps. `killed`: the daemon was killed meanwhile.
+    `removed`: a layer was, perhaps the last child of another.
     """
 
     readers: tuple[tuple[str, str], ...] = ()
@@ -106,6 +107,7 @@ class Beside(NamedTuple):
     torn: frozenset[str] = frozenset()
     full: bool = False
     killed: bool = False
+    removed: bool = False
 
 
 Answer = object
@@ -214,11 +216,14 @@ def _get(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
     new = not (call.hold.startswith("name:") and call.hold in holds)
     more = tuple(sorted((*holds, call.hold))) if new else holds
     union = not state.snapshots and (bool(layer.parent) or read_only)
-    if entry is None or (entry.union and not entry.real):
-        made = Entry(more, union, read_only)
-    else:
+    mounts = entry is None or (entry.union and not entry.real)
+    made = Entry(more, union, read_only)
+    if entry is not None and not mounts:
         made = entry._replace(holds=more)
-    for each in (made, made._replace(read_only=True)) if beside.full else (made,):
+    either = beside.full or (beside.removed and mounts)
+    # with the children that it had when the get began; content shown read-only is mounted
+    bound = made._replace(read_only=True, union=made.union or not (state.snapshots or beside.full))
+    for each in (made, bound) if either else (made,):
         answer = ("got", len(more), each.union, each.read_only, new)
         yield answer, state.put(call.id, layer._replace(entry=each))
     if beside.full:
@@ -311,6 +316,8 @@ def _apply(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
     if in_use:
         yield IN_USE, state
         return
+    if _is_read(state, call.id, beside):
+        yield IN_USE, state
     if state.snapshots and state.children(call.id):
         yield "LayerHasChildren", state
         return
@@ -319,8 +326,6 @@ def _apply(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
         own = {name: token for name, token in own.items() if token is not None}
     after = state.put(call.id, layer._replace(own=frozenset(own.items())))
     yield ("applied", _size(after, call.id, "", frozenset())), after
-    if _is_read(state, call.id, beside):
-        yield IN_USE, state
     if beside.full:
         yield NO_SPACE, state
         # a mount that is tried meanwhile and fails
@@ -563,6 +568,11 @@ def _check(state: State, _: Call, __: Beside) -> Iterator[Outcome]:
     yield frozenset(), state
 
 
+def _content(state: State, call: Call, _: Beside) -> Iterator[Outcome]:
+    """All that shows, as it lies there; where layers are snapshots, and nothing else runs."""
+    yield frozenset(view(state, call.id).items()), state
+
+
 def _kernel(state: State, _: Call, __: Beside) -> Iterator[Outcome]:
     """Which layers are mounted, as the kernel says; asked when nothing else runs."""
     yield (
@@ -599,5 +609,6 @@ _CALLS: Mapping[str, Callable[[State, Call, Beside], Iterator[Outcome]]] = {
     "mounts": _mounts,
     "get_metadata": _get_metadata,
     "check": _check,
+    "content": _content,
     "kernel": _kernel,
 }
