@@ -201,7 +201,7 @@ class Driver:
             self.store,
             self.active.table.entries.get(id),
             chain,
-            mounted=self.content.needs_mount(chain, read_only=read_only),
+            needs_mount=self.content.needs_mount(chain, read_only=read_only),
             backend=self.backend.name,
             dialect=str(dialect),
         )
@@ -244,9 +244,9 @@ class Driver:
 
     def _got(self, id: LayerId, entry: Entry, reference: Reference) -> results.Got:
         return results.Got(
-            path=listing.path(self.store.layout, id, union=entry.union),
+            path=listing.path(self.store.layout, id, mounted=entry.mounted),
             references=len(entry.references),
-            mounted=entry.union,
+            mounted=entry.mounted,
             read_only=entry.read_only,
             # whoever counts one more puts it at the end
             new=entry.references[-1] is reference,
@@ -261,7 +261,7 @@ class Driver:
         """
         entry = self.active.put_now(id, pid=peer.pid, name=name)
         if entry is not None:
-            return results.Put(len(entry.references), entry.union, True)
+            return results.Put(len(entry.references), entry.mounted, True)
         return self._put(id, peer.pid, name)
 
     async def _put(self, id: LayerId, pid: int, name: str) -> results.Put:
@@ -274,7 +274,7 @@ class Driver:
             # what somebody else mounted there stays
             mounted = self.store.exists(id) and self.active.is_mount_point(id)
             return results.Put(0, mounted, dropped)
-        return results.Put(len(entry.references), entry.union, dropped)
+        return results.Put(len(entry.references), entry.mounted, dropped)
 
     async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, whatever its count."""

@@ -41,7 +41,7 @@ def _layer(store: Store, entry: Entry | None, id: LayerId, depth: int) -> result
         parent=store.parent.get(id) or "",
         depth=depth,
         references=len(entry.references) if entry else 0,
-        mounted=bool(entry and entry.union),
+        mounted=bool(entry and entry.mounted),
         created=store.created.get(id, 0.0),
         sealed=id in store.sealed,
     )
@@ -71,10 +71,10 @@ def mounts(layout: Layout, entries: Mapping[LayerId, Entry]) -> results.MountTab
 def _mount(layout: Layout, id: LayerId, entry: Entry) -> results.MountRow:
     return results.MountRow(
         id=id,
-        path=path(layout, id, union=entry.union),
+        path=path(layout, id, mounted=entry.mounted),
         backend=entry.backend,
         references=len(entry.references),
-        mounted=entry.union,
+        mounted=entry.mounted,
         read_only=entry.read_only,
         label=entry.label,
         since=entry.since,
@@ -90,29 +90,29 @@ def metadata(
     entry: Entry | None,
     chain: Sequence[LayerId],
     *,
-    mounted: bool,
+    needs_mount: bool,
     backend: str,
     dialect: str,
 ) -> results.Metadata:
     """Where everything of the first layer of a chain is, as strings.
 
-    `mounted`: whether a `get` would mount it.
+    `needs_mount`: whether a `get` mounts it.
     """
     id = chain[0]
-    union = entry.union if entry else mounted
+    mounted = entry.mounted if entry else needs_mount
     found = {
         "id": id,
         "parents": " ".join(chain[1:]),
         "content": store.layout.content(id),
-        "path": path(store.layout, id, union=union),
+        "path": path(store.layout, id, mounted=mounted),
         "backend": backend,
         "dialect": dialect,
         "references": str(len(entry.references) if entry else 0),
-        "mounted": _yes(bool(entry and entry.union)),
+        "mounted": _yes(bool(entry and entry.mounted)),
         "sealed": _yes(id in store.sealed),
         "created": f"{store.created.get(id, 0.0):.6f}",
     }
-    if entry and entry.union:
+    if entry and entry.mounted:
         found["label"] = entry.label
         found["read_only"] = _yes(entry.read_only)
     return results.Metadata(found)
@@ -122,6 +122,6 @@ def _yes(true: bool) -> str:
     return "true" if true else "false"
 
 
-def path(layout: Layout, id: LayerId, *, union: bool) -> str:
+def path(layout: Layout, id: LayerId, *, mounted: bool) -> str:
     """Where a layer's root file system is: its mount, or its content if it is never mounted."""
-    return layout.mount_point(id) if union else layout.content(id)
+    return layout.mount_point(id) if mounted else layout.content(id)

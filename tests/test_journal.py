@@ -15,7 +15,7 @@ from aufsd.store.ids import LayerId
 
 A, B = LayerId("a"), LayerId("b")
 HELD = Entry(
-    State.MOUNTED,
+    State.ACTIVE,
     True,
     (Reference(7, 0, "sh", "process", 1.5, 99),),
     "label",
@@ -211,3 +211,15 @@ def test_a_state_directory_that_is_full_at_start_stops_nothing(tmp_path: Path) -
         assert book.failure
         book.record(A, HELD, {A: HELD})
         book.close()
+
+
+def test_a_journal_of_the_first_release_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    Journal(str(path), "/store", {}).close()
+    with path.open("a") as file:
+        file.write(
+            '{"t":"entry","id":"a","entry":{"state":"mounted","union":true,"references":'
+            '[{"pid":7,"uid":0,"comm":"sh","hold":"process","since":1.5,"start":99}],'
+            '"label":"label","read_only":false,"since":2.0,"backend":"overlay"}}\n'
+        )
+    assert journal.read(str(path), "/store") == {A: HELD}

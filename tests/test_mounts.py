@@ -145,7 +145,7 @@ async def test_a_layer_without_parents_counts_and_is_not_mounted(mounts: Mounts)
     lone = LayerId("lone")
     make(mounts.store, lone)
     entry = await get(mounts, lone, MANUAL, label="")
-    assert (entry.union, entry.read_only) == (False, False)
+    assert (entry.mounted, entry.read_only) == (False, False)
     assert not is_mounted(mounts, lone)
     assert (await mounts.put(lone, pid=1)).entry is None
     assert lone not in mounts.table.entries
@@ -156,7 +156,7 @@ async def test_a_layer_without_parents_on_which_others_stand_is_shown_read_only(
 ) -> None:
     for label in ("", "system_u:object_r:any_t:s0"):  # it has none of its own
         entry = await get(mounts, BASE, MANUAL, label=label)
-        assert (entry.union, entry.read_only, entry.backend) == (True, True, "bind")
+        assert (entry.mounted, entry.read_only, entry.backend) == (True, True, "bind")
     shown = Path(mounts.store.layout.mount_point(BASE))
     assert (shown / "lower").read_text() == "x"
     with pytest.raises(OSError, match="Read-only"):
@@ -179,11 +179,11 @@ async def test_who_was_given_a_base_layer_to_write_keeps_it_when_a_child_comes(
     assert not (await get(mounts, lone, MANUAL, label="")).read_only
     make(mounts.store, LayerId("child"), lone)
     second = await get(mounts, lone, MANUAL, label="")
-    assert (second.union, second.read_only, len(second.references)) == (False, False, 2)
+    assert (second.mounted, second.read_only, len(second.references)) == (False, False, 2)
     for _ in range(2):
         await mounts.put(lone, pid=1)
     third = await get(mounts, lone, MANUAL, label="")
-    assert (third.union, third.read_only, len(third.references)) == (True, True, 1)
+    assert (third.mounted, third.read_only, len(third.references)) == (True, True, 1)
 
 
 def mount_a_stranger(tmp_path: Path, target: str) -> None:

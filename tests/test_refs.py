@@ -31,7 +31,7 @@ class OneLayer(RuleBasedStateMachine):
         self.entry = None
 
     def settled(self) -> bool:
-        return self.entry is None or self.entry.state is State.MOUNTED
+        return self.entry is None or self.entry.state is State.ACTIVE
 
     @precondition(settled)
     @rule(pid=PIDS, hold=st.sampled_from(["manual", "process"]), label=LABELS)
@@ -42,7 +42,7 @@ class OneLayer(RuleBasedStateMachine):
             assert self.entry is not None
             self.entry = refs.counted(self.entry, reference(pid, hold))
             self.held.append((pid, hold))
-        elif step is OnGet.CONFLICT:
+        elif step is OnGet.LABEL_CONFLICT:
             assert self.kernel is not None
             assert self.kernel != label
         else:
@@ -124,7 +124,7 @@ TestOneLayer.settings = settings(max_examples=200, stateful_step_count=40, deadl
 
 
 def test_a_layer_without_parents_only_counts() -> None:
-    entry = refs.counted(Entry(State.MOUNTED, union=False), reference(1))
+    entry = refs.counted(Entry(State.ACTIVE, mounted=False), reference(1))
     assert refs.on_get(entry, label="any", live=False) is OnGet.COUNT
     assert refs.on_put(entry, pid=9, live=True) == (OnPut.UNMOUNT, 0)
 
@@ -133,29 +133,29 @@ NAMED = Reference(1, 0, "x", "manual", 1.0, 1, "engine")
 
 
 def test_a_name_counts_once() -> None:
-    entry = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    entry = Entry(State.ACTIVE, mounted=True, references=(NAMED,))
     assert not refs.counts(entry, Reference(2, 0, "y", "manual", 2.0, 2, "engine"))
     assert refs.counts(entry, Reference(1, 0, "x", "manual", 2.0, 1, "another"))
     assert refs.counts(entry, reference(1))
 
 
 def test_a_put_by_name_drops_that_one_or_nothing() -> None:
-    entry = Entry(State.MOUNTED, union=True, references=(reference(1), NAMED, reference(2)))
+    entry = Entry(State.ACTIVE, mounted=True, references=(reference(1), NAMED, reference(2)))
     assert refs.on_put(entry, pid=9, live=True, name="engine") == (OnPut.COUNT, 1)
     assert refs.on_put(entry, pid=1, live=True, name="other") == (OnPut.NOTHING, None)
-    alone = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    alone = Entry(State.ACTIVE, mounted=True, references=(NAMED,))
     assert refs.on_put(alone, pid=9, live=True, name="engine") == (OnPut.UNMOUNT, 0)
     # also of what nobody counted: that somebody has it mounted is not this name's business
     assert refs.on_put(None, pid=9, live=True, name="engine") == (OnPut.NOTHING, None)
 
 
 def test_a_put_without_a_name_leaves_those_that_have_one() -> None:
-    entry = Entry(State.MOUNTED, union=True, references=(NAMED,))
+    entry = Entry(State.ACTIVE, mounted=True, references=(NAMED,))
     assert refs.on_put(entry, pid=1, live=True) == (OnPut.REFUSED, None)
 
 
 def test_dropping_one_of_two_equal_references_leaves_one() -> None:
-    entry = Entry(State.MOUNTED, union=True, references=(reference(1), reference(1)))
+    entry = Entry(State.ACTIVE, mounted=True, references=(reference(1), reference(1)))
     step, at = refs.on_put(entry, pid=9, live=True)
     assert (step, at) == (OnPut.COUNT, 1)
     assert refs.without(entry, 1).references == (reference(1),)

@@ -31,7 +31,7 @@ async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
     """
     table = mounts.table
     entry = table.entries.get(id)
-    if entry is None or not entry.union:
+    if entry is None or not entry.mounted:
         return None
     moving = refs.replacing(entry)
     table.enter(id, moving)

@@ -91,9 +91,9 @@ class Mounts:
             step = refs.on_get(entry, label=label, live=live, read_only=read_only, frozen=frozen)
             if step is OnGet.COUNT:
                 return self._count(id, entry, reference)
-            if step is OnGet.MODE:
+            if step is OnGet.MODE_CONFLICT:
                 raise in_use.mode_conflict(id, read_only=read_only)
-            if step is OnGet.CONFLICT:
+            if step is OnGet.LABEL_CONFLICT:
                 raise LabelConflict(
                     f"layer {id} is mounted with the label {entry.label!r}; put it first",
                     id=id,
@@ -106,8 +106,8 @@ class Mounts:
     ) -> Entry:
         """Count the first reference to a layer whose content directory is what is given out."""
         entry = Entry(
-            State.MOUNTED,
-            union=False,
+            State.ACTIVE,
+            mounted=False,
             read_only=read_only,
             since=time.time(),
             asked_read_only=asked_read_only,
@@ -279,7 +279,7 @@ class Mounts:
         if entry is None:
             # the kernel has something there, and nobody counted it
             entry = await self.thread.run(standing.uncounted_at, self.store.layout, id)
-        if entry is None or not entry.union:
+        if entry is None or not entry.mounted:
             if entry is not None:
                 table.leave(id)
                 table.record(id)
@@ -320,7 +320,7 @@ class Mounts:
         Raises NoSpace, LayerInUse: it is not complete, and who reads it would not see all.
         """
         entry = self.table.entries.get(id)
-        if entry and entry.union and not entry.read_only and entry.backend == self.backend.name:
+        if entry and entry.mounted and not entry.read_only and entry.backend == self.backend.name:
             try:
                 await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
             except NotFlushed as failed:
@@ -370,7 +370,7 @@ class Mounts:
         done: list[LayerId] = []
         failed: dict[LayerId, AufsdError] = {}
         found = set(await self.thread.run(standing.rows_at, self.store.layout))
-        counted = {id for id, entry in self.table.entries.items() if entry.union}
+        counted = {id for id, entry in self.table.entries.items() if entry.mounted}
         for id in sorted(found | counted):
             await self.table.claim(id)
             try:
@@ -420,10 +420,10 @@ class Mounts:
             except OSError as error:
                 raise in_use.not_known(id, error) from error
         elif not (found := id in self._seen):
-            if not entry.union:
+            if not entry.mounted:
                 # the directory that is given out is there as long as the store is
                 self.store.identity.verify(writing=False)
-            found = not entry.union or standing.is_on_top(target, entry)
+            found = not entry.mounted or standing.is_on_top(target, entry)
             if found:
                 self._seen.add(id)
         if found and turn.taken:

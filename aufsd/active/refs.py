@@ -1,19 +1,18 @@
-"""The state machine of one layer's active mount: pure decisions, nothing performed.
+"""The state machine of one layer's active mount. Pure: it decides, and performs nothing.
 
-    absent --get--> MOUNTING --ok--> MOUNTED(n) --last put--> UNMOUNTING --ok--> absent
-                       | failed: as before          ^ busy: MOUNTED(0)   |
-                       v                            +--------------------+
+    absent --get--> MOUNTING --ok--> ACTIVE(n) --last put--> UNMOUNTING --ok--> absent
+                       | failed: as before         ^ busy: ACTIVE(0)   |
+                       v                           +-------------------+
 
-A layer without parents that may be written to is not mounted: its entry is MOUNTED with `union`
-false, and only counts.
-`mounts.py` performs what is decided here, and tells the outcome back, in the same task as the
-system call and with no await between, so that a count changes only with the mount it stands for.
+A writable layer without parents is not mounted. Its entry has `mounted` false, and only counts.
+`mounts.py` performs what is decided here and reports the outcome, in the same task as the system
+call and with no await between. So a count changes only together with its mount.
 """
 
 from enum import Enum, StrEnum
 from typing import Final, Literal
 
-from msgspec import Struct
+from msgspec import Struct, field
 from msgspec.structs import replace
 
 from aufsd.kernel.mountinfo import Identity
@@ -24,10 +23,13 @@ BIND: Final = "bind"
 
 
 class State(StrEnum):
-    """Where an entry stands; an id without an entry is absent."""
+    """The state of an entry. An id without an entry is absent.
+
+    The values, and the name "union" below, are what journals have had since the first one.
+    """
 
     MOUNTING = "mounting"
-    MOUNTED = "mounted"
+    ACTIVE = "mounted"
     UNMOUNTING = "unmounting"
 
 
@@ -55,15 +57,15 @@ class Reference(Struct, frozen=True):
 class Entry(Struct, frozen=True):
     """One line of the active-mount table.
 
-    `union`: whether something of ours is mounted at the layer's mount point; else its content
-    directory is given out. `backend` is who mounted it, "bind" for content that is shown read-only.
-    `asked_read_only`: who got it first wanted no more, though it may be written to otherwise.
-    `mount` is which mount it is (mountinfo.Identity); None until it stands, and where an older
-    aufsd wrote the entry.
+    `mounted`: whether aufsd mounts something at the layer's mount point. If false, callers are
+    given the content directory. `backend` made the mount; "bind" shows a single layer read-only.
+    `asked_read_only`: the first `get` asked for read-only, and the layer may be writable otherwise.
+    `mount` identifies the mount. It is None until the mount stands, and in entries that an older
+    aufsd wrote.
     """
 
     state: State
-    union: bool
+    mounted: bool = field(name="union")
     references: tuple[Reference, ...] = ()
     label: str = ""
     read_only: bool = False
@@ -79,8 +81,8 @@ class OnGet(Enum):
     WAIT = "the id is in transition: wait for it, ask again"
     COUNT = "only count"
     MOUNT = "mount, then count"
-    CONFLICT = "mounted with another label"
-    MODE = "given out writable and asked for read-only, or the other way round"
+    LABEL_CONFLICT = "mounted with another label"
+    MODE_CONFLICT = "given out writable and asked for read-only, or the other way round"
 
 
 class OnPut(Enum):
@@ -102,11 +104,11 @@ def on_get(
     """
     if entry is None:
         return OnGet.MOUNT
-    if entry.state is not State.MOUNTED:
+    if entry.state is not State.ACTIVE:
         return OnGet.WAIT
     if not entry.read_only if read_only else entry.asked_read_only and not frozen:
-        return OnGet.MODE
-    if not entry.union:
+        return OnGet.MODE_CONFLICT
+    if not entry.mounted:
         return OnGet.COUNT
     if not live:
         # unmounted behind our back: mount again, the references stand
@@ -115,7 +117,7 @@ def on_get(
         # it is the file system that the store lies on, and has no label of its own
         return OnGet.COUNT
     # one superblock has one label; a mount that no one references is still that superblock
-    return OnGet.COUNT if entry.label == label else OnGet.CONFLICT
+    return OnGet.COUNT if entry.label == label else OnGet.LABEL_CONFLICT
 
 
 def mounting(
@@ -124,7 +126,7 @@ def mounting(
     """A mount has been started."""
     return Entry(
         State.MOUNTING,
-        union=True,
+        mounted=True,
         references=entry.references if entry else (),
         label=label,
         read_only=read_only,
@@ -135,7 +137,7 @@ def mounting(
 
 def mounted(entry: Entry, mount: Identity | None, *, read_only: bool, since: float) -> Entry:
     """The mount stands, as the kernel says; nothing has been counted yet."""
-    return replace(entry, state=State.MOUNTED, since=since, mount=mount, read_only=read_only)
+    return replace(entry, state=State.ACTIVE, since=since, mount=mount, read_only=read_only)
 
 
 def replacing(entry: Entry) -> Entry:
@@ -145,7 +147,7 @@ def replacing(entry: Entry) -> Entry:
 
 def mounted_again(entry: Entry, mount: Identity | None, *, read_only: bool) -> Entry:
     """A mount of it stands again; `mount` None: it has to be made by the next `get`."""
-    return replace(entry, state=State.MOUNTED, mount=mount, read_only=read_only)
+    return replace(entry, state=State.ACTIVE, mount=mount, read_only=read_only)
 
 
 def counts(entry: Entry, reference: Reference) -> bool:
@@ -169,7 +171,7 @@ def on_put(
     if entry is None:
         # nothing is counted; what the kernel still has mounted there is taken down all the same
         return (OnPut.UNMOUNT, None) if live and not name else (OnPut.NOTHING, None)
-    if entry.state is not State.MOUNTED:
+    if entry.state is not State.ACTIVE:
         return OnPut.WAIT, None
     at = _position_of(entry, name) if name else _position_to_drop(entry, pid)
     if at is None and name:
@@ -212,4 +214,4 @@ def unmounting(entry: Entry) -> Entry:
 
 def busy(entry: Entry) -> Entry:
     """The unmount failed: the mount stands, without a reference."""
-    return replace(entry, state=State.MOUNTED)
+    return replace(entry, state=State.ACTIVE)

@@ -84,7 +84,7 @@ def settle(
     if not store.exists(id):
         return None, notes
     entry = None
-    if recorded is not None and (recorded.references or recorded.union):
+    if recorded is not None and (recorded.references or recorded.mounted):
         entry = _stands(store.layout, id, recorded, rows)
         if entry is not None:
             entry = refs.busy(entry)
@@ -95,7 +95,7 @@ def settle(
         else:
             dropped = len(recorded.references)
             notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
-    if rows and (entry is None or not entry.union):
+    if rows and (entry is None or not entry.mounted):
         appeared, note = _appeared(table, backend, id, rows[-1])
         entry, notes = appeared or entry, [*notes, note]
     return entry, notes
@@ -120,7 +120,7 @@ def _made_again(
 
 def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) -> Entry | None:
     """The entry of the journal, if its mount is still there."""
-    if not entry.union:
+    if not entry.mounted:
         return entry
     if not rows:
         return None

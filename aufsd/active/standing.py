@@ -84,8 +84,8 @@ def uncounted(layout: Layout, id: LayerId, row: Mount) -> Entry | None:
         return None
     now = time.time()
     return Entry(
-        State.MOUNTED,
-        union=True,
+        State.ACTIVE,
+        mounted=True,
         references=(Reference(0, 0, "", "manual", now, 0),),
         read_only="ro" in row.options or "ro" in row.super_options.split(","),
         since=now,

@@ -119,7 +119,7 @@ class Table:
             id
             for id, entry in self.entries.items()
             # the rarest first: every poll of health and metrics comes by here
-            if not entry.references and entry.union and entry.state is State.MOUNTED
+            if not entry.references and entry.mounted and entry.state is State.ACTIVE
         ]
 
     def holding(self, pid: int, start: int) -> list[LayerId]:

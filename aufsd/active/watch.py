@@ -51,7 +51,7 @@ class HelperWatch:
         await ended(pid, start)
         self._watched.discard((id, pid, start))
         entry = self.table.entries.get(id)
-        if entry is None or not entry.union or entry.state is not State.MOUNTED:
+        if entry is None or not entry.mounted or entry.state is not State.ACTIVE:
             return
         # it may be mounted again by now, with another helper
         if not self.backend.is_mounted(self._target(id)):

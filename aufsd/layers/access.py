@@ -65,7 +65,7 @@ class Access:
         Whether a mount reaches another namespace is seen when it is there, and not before.
         """
         layout, seen = self.mounts.store.layout, False
-        path = layout.mount_point(id) if entry.union else layout.content(id)
+        path = layout.mount_point(id) if entry.mounted else layout.content(id)
         try:
             seen = await self.scans.run(view.sees, path)
         finally:

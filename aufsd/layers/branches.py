@@ -91,7 +91,7 @@ class Chains:
 
     def _refuse_mounted_otherwise(self, id: LayerId) -> None:
         for other, entry in self.table.entries.items():
-            foreign = entry.union and entry.backend not in (self.backend.name, BIND)
+            foreign = entry.mounted and entry.backend not in (self.backend.name, BIND)
             if foreign and id in self.store.chain(other):
                 raise self.table.in_use(other)
 

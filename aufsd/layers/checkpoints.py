@@ -166,7 +166,7 @@ class Checkpoints:
             )
         if entry is None:
             return
-        if not entry.union or entry.backend == BIND:
+        if not entry.mounted or entry.backend == BIND:
             raise LayerInUse(
                 f"layer {id} has no parents and is in use: those who use it have the path of its "
                 f"content, which would change; make a layer on it, and {verb} that",
@@ -218,7 +218,7 @@ class Checkpoints:
 
     async def _restore(self, id: LayerId) -> None:
         """Mount what was mounted before, or leave that to the next `get`."""
-        if self.mounts.table.entries[id].state is State.MOUNTED:
+        if self.mounts.table.entries[id].state is State.ACTIVE:
             return  # it is there, from a copy
         try:
             await self._put_up(id)

@@ -89,9 +89,9 @@ def mounts(unions: Mounts) -> Source:
         manual = busy = 0
         held = []
         for entry in unions.table.entries.values():
-            if entry.union:
+            if entry.mounted:
                 mounted[entry.backend] = mounted.get(entry.backend, 0) + 1
-                if not entry.references and entry.state is State.MOUNTED:
+                if not entry.references and entry.state is State.ACTIVE:
                     busy += 1
             for reference in entry.references:
                 if reference.hold == "process":

@@ -81,7 +81,7 @@ def assert_settled(driver: Driver) -> None:
         state = look(driver, id)
         assert state.listed == state.on_disk
         entry = table.entries.get(id)
-        assert state.mounted == bool(entry and entry.union)
+        assert state.mounted == bool(entry and entry.mounted)
         assert not table.is_read(id)
     assert os.listdir(driver.store.layout.staging) == []
     assert driver.jobs.running() == []
