@@ -11,7 +11,7 @@ APT ?= apt-get
 WORKERS ?= auto
 export APT VENV
 
-.PHONY: help demo test test-all test-crash lint format bench test-vm man install install-files clean
+.PHONY: help demo test test-all test-crash lint format bench test-vm man dist install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -64,6 +64,17 @@ test-vm: $(VENV)/installed ## run the tests in a virtual machine: make test-vm K
 man: $(VENV)/installed ## the man pages and a commented configuration, into build/doc
 	$(BIN)/python docs/man/build.py build/doc
 
+# The same sources give the same bytes: the time in them is the last commit's, or $SOURCE_DATE_EPOCH.
+DISTRIBUTIONS := client . docker
+dist: $(VENV)/installed ## wheels and sdists of the three distributions, into dist, for PyPI
+	rm -rf dist
+	epoch=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct)} || exit; \
+	for each in $(DISTRIBUTIONS); do \
+		(cd $$each && SOURCE_DATE_EPOCH=$$epoch '$(abspath $(BIN))/hatchling' build -d '$(CURDIR)/dist' >/dev/null) \
+			|| exit; \
+	done
+	$(BIN)/twine check --strict dist/*
+
 # --- Installing. PREFIX is where things go, DESTDIR a root to put in front of that. The programs are
 # one directory of Python packages that touches no other, and two launchers. A packager who installs
 # the two distributions by other means wants `install-files` alone, with AUFSD= where his lies.
@@ -84,7 +95,7 @@ install: $(VENV)/installed install-files ## put the programs and all below in pl
 	mv '$(DESTDIR)$(LIBRARY).new' '$(DESTDIR)$(LIBRARY)'
 	install -d '$(DESTDIR)$(PREFIX)/bin'
 	$(BIN)/python systemd/launcher.py '$(LIBRARY)' aufsd.__main__ >'$(DESTDIR)$(PREFIX)/bin/aufsd'
-	$(BIN)/python systemd/launcher.py '$(LIBRARY)' aufsd_client.cli.__main__ \
+	$(BIN)/python systemd/launcher.py '$(LIBRARY)' aufsd_client.aufsctl \
 		>'$(DESTDIR)$(PREFIX)/bin/aufsctl'
 	chmod 755 '$(DESTDIR)$(PREFIX)/bin/aufsd' '$(DESTDIR)$(PREFIX)/bin/aufsctl'
 	@test -n '$(DESTDIR)' || { echo 'Now, as root:'; \
@@ -111,4 +122,4 @@ install-files: man ## only the units, man pages and monitoring: DESTDIR= PREFIX=
 	done
 
 clean: ## remove what these commands made
-	rm -rf $(VENV) build client/build *.egg-info client/*.egg-info
+	rm -rf $(VENV) build dist

@@ -49,7 +49,7 @@ from aufsd_client.wire import (
 if TYPE_CHECKING:
     from aufsd_client.client import Client
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEFAULT_SOCKET",

@@ -12,7 +12,7 @@ import pytest
 
 from aufsd.rpc.methods import TABLE
 from aufsd.rpc.server import Settings
-from aufsd_client import errors
+from aufsd_client import __version__, errors
 from aufsd_client.cli import session, show
 from aufsd_client.cli.__main__ import every_verb, run
 from aufsd_client.cli.report import describe
@@ -64,7 +64,10 @@ def test_every_verb_explains_itself(verb: str, capfd: Capture) -> None:
 
 
 OUTPUT: dict[str, tuple[int, str]] = {
-    "version": (0, "aufsd     0.0\nAPI       1\nBackend   fake\nFeatures  none\n"),
+    "version": (
+        0,
+        f"aufsctl   {__version__}\naufsd     0.0\nAPI       1\nBackend   fake\nFeatures  none\n",
+    ),
     "ping": (0, "the daemon answers\n"),
     "metrics": (0, "aufsd_up 1\n"),
     "exists a": (0, "yes\n"),

@@ -4,7 +4,7 @@ import json
 
 import click
 
-from aufsd_client import calls
+from aufsd_client import __version__, calls
 from aufsd_client.cli import show
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session
@@ -13,7 +13,10 @@ from aufsd_client.cli.session import Session
 @click.command()
 @click.pass_obj
 def version(session: Session) -> None:
-    """What the daemon is."""
+    """What the daemon is, and this command."""
+    if session.human:
+        # said also where no daemon answers
+        show.line(f"aufsctl   {__version__}")
     found = session.ask(calls.version(), monitor=True)
     if session.human:
         show.pairs(
