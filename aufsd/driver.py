@@ -17,7 +17,7 @@ from aufsd import __version__, listing, results
 from aufsd.active.in_use import Naming
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry, Reference
-from aufsd.active.turn import Turn
+from aufsd.active.tick import Tick
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
 from aufsd.kernel import holders as kernel_holders
@@ -89,9 +89,9 @@ class Driver:
     naming: Naming
 
     @property
-    def turn(self) -> Turn:
-        """What calls that are made in one go share."""
-        return self.active.table.turn
+    def tick(self) -> Tick:
+        """See aufsd/active/tick.py."""
+        return self.active.table.tick
 
     # --- questions that touch memory only -----------------------------------------------------
 

@@ -23,7 +23,7 @@ LEVELS = {
     "aufsd.rescue": 4,
     "aufsd.active.mounts": 3,
     "aufsd.active.opening": 3,
-    "aufsd.active.again": 3,
+    "aufsd.active.remount": 3,
     "aufsd.archive": 3,
     "aufsd.active": 2,
     "aufsd.union": 2,

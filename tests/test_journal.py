@@ -119,14 +119,14 @@ def test_what_is_held_is_written_in_one_piece(
         return write(fd, data)
 
     monkeypatch.setattr(os, "write", counted)
-    book.hold()
+    book.start_buffering()
     book.counted(A, OTHER, table)
     book.dropped(A, 0, table)
     book.record(B, HELD, table)
-    assert len(book.unwritten) == 3
+    assert len(book.buffered) == 3
     assert journal.read(path, "/store") == {A: HELD}
-    book.release(table)
-    assert (book.unwritten, pieces) == ([], [3])
+    book.write_buffered(table)
+    assert (book.buffered, pieces) == ([], [3])
     assert journal.read(path, "/store") == {A: refs.without(refs.counted(HELD, OTHER), 0), B: HELD}
     book.record(B, None, table)
     assert pieces == [3, 1]
@@ -184,21 +184,21 @@ def test_held_lines_that_do_not_fit_are_made_up_for(tmp_path: Path) -> None:
         table: dict[LayerId, Entry] = {A: HELD}
         book = Journal(path, "/store", table)
         filler = fill(small)
-        book.hold()
+        book.start_buffering()
         for _ in range(100):
             book.counted(A, OTHER, table)
             book.dropped(A, 1, table)
         table[B] = HELD
         book.record(B, HELD, table)
         assert book.failure == ""
-        book.release(table)
+        book.write_buffered(table)
         assert "No space" in book.failure
         # nothing of what was written in part is left
         assert journal.read(path, "/store") == {A: HELD}
         filler.unlink()
-        book.hold()
+        book.start_buffering()
         book.record(B, HELD, table)
-        book.release(table)
+        book.write_buffered(table)
         assert book.failure == ""
         assert journal.read(path, "/store") == table
         book.close()

@@ -519,7 +519,7 @@ async def test_a_cancelled_get_counts_nothing_and_leaves_nothing_mounted(mounts:
     assert scope.cancelled_caught
     assert TOP not in mounts.table.entries
     assert not is_mounted(mounts, TOP)
-    assert mounts.table.moving(TOP) is None
+    assert mounts.table.in_transition(TOP) is None
 
 
 async def test_remove_waits_for_nobody_and_refuses_what_is_used(mounts: Mounts) -> None:
@@ -649,14 +649,14 @@ async def test_calls_of_one_turn_ask_the_kernel_once_and_later_ones_ask_again(
 ) -> None:
     table = mounts.table
     await get(mounts, TOP, MANUAL, label="")
-    with table.turn:
+    with table.tick:
         await get(mounts, TOP, MANUAL, label="")
         # after both calls had arrived
         syscalls.umount2(mounts.store.layout.mount_point(TOP))
         entry = await get(mounts, TOP, MANUAL, label="")
         assert len(entry.references) == 3
-        assert len(table.turn.unwritten) == 2
-    assert len(table.turn.unwritten) == 0
+        assert len(table.tick.buffered) == 2
+    assert len(table.tick.buffered) == 0
     assert mounts.counters.vanished_mounts == 0
     entry = await get(mounts, TOP, MANUAL, label="")
     assert len(entry.references) == 4

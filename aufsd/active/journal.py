@@ -113,21 +113,21 @@ class Journal:
         self._fd = -1
         self._lines = 0
         self._size = 0
-        # lines that are kept back; always this one list
-        self.unwritten: list[bytes] = []
-        self.holding = False
+        # always this one list
+        self.buffered: list[bytes] = []
+        self.buffering = False
         self.rewrite(table)
 
-    def hold(self) -> None:
-        """Keep back what is recorded from here on; no await may stand before `release`."""
-        self.holding = True
+    def start_buffering(self) -> None:
+        """Buffer new lines. `write_buffered` has to follow before the next await."""
+        self.buffering = True
 
-    def release(self, table: Mapping[LayerId, Entry]) -> None:
-        """Write in one piece what was kept back, as `table` already says."""
-        self.holding = False
-        if self.unwritten:
-            data, lines = b"".join(self.unwritten), len(self.unwritten)
-            self.unwritten.clear()
+    def write_buffered(self, table: Mapping[LayerId, Entry]) -> None:
+        """Write the buffered lines in one piece, and buffer no more. `table` has the changes."""
+        self.buffering = False
+        if self.buffered:
+            data, lines = b"".join(self.buffered), len(self.buffered)
+            self.buffered.clear()
             self._write(data, lines, table)
 
     def rewrite(self, table: Mapping[LayerId, Entry]) -> None:
@@ -175,8 +175,8 @@ class Journal:
 
     def _append(self, record: _Line | _Counted | _Dropped, table: Mapping[LayerId, Entry]) -> None:
         line = _encoder.encode(record) + b"\n"
-        if self.holding:
-            self.unwritten.append(line)
+        if self.buffering:
+            self.buffered.append(line)
         else:
             self._write(line, 1, table)
 

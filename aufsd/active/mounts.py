@@ -17,7 +17,7 @@ from typing import NamedTuple
 import structlog
 import trio
 
-from aufsd.active import in_use, performing, refs, standing
+from aufsd.active import in_use, observed, performing, refs
 from aufsd.active.counters import Counters
 from aufsd.active.refs import Entry, OnGet, OnPut, Reference, State
 from aufsd.active.table import Table
@@ -84,7 +84,7 @@ class Mounts:
         with table.locked():
             self.store.require(id)
             entry = table.entries.get(id)
-            if entry is None or table.moving(id) is not None:
+            if entry is None or table.in_transition(id) is not None:
                 return None
             frozen = entry.asked_read_only and is_frozen(self.store, id)
             live = self._live(id, entry)
@@ -159,7 +159,7 @@ class Mounts:
             union, once, self.thread, self.scans, retrying=self.retrying_mount
         )
         self.counters.mounts += 1
-        self.helpers.mounted(id)
+        self.helpers.watch(id)
         if read_only and not entry.read_only:
             log.warning("the kernel mounted a layer read-only; is the disk full?", id=id)
         mounted = refs.mounted(entry, mount, read_only=read_only, since=time.time())
@@ -177,7 +177,7 @@ class Mounts:
         elif more:
             self.table.journal.counted(id, reference, self.table.entries)
         if reference.hold == "process":
-            self.processes.holds(reference)
+            self.processes.watch(reference)
         return entry
 
     # --- put ----------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ class Mounts:
                     return Dropped(None, False)
                 live = entry is None and self.is_mount_point(id)
                 step, at = refs.on_put(entry, pid=pid, live=live, name=name)
-                waiting = table.moving(id)
+                waiting = table.in_transition(id)
                 if waiting is None:
                     if step is OnPut.NOTHING:
                         return Dropped(entry, False)
@@ -217,7 +217,7 @@ class Mounts:
         table = self.table
         with table.locked():
             entry = table.entries.get(id)
-            if entry is None or table.moving(id) is not None or not self.store.exists(id):
+            if entry is None or table.in_transition(id) is not None or not self.store.exists(id):
                 return None
             step, at = refs.on_put(entry, pid=pid, live=True, name=name)
             if step is OnPut.COUNT and at is not None:
@@ -247,13 +247,13 @@ class Mounts:
         while True:
             with table.locked():
                 entry = table.entries.get(id)
-                held = entry.references if entry else ()
-                own = [at for at, reference in enumerate(held) if is_own(reference)]
-                waiting = table.moving(id)
+                references = entry.references if entry else ()
+                own = [at for at, reference in enumerate(references) if is_own(reference)]
+                waiting = table.in_transition(id)
                 if waiting is None:
                     if entry is None or not own:
                         return
-                    if len(held) > 1:
+                    if len(references) > 1:
                         self._drop(id, entry, own[0])
                         continue
                     table.begin(id)
@@ -278,7 +278,7 @@ class Mounts:
         entry = table.entries.get(id)
         if entry is None:
             # the kernel has something there, and nobody counted it
-            entry = await self.thread.run(standing.uncounted_at, self.store.layout, id)
+            entry = await self.thread.run(observed.uncounted_at, self.store.layout, id)
         if entry is None or not entry.mounted:
             if entry is not None:
                 table.leave(id)
@@ -301,7 +301,7 @@ class Mounts:
         with table.locked():
             self.counters.unmounts += 1
             self.stays.pop(id, None)
-            self.helpers.unmounted(id)
+            self.helpers.forget(id)
             table.leave(id)
             table.record(id)
         return was
@@ -369,7 +369,7 @@ class Mounts:
         """
         done: list[LayerId] = []
         failed: dict[LayerId, AufsdError] = {}
-        found = set(await self.thread.run(standing.rows_at, self.store.layout))
+        found = set(await self.thread.run(observed.rows_at, self.store.layout))
         counted = {id for id, entry in self.table.entries.items() if entry.mounted}
         for id in sorted(found | counted):
             await self.table.claim(id)
@@ -391,7 +391,7 @@ class Mounts:
         await trio.sleep(BUSY_RETRY)
         for id in self.table.busy():
             # it may have been got or moved while another one was tried
-            if self.table.moving(id) or id not in self.table.busy():
+            if self.table.in_transition(id) or id not in self.table.busy():
                 continue
             self.table.begin(id)
             try:
@@ -405,16 +405,16 @@ class Mounts:
     def _live(self, id: LayerId, entry: Entry) -> bool:
         """Whether the entry's own mount is there, and seen. Does not block.
 
-        It is looked at again after any change of the mount table, and in each turn if a process
-        serves it, which may have died. Otherwise it is as it was.
+        The kernel is asked again after any change of the mount table. A mount that a process serves
+        is asked about in every tick, because the process may have died.
         """
-        turn = self.table.turn
-        if id in turn.standing:
+        tick = self.table.tick
+        if id in tick.verified:
             return True
         target = self.store.layout.mount_point(id)
         if self.changes.any():
             self._seen.clear()
-        if standing.is_served(entry.backend) and entry.backend == self.backend.name:
+        if observed.is_served(entry.backend) and entry.backend == self.backend.name:
             try:
                 found = self.backend.is_mounted(target)
             except OSError as error:
@@ -423,16 +423,16 @@ class Mounts:
             if not entry.mounted:
                 # the directory that is given out is there as long as the store is
                 self.store.identity.verify(writing=False)
-            found = not entry.mounted or standing.is_on_top(target, entry)
+            found = not entry.mounted or observed.is_on_top(target, entry)
             if found:
                 self._seen.add(id)
-        if found and turn.taken:
-            turn.standing.add(id)
+        if found and tick.is_open:
+            tick.verified.add(id)
         return found
 
     def is_mount_point(self, id: LayerId) -> bool:
         """Whether anything is mounted at the layer's mount point, whoever did. Does not block."""
-        return standing.is_mount_point(self.store.layout.mount_point(id))
+        return observed.is_mount_point(self.store.layout.mount_point(id))
 
     async def breathe(self) -> None:
         """Return once the lock can be taken and the mount thread answers, for the watchdog."""

@@ -7,7 +7,7 @@ from functools import partial
 import structlog
 import trio
 
-from aufsd.active import standing
+from aufsd.active import observed
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry
 from aufsd.active.replay import Note, replay, settle
@@ -28,10 +28,10 @@ def _tell(mounts: Mounts, notes: Sequence[Note]) -> None:
 
 def _watch(mounts: Mounts, id: LayerId) -> None:
     """Watch the processes that a layer's entry depends on."""
-    mounts.helpers.mounted(id)
+    mounts.helpers.watch(id)
     for reference in mounts.table.entries[id].references:
         if reference.hold == "process":
-            mounts.processes.holds(reference)
+            mounts.processes.watch(reference)
 
 
 async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Entry | None) -> None:
@@ -45,7 +45,7 @@ async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Ent
         if table.entries.get(id) is not kept:
             # a call has put it right meanwhile
             return
-        rows = await mounts.thread.run(standing.rows_at, layout)
+        rows = await mounts.thread.run(observed.rows_at, layout)
         entry, notes = await mounts.thread.run(
             settle, table, mounts.backend, id, recorded, rows.get(id, [])
         )

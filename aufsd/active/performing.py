@@ -4,7 +4,7 @@ import os
 
 import structlog
 
-from aufsd.active import standing
+from aufsd.active import observed
 from aufsd.active.in_use import Covered, Occupied
 from aufsd.active.refs import BIND, Entry
 from aufsd.kernel import mountinfo, syscalls
@@ -33,10 +33,10 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, boo
     else:
         backend.mount(union)
     try:
-        read_only = standing.is_read_only(union.target)
+        read_only = observed.is_read_only(union.target)
     except OSError:  # of one whose helper has just died
         read_only = union.read_only
-    return standing.identify(union.target, by), read_only
+    return observed.identify(union.target, by), read_only
 
 
 def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> bool:
@@ -44,9 +44,9 @@ def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> bool
 
     Nothing to do if it is not mounted at all. Raises Covered, NotFlushed, OSError.
     """
-    if not standing.is_on_top(target, entry):
+    if not observed.is_on_top(target, entry):
         rows = [row for row in mountinfo.mounted_under(target) if row.mount_point == target]
-        if standing.is_below(rows, entry):
+        if observed.is_below(rows, entry):
             raise Covered(rows[-1])
         log.warning("mount vanished", path=target)
         return False

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 from msgspec.structs import replace
 
-from aufsd.active import performing, refs, standing
+from aufsd.active import observed, performing, refs
 from aufsd.active.in_use import Occupied
 from aufsd.active.refs import Entry, State
 from aufsd.active.table import Table
@@ -56,7 +56,7 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> Re
     """
     store = table.store
     found = Replayed([], {})
-    live = standing.rows_at(store.layout)
+    live = observed.rows_at(store.layout)
     for id in {**recorded, **live}:
         entry = recorded.get(id)
         try:
@@ -104,9 +104,9 @@ def settle(
 def _made_again(
     table: Table, backend: Backend, id: LayerId, entry: Entry, rows: Sequence[Mount]
 ) -> Entry:
-    """The entry of a mount that the last daemon took away to make it again (again.py)."""
+    """The entry of a mount that the last daemon took away to make it again (remount.py)."""
     layout = table.store.layout
-    made = standing.uncounted(layout, id, rows[-1]) if rows else None
+    made = observed.uncounted(layout, id, rows[-1]) if rows else None
     if made is not None:
         return refs.mounted_again(entry, made.mount, read_only=made.read_only)
     mount, read_only = None, entry.read_only
@@ -126,16 +126,16 @@ def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) ->
         return None
     if entry.mount is None:
         # an older aufsd wrote it: what is mounted has to do
-        found = standing.uncounted(layout, id, rows[-1])
+        found = observed.uncounted(layout, id, rows[-1])
         return None if found is None else replace(entry, mount=found.mount)
-    on_top = standing.is_on_top(layout.mount_point(id), entry)
-    return entry if on_top or standing.is_below(rows, entry) else None
+    on_top = observed.is_on_top(layout.mount_point(id), entry)
+    return entry if on_top or observed.is_below(rows, entry) else None
 
 
 def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> tuple[Entry | None, Note]:
     """A mount without an entry: the layer's own is counted, anything else told."""
     store = table.store
-    entry = standing.uncounted(store.layout, id, row)
+    entry = observed.uncounted(store.layout, id, row)
     if entry is None:
         text = f"{row.fstype} that aufsd did not mount is there: left alone"
         return None, Note(id, "foreign", text)
@@ -156,10 +156,10 @@ def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> tuple[
 
 
 def _ended(id: LayerId, entry: Entry) -> list[Note]:
-    held = {(ref.pid, ref.start) for ref in entry.references if ref.hold == "process"}
+    processes = {(ref.pid, ref.start) for ref in entry.references if ref.hold == "process"}
     return [
         Note(id, "holder", f"process {pid} has ended, its references are put")
-        for pid, start in sorted(held)
+        for pid, start in sorted(processes)
         if _has_ended(pid, start)
     ]
 

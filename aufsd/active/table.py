@@ -15,7 +15,7 @@ import trio
 
 from aufsd.active.journal import Journal
 from aufsd.active.refs import Entry, State
-from aufsd.active.turn import Turn
+from aufsd.active.tick import Tick
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.union.backend import Union
@@ -58,11 +58,10 @@ class Table:
     _readers: Counter[LayerId] = field(default_factory=Counter)
     # set when nobody reads that layer any more
     _unread: dict[LayerId, trio.Event] = field(default_factory=dict)
-    # what calls that are made in one go share
-    turn: Turn = field(init=False)
+    tick: Tick = field(init=False)
 
     def __post_init__(self) -> None:
-        self.turn = Turn(self.journal, self.entries)
+        self.tick = Tick(self.journal, self.entries)
 
     def locked(self) -> AbstractContextManager[None]:
         """The table, for the length of a block without an await."""
@@ -70,7 +69,7 @@ class Table:
 
     # --- transitions --------------------------------------------------------------------------
 
-    def moving(self, *ids: LayerId) -> trio.Event | None:
+    def in_transition(self, *ids: LayerId) -> trio.Event | None:
         """The event of the first of these that is in transition; None if all are settled."""
         for id in ids:
             if id in self._moving:
@@ -92,7 +91,7 @@ class Table:
         """
         while True:
             with self.locked():
-                waiting = self.moving(id)
+                waiting = self.in_transition(id)
                 if waiting is None:
                     refuse(id)
                     self.begin(id)
@@ -122,8 +121,8 @@ class Table:
             if not entry.references and entry.mounted and entry.state is State.ACTIVE
         ]
 
-    def holding(self, pid: int, start: int) -> list[LayerId]:
-        """Ids that this process holds `process` references to."""
+    def referenced_by(self, pid: int, start: int) -> list[LayerId]:
+        """Ids with a reference that ends with this process."""
         return [
             id
             for id, entry in self.entries.items()
@@ -158,7 +157,7 @@ class Table:
         related = (id,) if parent is None else (id, parent)
         while True:
             with self.locked():
-                waiting = self.moving(*related)
+                waiting = self.in_transition(*related)
                 if waiting is None:
                     if parent is not None and not self.store.exists(id):
                         if not self.store.exists(parent):
@@ -208,10 +207,10 @@ class Table:
         """
         while True:
             with self.locked():
-                waiting = self.moving(*ids)
+                waiting = self.in_transition(*ids)
                 if waiting is None:
                     self.store.require(ids[0])
-                    waiting = self.moving(*self.store.chain(ids[0]))
+                    waiting = self.in_transition(*self.store.chain(ids[0]))
                 if waiting is None and self.is_read(ids[0]):
                     waiting = self._unread.setdefault(ids[0], trio.Event())
                 if waiting is None:
@@ -258,7 +257,7 @@ class Table:
             with self.locked():
                 chains = which()
                 wanted = tuple({id: None for chain in chains for id in chain})
-                waiting = self.moving(*wanted)
+                waiting = self.in_transition(*wanted)
                 if waiting is None:
                     for id in wanted:
                         self.store.require(id)
@@ -275,7 +274,7 @@ class Table:
                     if id in self._unread:
                         self._unread.pop(id).set()
 
-    async def unread(self, id: LayerId) -> None:
+    async def wait_unread(self, id: LayerId) -> None:
         """Wait until no job reads a layer whose transition the caller holds: none begins to."""
         while self._readers[id]:
             await self._unread.setdefault(id, trio.Event()).wait()

@@ -34,8 +34,8 @@ class HelperWatch:
     deaths: int = 0
     _watched: set[tuple[LayerId, int, int]] = field(default_factory=set)
 
-    def mounted(self, id: LayerId) -> None:
-        """A union is mounted: look after its helper, if it has one."""
+    def watch(self, id: LayerId) -> None:
+        """Watch the helper of a union that was just mounted, if it has one."""
         self.dead.discard(id)
         found = self.backend.helper(self._target(id))
         if found is not None and (id, *found) not in self._watched:
@@ -43,8 +43,8 @@ class HelperWatch:
             watch = partial(self._watch, id, *found)
             self.nursery.start_soon(self.task.until_done, watch, (id, *found))
 
-    def unmounted(self, id: LayerId) -> None:
-        """It is not any more."""
+    def forget(self, id: LayerId) -> None:
+        """The union was unmounted."""
         self.dead.discard(id)
 
     async def _watch(self, id: LayerId, pid: int, start: int) -> None:
@@ -67,18 +67,18 @@ class HelperWatch:
 
 @dataclass(slots=True)
 class ProcessWatch:
-    """The processes that hold references. `put_all` drops all that one of them has to a layer."""
+    """The processes with references. `put_all` drops all references of one process to a layer."""
 
     table: Table
     nursery: trio.Nursery
     task: Task
     put_all: Callable[[LayerId, int, int], Awaitable[None]]
-    # how many of them have ended
+    # how many processes have ended
     ends: int = 0
     _watched: set[tuple[int, int]] = field(default_factory=set)
 
-    def holds(self, reference: Reference) -> None:
-        """Somebody holds this: have it put when the process ends."""
+    def watch(self, reference: Reference) -> None:
+        """Have this reference put when its process ends."""
         key = (reference.pid, reference.start)
         if key not in self._watched:
             self._watched.add(key)
@@ -88,7 +88,7 @@ class ProcessWatch:
         await self.task.until_done(partial(ended, pid, start), (pid, start))
         self._watched.discard((pid, start))
         self.ends += 1
-        for id in self.table.holding(pid, start):
+        for id in self.table.referenced_by(pid, start):
             log.info("process ended, its references are put", id=id, pid=pid)
             await self.task.until_done(partial(self._put, id, pid, start), (id, pid, start))
 

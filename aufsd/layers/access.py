@@ -92,10 +92,10 @@ class Access:
             if entry is not None:
                 return entry
             with table.locked():
-                waiting = table.moving(id)
+                waiting = table.in_transition(id)
                 if waiting is None:
                     chain = store.chain(id)
-                    waiting = table.moving(*chain)
+                    waiting = table.in_transition(*chain)
                 if waiting is None:
                     table.begin(id)
                     break

@@ -81,7 +81,7 @@ class Chains:
         if not owned:
             await self.table.claim(id)
         try:
-            await self.table.unread(id)
+            await self.table.wait_unread(id)
             self._refuse_mounted_otherwise(id)
             if await self.upkeep.convert(id, wanted):
                 log.info("branch converted", id=id, dialect=str(wanted))

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from aufsd import results
-from aufsd.active import again
+from aufsd.active import remount
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import BIND, State
 from aufsd.layers.branches import Chains
@@ -194,10 +194,10 @@ class Checkpoints:
     ) -> None:
         """Unmount, commit, mount again; if the last fails, all is taken back."""
         before = self.mounts.table.entries.get(id)
-        held = await again.take_down(self.mounts, id)
+        held = await remount.unmount(self.mounts, id)
         try:
             if before is not None:
-                await again.refuse_if_alive(self.mounts, id, before)
+                await remount.refuse_if_alive(self.mounts, id, before)
             await self.disk.run(commit)
             enter()
             if held is not None:
@@ -214,7 +214,7 @@ class Checkpoints:
 
     async def _put_up(self, id: LayerId) -> None:
         opaque = await self.chains.prepare(self.mounts.store.chain(id))
-        await again.put_up(self.mounts, id, opaque)
+        await remount.mount(self.mounts, id, opaque)
 
     async def _restore(self, id: LayerId) -> None:
         """Mount what was mounted before, or leave that to the next `get`."""
@@ -224,7 +224,7 @@ class Checkpoints:
             await self._put_up(id)
         except (AufsdError, OSError) as error:
             log.warning("mounting a layer again failed", id=id, error=str(error))
-            again.give_up(self.mounts, id)
+            remount.leave_to_next_get(self.mounts, id)
 
     def _holds_something(self, id: LayerId) -> bool:
         store = self.mounts.store

@@ -75,7 +75,7 @@ class Connection:
             groups,
             self._outbox,
             monitor=monitor,
-            later=partial(reader.after_turn, self),
+            after_tick=partial(reader.after_tick, self),
             start=reader.start,
             replied=self._on_reply,
             changed=self._settle,

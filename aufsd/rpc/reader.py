@@ -1,8 +1,8 @@
 """One task reads all sockets of a listener, and carries out all calls that need no waiting.
 
-What had arrived when it looked is taken in one turn, without an await: a line of each connection
-after the other. What these calls change in the table is written to the journal at the end of the
-turn, in one piece, and then they are answered. A call that has to wait becomes a task.
+It works in ticks. In one tick it takes a line of each connection that has one, and carries out
+these calls without an await. At the end of the tick, what they changed in the table is written to
+the journal in one piece; then they are answered. A call that has to wait becomes a task.
 """
 
 import time
@@ -16,30 +16,30 @@ from aufsd.rpc.poller import Poller
 from aufsd.rpc.ready import Queued, ReadyQueue
 from aufsd.service.log import together
 
-# after so many lines everything else in the daemon has a turn
-_LINES = 32
-# and with a share after so long, in seconds, and so many sockets that were read
+# in one tick; then the other tasks of the daemon run
+_LINES_PER_TICK = 32
+# where the reader has only a share of the event loop's time: seconds, and sockets, of one tick
 _SLICE = 0.0005
-_SOCKETS = 16
+_SOCKETS_PER_SLICE = 16
 
 
 class Connection(Queued, Protocol):
     """A connection, as its reader sees it."""
 
-    # when it is given up if nothing changes (Trio's clock); the reader looks now and then
+    # Trio's clock; the reader looks once a second
     deadline: float
 
     def on_ready(self, events: int) -> None:
-        """Do what the socket is ready for, as the poller says it."""
+        """Handle what epoll reports for the socket."""
 
     def step(self) -> None:
-        """Begin what comes next, if anything does."""
+        """Begin the next call, if there is one."""
 
     def expire(self) -> None:
         """The deadline has passed."""
 
     def fail(self, error: Exception) -> None:
-        """One of the above has raised this."""
+        """One of the methods above has raised this."""
 
 
 # how often deadlines are looked at while there are any
@@ -47,23 +47,24 @@ _SWEEP = 1.0  # seconds
 
 
 class Reader:
-    """Reads for the connections that it knows. `run` is its life.
+    """Reads the sockets of its connections while `run` runs.
 
-    `turn` is entered around the calls of one turn, and writes down what they changed when it is
-    left; until then that is in `unwritten`, which is always the same object. `share` is how much of
-    the event loop's time it may take: below 1, it sleeps after each slice to make up for it.
+    `tick` is the context manager around the calls of one tick. When it is left, it writes down what
+    they changed. Until then their changes are in `buffered`, which is always the same object.
+    `share` is how much of the event loop's time the reader may take: with 0.2, it sleeps four times
+    as long as each tick took.
     """
 
     def __init__(
-        self, turn: AbstractContextManager[None], unwritten: Sized = (), *, share: float = 1.0
+        self, tick: AbstractContextManager[None], buffered: Sized = (), *, share: float = 1.0
     ) -> None:
         self.poller: Poller[Connection] = Poller()
-        self._turn = turn
-        self._unwritten = unwritten
-        # seconds to sleep for each that was used
-        self._rest = 1 / share - 1
+        self._tick = tick
+        self._buffered = buffered
+        # seconds to sleep for each second that was used
+        self._sleep_factor = 1 / share - 1
         self._ready: ReadyQueue[Connection] = ReadyQueue()
-        # answers that wait for the end of the turn
+        # answers that wait for the end of the tick
         self._replies: list[tuple[Connection, Callable[[], None]]] = []
         self._tasks: trio.Nursery | None = None
         self._timed: set[Connection] = set()
@@ -73,36 +74,36 @@ class Reader:
         """Read, and run calls, until cancelled; then the calls are cancelled too."""
         async with trio.open_nursery() as self._tasks:
             self._tasks.start_soon(self._expire)
-            if self._rest:
+            if self._sleep_factor:
                 await self._read_sharing()
             else:
                 await self._read()
 
     def close(self) -> None:
-        """Close what it waits with, when `run` has ended."""
+        """Close the epoll instance, after `run` has ended."""
         self.poller.close()
 
     # --- what connections ask of it -----------------------------------------------------------
 
     def enqueue(self, connection: Connection) -> None:
-        """Have `step` called: there is something to do."""
+        """Have the connection's `step` called in the next tick."""
         self._ready.push(connection)
         self.poller.wake()
 
-    def after_turn(self, connection: Connection, reply: Callable[[], None]) -> None:
-        """Call this when what the present turn has changed so far is written down."""
-        if self._replies or self._unwritten:
+    def after_tick(self, connection: Connection, reply: Callable[[], None]) -> None:
+        """Call `reply` when the changes so far are in the journal: at once if there are none."""
+        if self._replies or self._buffered:
             self._replies.append((connection, reply))
         else:
             reply()
 
     def start(self, work: Callable[..., Awaitable[None]], *args: Any) -> None:
-        """Run a call that has to wait in a task of its own. It has to handle its exceptions."""
+        """Run a call that has to wait in a task of its own. `work` handles its own exceptions."""
         assert self._tasks is not None
         self._tasks.start_soon(work, *args)
 
     def set_deadline(self, connection: Connection, deadline: float) -> None:
-        """Have `expire` called about then, unless another deadline is set (math.inf: none)."""
+        """Have `expire` called about then. Replaces the last deadline; math.inf: none."""
         connection.deadline = deadline
         if deadline < float("inf"):
             self._timed.add(connection)
@@ -110,41 +111,43 @@ class Reader:
         else:
             self._timed.discard(connection)
 
-    # --- its life -----------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------
 
     async def _read(self) -> None:
         while True:
-            self._begin()
+            self._run_tick()
             if self._ready:
-                # everything else has its turn
+                # the other tasks run
                 await trio.lowlevel.checkpoint()
             else:
                 await self.poller.wait()
             self._receive()
 
     async def _read_sharing(self) -> None:
-        """As `_read`, within its share."""
+        """As `_read`, but sleeps after each tick to stay within the share."""
         while True:
             if not self._ready:
                 await self.poller.wait()
             began = time.perf_counter()
             self._receive()
-            self._begin(until=began + _SLICE)
-            await trio.sleep((time.perf_counter() - began) * self._rest)
+            self._run_tick(until=began + _SLICE)
+            await trio.sleep((time.perf_counter() - began) * self._sleep_factor)
 
     def _receive(self) -> None:
-        for connection, events in self.poller.ready(_SOCKETS if self._rest else -1):
+        for connection, events in self.poller.ready(
+            _SOCKETS_PER_SLICE if self._sleep_factor else -1
+        ):
             try:
                 connection.on_ready(events)
             except Exception as error:
                 connection.fail(error)
 
-    def _begin(self, until: float = float("inf")) -> None:
-        """Begin what is ready, as much as one turn takes, and answer it."""
-        # their lines of the log go out in one piece
+    def _run_tick(self, until: float = float("inf")) -> None:
+        """Begin the calls of one tick, and answer them."""
+        # their lines of the log are written in one piece
         with together():
-            with self._turn:
-                for _ in range(_LINES):
+            with self._tick:
+                for _ in range(_LINES_PER_TICK):
                     if not self._ready or time.perf_counter() > until:
                         break
                     connection = self._ready.pop()
@@ -168,7 +171,7 @@ class Reader:
 
 
 def _guard(connection: Connection, step: Callable[[], None]) -> None:
-    """A fault of ours in one connection's work is that connection's alone."""
+    """Run a step. An exception, which is a fault of aufsd, ends this connection only."""
     try:
         step()
     except Exception as error:

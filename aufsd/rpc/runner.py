@@ -49,8 +49,9 @@ class Edge:
 class Runner:
     """Owns the descriptors that its calls claimed, until they end.
 
-    `later` has a reply made at the end of the turn, and `replied` is called after it; `start` runs
-    a call that waits, and `changed` is called when that has ended, `failed` if we have a fault.
+    Callbacks: `after_tick` is given a reply to make at the end of the tick, and `replied` is called
+    after it. `start` is given a call that waits; `changed` is called when that has ended, and
+    `failed` for a fault of aufsd.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Runner:
         outbox: Outbox,
         *,
         monitor: bool,
-        later: Callable[[Callable[[], None]], None],
+        after_tick: Callable[[Callable[[], None]], None],
         start: Callable[..., None],
         replied: Callable[[], None],
         changed: Callable[[], None],
@@ -76,13 +77,13 @@ class Runner:
         self._plain = Call(edge.driver, peer, self._permit)
         self._outbox = outbox
         self._batch_limit = _MAX_BATCH_REPLY[monitor]
-        self._later = later
+        self._after_tick = after_tick
         self._start = start
         self._replied = replied
         self._changed = changed
         self._failed = failed
         self._streams: set[trio.CancelScope] = set()
-        # calls that wait, and those that are answered at the end of the turn
+        # calls that wait, and those that are answered at the end of the tick
         self._waiting = 0
         self._pending = 0
         # A call was given to its task, which Trio has not run yet. Until then no other is begun:
@@ -253,7 +254,7 @@ class Runner:
 
     def _reply_later(self, request: Request, batch: Batch | None, seconds: float) -> None:
         self._pending += 1
-        self._later(partial(self._reply_pending, request, batch, seconds))
+        self._after_tick(partial(self._reply_pending, request, batch, seconds))
 
     def _reply_pending(self, request: Request, batch: Batch | None, seconds: float) -> None:
         self._pending -= 1

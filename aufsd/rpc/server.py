@@ -53,7 +53,7 @@ class Server:
         self._edge = Edge(driver, dispatch.register(TABLE), self._admission, observe, self._log)
         # no method of the monitor socket changes the table
         self._readers = {
-            False: Reader(driver.turn, driver.turn.unwritten),
+            False: Reader(driver.tick, driver.tick.buffered),
             True: Reader(nullcontext(), share=_MONITOR_SHARE),
         }
         self._connections: set[Connection] = set()

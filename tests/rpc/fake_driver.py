@@ -18,26 +18,26 @@ TAR = b"the bytes of a tar"
 
 
 @dataclass
-class FakeTurn:
-    """Has every get of a turn unwritten until the turn ends, and tells `written` of them then."""
+class FakeTick:
+    """Has every get of a tick buffered until the tick ends, and tells `written` of them then."""
 
-    unwritten: list[str] = field(default_factory=list)
-    taken: bool = False
+    buffered: list[str] = field(default_factory=list)
+    is_open: bool = False
     written: Callable[[list[str]], None] = lambda _: None
 
     def change(self, what: str) -> None:
         """Something that has to be written down before it is answered."""
-        if self.taken:
-            self.unwritten.append(what)
+        if self.is_open:
+            self.buffered.append(what)
 
     def __enter__(self) -> None:
-        self.taken = True
+        self.is_open = True
 
     def __exit__(self, *_: object) -> None:
-        self.taken = False
-        if self.unwritten:
-            self.written(self.unwritten.copy())
-        self.unwritten.clear()
+        self.is_open = False
+        if self.buffered:
+            self.written(self.buffered.copy())
+        self.buffered.clear()
 
 
 @dataclass
@@ -52,7 +52,7 @@ class FakeDriver:
     go: trio.Event = field(default_factory=trio.Event)
     # what `cleanup` raises
     failure: BaseException | None = None
-    turn: FakeTurn = field(default_factory=FakeTurn)
+    tick: FakeTick = field(default_factory=FakeTick)
     running: int = 0
     started: trio.lowlevel.ParkingLot = field(default_factory=trio.lowlevel.ParkingLot)
     thread: int = field(default_factory=threading.get_ident)
@@ -164,7 +164,7 @@ class FakeDriver:
 
     def _count(self, id: LayerId) -> results.Got:
         self.counts[id] = self.counts.get(id, 0) + 1
-        self.turn.change(f"get {id}")
+        self.tick.change(f"get {id}")
         return results.Got(f"/mnt/{id}", self.counts[id], True, False, True)
 
     def put(

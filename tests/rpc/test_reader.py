@@ -26,7 +26,7 @@ def watch(served: Served, peers: list[RawPeer]) -> list[tuple[list[str], list[bo
     def written(changes: list[str]) -> None:
         seen.append((changes, [peer.has_answer() for peer in peers]))
 
-    served.driver.turn.written = written
+    served.driver.tick.written = written
     return seen
 
 

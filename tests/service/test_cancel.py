@@ -77,7 +77,7 @@ def assert_settled(driver: Driver) -> None:
     """Table, disk and kernel agree, and nothing is under way."""
     table = driver.active.table
     for id in (BASE, TOP, NEW):
-        assert table.moving(id) is None
+        assert table.in_transition(id) is None
         state = look(driver, id)
         assert state.listed == state.on_disk
         entry = table.entries.get(id)

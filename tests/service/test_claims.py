@@ -95,7 +95,7 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
         with trio.fail_after(30):
             while len(found) < 3:
                 await trio.sleep(0.01)
-        assert table.moving(TOP) is None
+        assert table.in_transition(TOP) is None
     assert sorted(next(each for each in found if isinstance(each, list) and len(each) == 2)) == [
         ("add", "/side"),
         ("delete", "/base"),
@@ -131,7 +131,7 @@ async def test_a_question_about_a_layer_that_is_being_made_refuses_no_apply(
 
 async def until_claimed(driver: Driver, id: LayerId) -> None:
     with trio.fail_after(30):
-        while driver.active.table.moving(id) is None:
+        while driver.active.table.in_transition(id) is None:
             await trio.sleep(0.001)
 
 

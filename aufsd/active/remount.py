@@ -8,7 +8,7 @@ from functools import partial
 import structlog
 from msgspec import to_builtins
 
-from aufsd.active import in_use, performing, refs, standing
+from aufsd.active import in_use, observed, performing, refs
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry
 from aufsd.kernel import copies
@@ -23,8 +23,8 @@ from aufsd_client.errors import MountFailed, UnmountBusy
 log = structlog.get_logger(__name__)
 
 
-async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
-    """Unmount a layer whose transition the caller holds, for `put_up` to mount again.
+async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
+    """Unmount a layer whose transition the caller holds, for `mount` to mount again.
 
     Its entry, which stays in the table; None if it is not mounted, or no reference is left and it
     is gone for good. Raises UnmountBusy, NoSpace: it is mounted as before.
@@ -48,7 +48,7 @@ async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
         raise
     mounts.counters.unmounts += 1
     mounts.stays.pop(id, None)
-    mounts.helpers.unmounted(id)
+    mounts.helpers.forget(id)
     if not entry.references:
         table.leave(id)
         table.record(id)
@@ -56,8 +56,8 @@ async def take_down(mounts: Mounts, id: LayerId) -> Entry | None:
     return moving
 
 
-async def put_up(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None:
-    """Mount again what `take_down` took away, over the chain as it is in the index now.
+async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None:
+    """Mount again what `unmount` took away, over the chain as it is in the index now.
 
     Raises MountFailed, TooManyLayers: then nothing is mounted, and the entry is as before.
     """
@@ -69,12 +69,12 @@ async def put_up(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> Non
         union, once, mounts.thread, mounts.scans, retrying=mounts.retrying_mount
     )
     mounts.counters.mounts += 1
-    mounts.helpers.mounted(id)
+    mounts.helpers.watch(id)
     table.enter(id, refs.mounted_again(entry, mount, read_only=read_only))
     table.record(id)
 
 
-def give_up(mounts: Mounts, id: LayerId) -> None:
+def leave_to_next_get(mounts: Mounts, id: LayerId) -> None:
     """It cannot be mounted now: its references stand, and the next `get` mounts it."""
     table = mounts.table
     entry = table.entries[id]
@@ -120,4 +120,4 @@ def _brought_back(mounts: Mounts, union: Union, entry: Entry) -> Identity | bool
         return False
     if not copies.bring_back(entry.mount.device, union.target):
         return False
-    return standing.identify(union.target, entry.backend) or False
+    return observed.identify(union.target, entry.backend) or False
