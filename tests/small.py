@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from aufsd.kernel import syscalls
@@ -45,24 +45,51 @@ def _allow(top: str, names: int) -> None:
 
 
 @contextmanager
-def broken_at_will(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
-    """An ext4 of its own on a loop device, and what breaks it: read-only, for good."""
+def ext4_at(directory: Path) -> Iterator[Path]:
+    """An ext4 of its own of 64 MiB, on a loop device; root has no blocks kept for it."""
     image, disk = directory / "image", directory / "disk"
     disk.mkdir()
     with image.open("xb") as file:
         file.truncate(64 << 20)
-    subprocess.run(["mkfs.ext4", "-q", image], check=True)
+    subprocess.run(["mkfs.ext4", "-q", "-m", "0", image], check=True)
     subprocess.run(["mount", "-o", "loop,errors=remount-ro", image, disk], check=True)
-    device = os.path.basename(os.path.realpath(f"/sys/dev/block/{_numbers(disk)}"))
-
-    def break_it() -> None:
-        # Documentation/ABI/testing/sysfs-fs-ext4
-        Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("broken by a test")
-
     try:
-        yield disk, break_it
+        yield disk
     finally:
         syscalls.umount2(str(disk), syscalls.MNT_DETACH)
+
+
+@contextmanager
+def filled(disk: Path) -> Iterator[Callable[[], None]]:
+    """Inside, a small file system has no block left; and what fills it again."""
+    ballast = disk / "ballast"
+    fd = os.open(ballast, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+
+    def fill() -> None:
+        for size in (4 << 20, 64 << 10, 4 << 10):
+            with suppress(OSError):
+                while True:
+                    os.posix_fallocate(fd, os.fstat(fd).st_size, size)
+
+    try:
+        fill()
+        yield fill
+    finally:
+        os.close(fd)
+        ballast.unlink()
+
+
+@contextmanager
+def broken_at_will(directory: Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """An ext4 of its own on a loop device, and what breaks it: read-only, for good."""
+    with ext4_at(directory) as disk:
+        device = os.path.basename(os.path.realpath(f"/sys/dev/block/{_numbers(disk)}"))
+
+        def break_it() -> None:
+            # Documentation/ABI/testing/sysfs-fs-ext4
+            Path(f"/sys/fs/ext4/{device}/trigger_fs_error").write_text("broken by a test")
+
+        yield disk, break_it
 
 
 def _numbers(path: Path) -> str:

@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -424,6 +424,42 @@ async def test_an_unmount_from_outside_is_noticed_and_the_references_stand(mount
     syscalls.umount2(mounts.store.layout.mount_point(TOP))
     await mounts.put(TOP, pid=1)
     assert (await mounts.put(TOP, pid=1)).entry is None
+
+
+@dataclass(frozen=True)
+class Fleeting:
+    """The overlay backend, whose next mounts somebody else takes away at once: one for each row."""
+
+    overlay: Backend
+    taken: list[None]
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.overlay, name)
+
+    def mount(self, union: Union) -> None:
+        self.overlay.mount(union)
+        if self.taken:
+            self.taken.pop()
+            syscalls.umount2(union.target)
+
+
+@pytest.mark.parametrize(("times", "stands"), [(2, True), (3, False)])
+async def test_a_mount_that_others_take_away_at_once_is_made_again_or_is_none(
+    times: int, stands: bool, tmp_path: Path
+) -> None:
+    def serve(found: Backend) -> Backend:
+        return cast(Backend, Fleeting(found, [None] * times))
+
+    async with opened(tmp_path, serve=serve) as mounts:
+        make(mounts.store, BASE)
+        make(mounts.store, TOP, BASE)
+        make(mounts.store, SIDE, TOP)
+        with suppress(MountFailed):
+            # and says what is true of the one that stands
+            assert (await get(mounts, TOP, MANUAL, label="")).read_only
+        assert is_mounted(mounts, TOP) is stands
+        assert count(mounts, TOP) == int(stands)
+        await mounts.cleanup()
 
 
 async def test_something_foreign_on_the_mount_point_is_not_taken_for_the_union(

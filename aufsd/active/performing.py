@@ -11,14 +11,17 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.mountinfo import Identity
 from aufsd.union import bind
 from aufsd.union.backend import Backend, Union
+from aufsd.union.runner import MOUNT_TRIES
+from aufsd_client.errors import MountFailed
 
 log = structlog.get_logger(__name__)
 
 
-def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, bool]:
+def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
     """Mount a union, by the backend or as "bind": which mount it is, and whether read-only.
 
-    Raises Occupied, MountFailed, TooManyLayers.
+    What somebody unmounts before that can be told is mounted again. Raises Occupied, MountFailed,
+    TooManyLayers.
     """
     backend.clear(union.target)
     try:
@@ -28,15 +31,24 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity | None, boo
         foreign = False
     if foreign:
         raise Occupied(union.target)
-    if by == BIND:
-        bind.mount(union)
-    else:
-        backend.mount(union)
-    try:
-        read_only = observed.is_read_only(union.target)
-    except OSError:  # of one whose helper has just died
-        read_only = union.read_only
-    return observed.identify(union.target, by), read_only
+    for _ in range(MOUNT_TRIES):
+        if by == BIND:
+            bind.mount(union)
+        else:
+            backend.mount(union)
+        try:
+            read_only = observed.is_read_only(union.target)
+        except OSError:  # of one whose helper has just died
+            read_only = union.read_only
+        # the last thing that is asked: what was asked before is true of this mount
+        made = observed.identify(union.target, by)
+        if made is not None:
+            return made, read_only
+    raise MountFailed(
+        f"layer {union.id} was mounted {MOUNT_TRIES} times and somebody else unmounted it at once",
+        id=union.id,
+        errno="ENODEV",
+    )
 
 
 def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> bool:

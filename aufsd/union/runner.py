@@ -22,6 +22,8 @@ from aufsd.union.causes import likely_cause
 from aufsd_client.errors import MountFailed
 
 _BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# of a mount that is gone as soon as it is made: somebody unmounts it by hand, or in a loop
+MOUNT_TRIES: Final = 3
 _UNDO_TRIES: Final = 10
 _UNDO_PAUSE: Final = 0.05  # seconds
 _this_thread = threading.local()
@@ -32,27 +34,47 @@ def run(
 ) -> None:
     """Make the calls in order, and ask `stands` whether the target is what it is to be.
 
-    Raises MountFailed; what was mounted by then is unmounted again.
+    What somebody unmounts at once is mounted again, twice. Raises MountFailed; what was mounted by
+    then is unmounted again.
     """
     log.mark()
-    for number, call in enumerate(calls):
-        try:
+    for attempt in range(1, MOUNT_TRIES + 1):
+        made, error = _made(calls, stands)
+        if error is None:
+            return
+        vanished = made > 0 and not _is_mount_point(calls[0].target)
+        if made and not vanished:
+            undo(calls[0].target)
+        if not vanished or attempt == MOUNT_TRIES:
+            raise failure(id, calls[min(made, len(calls) - 1)], error, log) from error
+
+
+def _made(calls: Sequence[MountCall], stands: Callable[[str], bool]) -> tuple[int, OSError | None]:
+    """How many of the calls could be made, and why it was not all, or not what it was to be."""
+    made = 0
+    try:
+        for call in calls:
             _make(call)
-        except OSError as error:
-            if number:
-                undo(call.target)
-            raise failure(id, call, error, log) from error
-    target = calls[-1].target
-    if not stands(target):
-        undo(target)
-        unseen = OSError(errno.ENODEV, "mounted without an error, but another thing stands there")
-        raise failure(id, calls[-1], unseen, log)
+            made += 1
+    except OSError as error:
+        return made, error
+    if stands(calls[-1].target):
+        return made, None
+    unseen = "mounted without an error, but another thing stands there"
+    return made, OSError(errno.ENODEV, unseen)
+
+
+def _is_mount_point(target: str) -> bool:
+    try:
+        return mountinfo.is_mount_point(target)
+    except FileNotFoundError:
+        return False
 
 
 def is_mounted(target: str, magic: int) -> bool:
     """Whether a file system of this type is mounted at `target`; False if nothing is there."""
     try:
-        return mountinfo.is_mount_point(target) and syscalls.statfs_type(target) == magic
+        return _is_mount_point(target) and syscalls.statfs_type(target) == magic
     except FileNotFoundError:
         return False
 

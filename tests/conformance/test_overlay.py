@@ -1,6 +1,7 @@
 """What only overlayfs does, and what has to be done about it."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +90,25 @@ def test_a_branch_in_use_is_found_before_it_is_mounted_again(layers: Layers) -> 
     layers.backend.unmount(union.target)
     blind.mount(again)
     assert blind.is_mounted(again.target)
+
+
+@pytest.mark.parametrize(("times", "stands"), [(2, True), (3, False)])
+def test_a_union_that_others_unmount_at_once_is_mounted_again_and_not_for_ever(
+    times: int, stands: bool, layers: Layers
+) -> None:
+    union = layers.union(layers.add(), layers.add({"file": "content"}))
+    os.makedirs(union.work)
+    left = [None] * times
+
+    def is_mounted(target: str) -> bool:
+        if left:
+            left.pop()
+            syscalls.umount2(target)
+        return layers.backend.is_mounted(target)
+
+    with nullcontext() if stands else pytest.raises(MountFailed, match="ENODEV"):
+        runner.run("top", layers.backend.plan(union), stands=is_mounted, log=KernelLog(-1))
+    assert layers.backend.is_mounted(union.target) is stands
 
 
 def test_a_union_that_is_no_work_of_ours_is_found_by_the_kernel_log(layers: Layers) -> None:

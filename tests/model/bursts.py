@@ -8,13 +8,16 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
 
 from tests.daemon import Daemon, eventually
 from tests.model.clients import Record, Worker, abandon, hold_and_die
 from tests.model.explain import Event, explain, shortest, with_neighbours
 from tests.model.world import DONE, UNKNOWN, Call, State
+from tests.small import filled
 
 CLIENTS = 8
 # calls of each client in a burst
@@ -56,15 +59,21 @@ class Run:
     left: list[Event] = field(default_factory=list)
     calls: int = 0
 
-    def burst(self, *, kill: bool = False) -> None:
-        """One burst; AssertionError, with seed and shortest window, if nothing explains it."""
+    def burst(self, *, kill: bool = False, disk: Path | None = None) -> None:
+        """One burst; AssertionError, with seed and shortest window, if nothing explains it.
+
+        The daemon is killed meanwhile, or `disk`, on which the store lies, filled and emptied.
+        """
         self.bursts += 1
         chance = random.Random(f"{self.seed}/{self.bursts}")
         record = Record(IDS)
         workers = [Worker(self.daemon, record, number) for number in range(CLIENTS)]
         plans = [list(self._plan(chance, number)) for number in range(CLIENTS)]
         after = chance.randrange(CLIENTS * LENGTH) if kill else -1
-        _all_at_once(self.daemon, record, workers, plans, kill_after=after)
+        with ExitStack() as stack:
+            if disk is not None:
+                stack.enter_context(_full_at_times(disk, record, chance.random()))
+            _all_at_once(self.daemon, record, workers, plans, kill_after=after)
         if kill:
             began = time.monotonic()
             if self.daemon.process is not None and self.daemon.process.poll() is None:
@@ -157,6 +166,28 @@ class Run:
                 yield Call(method)
             case _:
                 yield Call(method, id)
+
+
+@contextmanager
+def _full_at_times(disk: Path, record: Record, seed: float) -> Iterator[None]:
+    """Inside, the disk is full, and then not, again and again."""
+    chance, over = random.Random(seed), threading.Event()
+
+    def fill() -> None:
+        while not over.wait(chance.random() / 20):
+            began = time.monotonic()
+            with filled(disk) as again:
+                while chance.random() < 0.9 and not over.wait(0.01):
+                    again()
+            record.note(Call("full"), DONE, began, CLIENTS)
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _all_at_once(

@@ -134,6 +134,8 @@ class Worker:
         except OSError as error:
             if error.errno == errno.EROFS:
                 return READ_ONLY
+            if error.errno == errno.ENOSPC:
+                return world.NO_SPACE
             raise
         finally:
             os.close(fd)
@@ -167,7 +169,7 @@ def _create(worker: Worker, call: Call) -> Answer:
 
 
 def _remove(worker: Worker, call: Call) -> Answer:
-    found = worker.client.remove(call.id, force=call.force)
+    found = worker.client.remove(call.id, force=call.force, in_use_ok=True)
     if found.removed:
         return ("removed",)
     return (found.reason,) if found.reason == "not-found" else (found.reason, found.references)

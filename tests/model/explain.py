@@ -131,7 +131,8 @@ def shortest(start: State, history: Sequence[Event]) -> list[Event]:
             low = middle + 1
     found = _until(history, moments[low])
     for event in sorted(found, key=lambda each: each.began):
-        if _asks_only(event):
+        # the last answer is the one that cannot be explained
+        if _asks_only(event) and event.ended != moments[low]:
             without = [each for each in found if each is not event]
             if explain(start, without) is None:
                 found = without

@@ -13,6 +13,7 @@ import pytest
 from tests.daemon import daemon
 from tests.model.bursts import Run
 from tests.model.world import State
+from tests.small import ext4_at
 
 # by hand alone while histories are found that nobody has explained yet
 pytestmark = [
@@ -26,6 +27,7 @@ SEED = int(os.environ.get("AUFSD_SEED") or 1)
 BACKENDS = (
     pytest.param("aufs", marks=pytest.mark.aufs),
     "overlay",
+    pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
     pytest.param("btrfs", marks=pytest.mark.btrfs),
 )
 
@@ -47,6 +49,16 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
 def test_some_order_of_the_calls_explains_what_each_was_told(run: Run) -> None:
     for _ in range(BURSTS):
         run.burst()
+
+
+@pytest.mark.ext4
+@pytest.mark.parametrize("backend", BACKENDS[:3])
+def test_so_it_does_while_the_disk_is_full_at_times(backend: str, tmp_path: Path) -> None:
+    with ext4_at(tmp_path) as disk, running(tmp_path, disk / "store", backend) as run:
+        for _ in range(BURSTS):
+            run.burst(disk=disk)
+            with run.daemon.client() as client:
+                assert client.health().status == "ok"
 
 
 def test_so_it_does_when_the_daemon_is_killed_meanwhile(run: Run) -> None:

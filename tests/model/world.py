@@ -410,8 +410,11 @@ def _diff_size(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
 # --- files in a mount -----------------------------------------------------------------------------
 
 
-def _use(state: State, call: Call, _: Beside) -> Iterator[Outcome]:
+def _use(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
     """Something done in what `get` gave to the reference `hold`: look, read, link or unlink."""
+    if beside.full and call.method in ("link", "unlink"):
+        # a whiteout takes room as well
+        yield NO_SPACE, state
     layer = state.get(call.id)
     held = bool(layer and layer.entry and call.hold in layer.entry.holds)
     shows = bool(layer and layer.entry and (layer.entry.real or not layer.entry.union))
