@@ -19,7 +19,7 @@ import trio
 
 from aufsd import config as configuration
 from aufsd.active import journal
-from aufsd.active.in_use import Naming
+from aufsd.active.in_use import HolderLookup
 from aufsd.active.journal import Journal
 from aufsd.active.opening import open_mounts
 from aufsd.active.table import Table
@@ -37,7 +37,7 @@ from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
-from aufsd.rpc.server import Allow, Listener, Server, Settings
+from aufsd.rpc.server import Allow, Listener, Server, ServerSettings
 from aufsd.service import exporter, gauges, notify
 from aufsd.service import log as logging
 from aufsd.service.activation import inherited
@@ -168,9 +168,11 @@ async def open_driver(
             chains = Chains(store, backend, table, disk, upkeep, config.convert)
             content: Content
             if backend.snapshots:
-                content = Snapshots(store, jobs, disk, table, upkeep.erase, config.selinux)
+                content = Snapshots(store, jobs, disk, table, upkeep.deletion_due, config.selinux)
             else:
-                content = Directories(store, backend, table, jobs, disk, chains, upkeep.erase)
+                content = Directories(
+                    store, backend, table, jobs, disk, chains, upkeep.deletion_due
+                )
             driver = Driver(
                 store=store,
                 backend=backend,
@@ -182,10 +184,10 @@ async def open_driver(
                 access=Access(active, chains, content, disk),
                 chains=chains,
                 content=content,
-                checkpoints=Checkpoints(active, chains, disk, upkeep.erase),
-                erase=upkeep.erase,
+                checkpoints=Checkpoints(active, chains, disk, upkeep.deletion_due),
+                deletion_due=upkeep.deletion_due,
                 upkeep=upkeep,
-                naming=Naming(store.layout, active.scans),
+                holder_lookup=HolderLookup(store.layout, active.scans),
             )
             nursery.start_soon(upkeep.run)
             try:
@@ -408,7 +410,7 @@ def _listen(config: Config) -> list[Listener]:
     return found
 
 
-def _settings(config: Config) -> Settings:
+def _settings(config: Config) -> ServerSettings:
     allow: dict[Kind, Allow] = {}
     kinds: tuple[tuple[Kind, tuple[str, ...]], ...] = (
         ("read", config.read_users),
@@ -419,7 +421,7 @@ def _settings(config: Config) -> Settings:
         allowed = configuration.allowed(names)
         if allowed is not None:
             allow[kind] = Allow(*map(tuple, allowed))
-    return Settings(
+    return ServerSettings(
         max_connections=config.max_connections,
         max_connections_per_user=config.max_connections_per_uid,
         max_calls_per_user=config.max_calls_per_uid,

@@ -14,7 +14,7 @@ import structlog
 import trio
 
 from aufsd import __version__, listing, results
-from aufsd.active.in_use import Naming
+from aufsd.active.in_use import HolderLookup
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry, Reference
 from aufsd.active.tick import Tick
@@ -34,7 +34,7 @@ from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.tasks import Bell
+from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd.union.btrfs import parse_size
@@ -82,11 +82,10 @@ class Driver:
     chains: Chains
     content: Content
     checkpoints: Checkpoints
-    # set to have removed layers deleted in the background
-    erase: Bell
+    # set when there is content to delete in the background
+    deletion_due: AutoResetEvent
     upkeep: Upkeep
-    # around what may be refused because a layer is in use
-    naming: Naming
+    holder_lookup: HolderLookup
 
     @property
     def tick(self) -> Tick:
@@ -178,7 +177,7 @@ class Driver:
             return results.Removed(False, "not-found")
         for failure in left:
             log.warning("content of a removed layer is still in its place", error=str(failure))
-        self.erase.set()
+        self.deletion_due.set()
         return results.Removed(True)
 
     async def get_metadata(self, id: LayerId) -> results.Metadata:
@@ -238,7 +237,7 @@ class Driver:
                 id, reference, label=label, view=view, read_only=read_only
             )
         except LayerInUse as error:
-            await self.naming.name(error)
+            await self.holder_lookup.add_to(error)
             raise
         return self._got(id, entry, reference)
 
@@ -268,7 +267,7 @@ class Driver:
         try:
             entry, dropped = await self.active.put(id, pid=pid, name=name)
         except LayerInUse as error:
-            await self.naming.name(error)
+            await self.holder_lookup.add_to(error)
             raise
         if entry is None:
             # what somebody else mounted there stays
@@ -323,7 +322,7 @@ class Driver:
 
     async def seal(self, id: LayerId) -> results.Usage:
         """Have the layer's content on the disk, and never changed again. Cancelled: as it was."""
-        async with self.naming, self.active.table.unused(id):
+        async with self.holder_lookup, self.active.table.unused(id):
             counted = await self.disk.run(seals.read_usage, self.store, id)
             if counted is None:
                 ids = self.store.chain(id)
@@ -348,24 +347,24 @@ class Driver:
     ) -> results.Streamed:
         """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
         self._require_parent(id, parent)
-        async with self.naming, self.active.table.changing(id):
+        async with self.holder_lookup, self.active.table.changing(id):
             seals.require_unsealed(self.store, id)
             self.chains.forget(id)
             return await self.content.apply(id, source, digest=digest)
 
     async def checkpoint(self, id: LayerId, *, below: LayerId) -> results.Checkpointed:
         """What `id` holds becomes the layer `below`; `id` goes on with nothing, on top of it."""
-        async with self.naming:
+        async with self.holder_lookup:
             return await self.checkpoints.checkpoint(id, below)
 
     async def rollback(self, id: LayerId, *, to: LayerId | None) -> results.RolledBack:
         """Throw away what `id` holds and, with `to`, put it on that layer instead."""
-        async with self.naming:
+        async with self.holder_lookup:
             return await self.checkpoints.rollback(id, to)
 
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         """Rewrite the layer's whiteouts for another union file system."""
-        async with self.naming, self.active.table.changing(id):
+        async with self.holder_lookup, self.active.table.changing(id):
             self.chains.forget(id)
             return results.Converted(await self.upkeep.convert(id, to))
 

@@ -1,7 +1,7 @@
-"""Background work, isolated by one mechanism: what it cannot do is told, tried again, ends nothing.
+"""Background work: a failure is reported and tried again, and never ends the daemon.
 
-A task does its work in pieces. A piece that raises is logged when that begins and when it is over,
-stands in `health` meanwhile, and is tried again after a pause. The daemon hears of nothing else.
+A task does its work in pieces. A piece that raises is tried again after a pause. The log has a line
+when the failures begin and one when they are over; `health` reports them meanwhile.
 """
 
 import errno
@@ -16,35 +16,35 @@ from aufsd_client.errors import AufsdError
 
 log = structlog.get_logger(__name__)
 
-# a piece that failed is tried again after so long, and each time after twice that
+# the pause after the first failure; it doubles each time, up to LATEST
 SOONEST, LATEST = 0.25, 60.0  # seconds
-# of what a task cannot do, in its line of `health`
+# failures in the line of `health`
 _NAMED = 5
 
 Piece = Callable[[], Awaitable[object]]
 
 
 @dataclass(slots=True)
-class Bell:
-    """An event for a task that does all there is to do, each time that it is set."""
+class AutoResetEvent:
+    """An event for one waiting task, which is unset again when the task has been woken."""
 
     _event: trio.Event = field(default_factory=trio.Event)
 
     def set(self) -> None:
-        """There is something to do. Returns at once."""
+        """Wake the task, now or when it waits next."""
         self._event.set()
 
     async def wait(self) -> None:
-        """Wait until it is set, and wait for the next time from then on."""
+        """Wait until the event is set, and unset it."""
         await self._event.wait()
         self._event = trio.Event()
 
 
 @dataclass(slots=True)
 class Task:
-    """One background task. `name` is its check in `health`, `fine` its sentence when all is well.
+    """One background task. `name` is its check in `health`, `fine` the text when all is well.
 
-    `failing` has a sentence for each piece that cannot be done at present, by the piece's key.
+    `failing` has a sentence for each piece that fails at present, by the piece's key.
     """
 
     name: str
@@ -56,8 +56,8 @@ class Task:
     ) -> None:
         """Do a piece of work each time that `wake` returns. Endless.
 
-        `wake` None: the piece waits for its own occasion. `wake` cuts the pause after a failure
-        short too, which grows to `latest` seconds.
+        `wake` None: the piece itself waits for something to do. The pause after a failure grows to
+        `latest` seconds, and ends early when `wake` returns.
         """
         while True:
             if wake is not None:
@@ -93,19 +93,19 @@ class Task:
         return not failed
 
     def failed(self, key: Hashable, *errors: Exception) -> None:
-        """A piece could not be done."""
+        """Note that a piece has failed."""
         said = _several([sentence(error) for error in errors])
         if self.failing.get(key) == said:
             return
         self.failing[key] = said
-        # what the host refuses has its sentence; for anything else whoever mends it needs the place
+        # these two say all there is; anything else is a fault of aufsd and needs its traceback
         unexpected = [error for error in errors if not isinstance(error, AufsdError | OSError)]
         for error in unexpected:
             log.error("a background task met a fault of aufsd", task=self.name, exc_info=error)
         log.warning("a background task is tried again", task=self.name, error=said)
 
     def done(self, key: Hashable = None) -> None:
-        """It can be done (again)."""
+        """Note that a piece has succeeded."""
         if self.failing.pop(key, None) is not None:
             log.info("a background task goes on", task=self.name)
 
@@ -123,7 +123,7 @@ class Tasks:
     _tasks: dict[str, Task] = field(default_factory=dict)
 
     def add(self, name: str, fine: str) -> Task:
-        """A task that is told of from here on."""
+        """A task, reported from here on."""
         return self._tasks.setdefault(name, Task(name, fine))
 
     def checks(self) -> list[results.HealthCheck]:

@@ -1,7 +1,7 @@
 """The one place where blocking work leaves the event loop.
 
-Work given to a thread is never abandoned: a cancelled caller still waits for the thread, and gets
-its result, so that what was done is always known to who asked for it.
+Work given to a thread is never abandoned. A cancelled caller still waits for the thread and gets
+its result, so the caller always knows what was done.
 """
 
 import os
@@ -16,8 +16,8 @@ from typing import ParamSpec, TypeVar
 import outcome
 import trio
 
-# eventfds that are kept for the next calls; a crowd of calls needs one each
-BELLS_KEPT = 8
+# eventfds kept for the next calls; each call that waits needs one
+EVENTFDS_KEPT = 8
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -48,8 +48,8 @@ class Disk:
 class Scans:
     """Threads that read /proc: of every process, or the mount table of another namespace.
 
-    Apart from those of the disk, and few: whoever is refused again and again, and has those who
-    hold a mount looked for each time, keeps no other call waiting.
+    They are few, and not those of the disk. A client that is refused again and again, and has the
+    holders of a mount looked up each time, delays no other call.
     """
 
     def __init__(self, threads: int = 1) -> None:
@@ -73,12 +73,12 @@ class MountThread:
     """
 
     def __init__(self) -> None:
-        # a thread of our own: to_thread.run_sync takes any that is idle and names it, which with
-        # its limiter costs three times what the hop does; a call by descriptor number leaves its
-        # thread with a working directory of its own besides (union/runner.py)
+        # A thread of our own. trio.to_thread.run_sync costs three times as much, because it names
+        # the thread and has a limiter. And a mount by descriptor number gives its thread a working
+        # directory of its own (union/runner.py).
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        # eventfds that no call waits for now
-        self._bells: list[_Eventfd] = []
+        # not in use now
+        self._eventfds: list[_Eventfd] = []
         self._thread: threading.Thread | None = None
         # for metrics: calls that ended, and the seconds that they waited and took
         self.calls = 0
@@ -100,7 +100,7 @@ class MountThread:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function` in the thread, after all that was given to it before.
 
-        Cancellation while it waits for its turn: the function was not called. After that: it runs
+        Cancellation while it waits for the thread: the function was not called. After that: it runs
         to its end and its result is returned.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -109,14 +109,14 @@ class MountThread:
             # RuntimeError where the host gives no thread: the next call tries again
             thread.start()
             self._thread = thread
-        bell = self._bell()
+        done = self._event()
         asked = time.monotonic()
-        # who takes it out has decided: the thread calls the function, or the task is cancelled
-        turn = [True]
+        # holds one item: the thread takes it and calls the function, or the cancelled task takes it
+        unclaimed = [True]
         results: list[outcome.Outcome[T]] = []
 
         def job() -> None:
-            if not _taken(turn):
+            if not _claim(unclaimed):
                 return
             began = self._since = time.monotonic()
             results.append(outcome.capture(function, *args, **kwargs))
@@ -124,42 +124,42 @@ class MountThread:
             self.calls += 1
             self.wait_seconds += began - asked
             self.busy_seconds += time.monotonic() - began
-            bell.ring()
+            done.set()
 
         self._jobs.put(job)
         try:
-            await bell.wait()
+            await done.wait()
         except trio.Cancelled:
-            if _taken(turn):
-                self._keep(bell)
+            if _claim(unclaimed):
+                self._keep(done)
                 raise
             with trio.CancelScope(shield=True):
-                await bell.wait()
-        self._keep(bell)
+                await done.wait()
+        self._keep(done)
         return results[0].unwrap()
 
-    def _bell(self) -> "_Eventfd | _Message":
-        if self._bells:
-            return self._bells.pop()
+    def _event(self) -> "_Eventfd | _LoopMessage":
+        if self._eventfds:
+            return self._eventfds.pop()
         try:
             return _Eventfd(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
         except OSError:
             # no descriptor is left, or no memory: the mounts of a host do not wait for that
-            return _Message(trio.lowlevel.current_trio_token(), trio.Event())
+            return _LoopMessage(trio.lowlevel.current_trio_token(), trio.Event())
 
-    def _keep(self, bell: "_Eventfd | _Message") -> None:
-        if isinstance(bell, _Eventfd):
-            if len(self._bells) < BELLS_KEPT:
-                self._bells.append(bell)
+    def _keep(self, done: "_Eventfd | _LoopMessage") -> None:
+        if isinstance(done, _Eventfd):
+            if len(self._eventfds) < EVENTFDS_KEPT:
+                self._eventfds.append(done)
             else:
-                os.close(bell.fd)
+                os.close(done.fd)
 
     def close(self) -> None:
         """Let the thread end when it has done what it was given; no call may wait for it."""
         self._jobs.put(None)
         self._thread = None
-        while self._bells:
-            os.close(self._bells.pop().fd)
+        while self._eventfds:
+            os.close(self._eventfds.pop().fd)
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -168,10 +168,10 @@ class MountThread:
 
 @dataclass(frozen=True, slots=True)
 class _Eventfd:
-    """Wakes the very task that waits.
+    """Wakes the waiting task directly.
 
-    By the token of Trio a task of its own would be woken first, and the loop go round once more
-    for ours, which is a third of the hop.
+    Trio's token would first wake a task of Trio's, which wakes ours one tick of the loop later.
+    That is a third of the time that a call spends on the way to the thread and back.
     """
 
     fd: int
@@ -180,7 +180,7 @@ class _Eventfd:
         await trio.lowlevel.wait_readable(self.fd)
         os.eventfd_read(self.fd)
 
-    def ring(self) -> None:
+    def set(self) -> None:
         while True:
             try:
                 os.eventfd_write(self.fd, 1)
@@ -192,8 +192,8 @@ class _Eventfd:
 
 
 @dataclass(frozen=True, slots=True)
-class _Message:
-    """The slower way, which needs no descriptor."""
+class _LoopMessage:
+    """Wakes the task by a message to the event loop: slower, and needs no descriptor."""
 
     token: trio.lowlevel.TrioToken
     event: trio.Event
@@ -201,15 +201,15 @@ class _Message:
     async def wait(self) -> None:
         await self.event.wait()
 
-    def ring(self) -> None:
+    def set(self) -> None:
         # the loop has ended: then nobody waits
         with suppress(trio.RunFinishedError):
             self.token.run_sync_soon(self.event.set)
 
 
-def _taken(turn: list[bool]) -> bool:
+def _claim(unclaimed: list[bool]) -> bool:
     """Take the one item out; False if it is gone. Atomic, as every method of a list is."""
     try:
-        return turn.pop()
+        return unclaimed.pop()
     except IndexError:
         return False

@@ -60,7 +60,7 @@ async def get(mounts: Mounts, id: LayerId, reference: Reference, *, label: str) 
     jobs = Jobs(store.layout, Settings(), 0, one, one, ForkServer("/nowhere"))
     upkeep = Upkeep(store, table, jobs, disk, [], Tasks())
     chains = Chains(store, mounts.backend, table, disk, upkeep, "never")
-    content = Directories(store, mounts.backend, table, jobs, disk, chains, upkeep.erase)
+    content = Directories(store, mounts.backend, table, jobs, disk, chains, upkeep.deletion_due)
     return await Access(mounts, chains, content, disk).get(id, reference, label=label)
 
 

@@ -8,11 +8,13 @@ import pytest
 import trio
 import trio.testing
 
-from aufsd.tasks import LATEST, Bell, Task, Tasks
+from aufsd.tasks import LATEST, AutoResetEvent, Task, Tasks
 from aufsd_client.errors import LayerDamaged
 
 
-async def repeated(task: Task, failures: list[Exception | None], bell: Bell) -> list[float]:
+async def repeated(
+    task: Task, failures: list[Exception | None], event: AutoResetEvent
+) -> list[float]:
     """When each piece of a task began, which raises these in turn and then waits for good."""
     began: list[float] = []
 
@@ -24,8 +26,8 @@ async def repeated(task: Task, failures: list[Exception | None], bell: Bell) -> 
             raise failure
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: task.repeat(piece, wake=bell.wait))
-        bell.set()
+        nursery.start_soon(lambda: task.repeat(piece, wake=event.wait))
+        event.set()
         with trio.move_on_after(1000):
             while failures:
                 await trio.sleep(1)
@@ -67,16 +69,16 @@ async def test_whatever_a_piece_raises_is_told_and_tried_again(
 async def test_the_pause_doubles_and_begins_anew_after_a_success(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    bell = Bell()
+    event = AutoResetEvent()
     failures: list[Exception | None] = [OSError(5, "x") for _ in range(12)]
-    began = await repeated(Task("t", ""), [*failures, None], bell)
+    began = await repeated(Task("t", ""), [*failures, None], event)
     pauses = [later - earlier for earlier, later in pairwise(began)]
     assert pauses[:4] == [0.25, 0.5, 1, 2]
     assert pauses[-1] == LATEST
 
 
 async def test_a_bell_cuts_the_pause_short(autojump_clock: trio.testing.MockClock) -> None:
-    bell = Bell()
+    event = AutoResetEvent()
     task = Task("t", "")
     tries = 0
 
@@ -86,9 +88,9 @@ async def test_a_bell_cuts_the_pause_short(autojump_clock: trio.testing.MockCloc
         raise OSError(errno.EIO, "x")
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(lambda: task.repeat(piece, wake=bell.wait))
+        nursery.start_soon(lambda: task.repeat(piece, wake=event.wait))
         for expected in range(1, 20):
-            bell.set()
+            event.set()
             await trio.testing.wait_all_tasks_blocked()
             assert tries == expected
         nursery.cancel_scope.cancel()

@@ -7,7 +7,7 @@ import pytest
 import trio
 import trio.testing
 
-from aufsd.threads import BELLS_KEPT, MountThread
+from aufsd.threads import EVENTFDS_KEPT, MountThread
 
 
 async def test_results_and_errors_come_back_in_order() -> None:
@@ -76,7 +76,7 @@ async def test_what_was_cancelled_in_the_queue_is_never_called() -> None:
 async def test_without_a_descriptor_left_it_does_its_work_all_the_same() -> None:
     thread = MountThread()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    at_once, go_on = BELLS_KEPT + 3, threading.Event()
+    at_once, go_on = EVENTFDS_KEPT + 3, threading.Event()
     answers = []
 
     def work(number: int) -> int:

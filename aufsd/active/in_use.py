@@ -207,10 +207,12 @@ def _name(error: OSError) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Naming:
-    """Around what may be refused: a LayerInUse names who has the mounts open, not only who counted.
+class HolderLookup:
+    """Adds the processes that have a layer's mount open to the `holders` of a LayerInUse.
 
-    Cancelled meanwhile: the error is not raised. One object serves every call.
+    Without it the error has only those who counted a reference. As a context manager it does so for
+    an error that leaves the block; if it is cancelled meanwhile, the error is lost. One object
+    serves every call.
     """
 
     layout: Layout
@@ -221,11 +223,11 @@ class Naming:
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         if isinstance(error, LayerInUse):
-            await self.name(error)
+            await self.add_to(error)
 
-    async def name(self, error: LayerInUse) -> None:
-        """Put in who has the mounts open; by itself for get and put, to whom a block costs much."""
-        # who counted as well comes once, with its `uses`
+    async def add_to(self, error: LayerInUse) -> None:
+        """Add them. `get` and `put` call this by itself: a context manager costs them too much."""
+        # a process that also counted a reference stays one row
         ids, holders = error.data.get("layers"), error.data.get("holders")
         if isinstance(ids, list) and isinstance(holders, list):
             targets = [self.layout.mount_point(id) for id in ids[:_LOOKED_AT]]

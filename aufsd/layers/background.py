@@ -18,7 +18,7 @@ from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.recovery import Recovered
 from aufsd.store.seals import forget_usage
-from aufsd.tasks import Bell, Tasks
+from aufsd.tasks import AutoResetEvent, Tasks
 from aufsd.threads import Disk
 from aufsd_client.errors import AufsdError
 
@@ -37,16 +37,16 @@ class Upkeep:
     tasks: Tasks
     # layers with a conversion that is half done
     half_converted: set[LayerId] = field(default_factory=set)
-    erase: Bell = field(default_factory=Bell)
-    _conversion: Bell = field(default_factory=Bell)
+    deletion_due: AutoResetEvent = field(default_factory=AutoResetEvent)
+    _conversion: AutoResetEvent = field(default_factory=AutoResetEvent)
 
     async def run(self) -> None:
         """Do what there is to do, at start and whenever it is asked for. Endless."""
         removals = self.tasks.add("removals", "all removed content is deleted")
         conversions = self.tasks.add("conversions", "no conversion is left half done")
-        self.erase.set()
+        self.deletion_due.set()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(partial(removals.repeat, self._delete, wake=self.erase.wait))
+            nursery.start_soon(partial(removals.repeat, self._delete, wake=self.deletion_due.wait))
             await conversions.until_done(self._look_for_conversions)
             await conversions.repeat(self._finish_conversions, wake=self._conversion.wait)
 

@@ -22,7 +22,7 @@ from aufsd.store import dialect as dialects
 from aufsd.store import replacing, seals
 from aufsd.store.dialect import HOUSEKEEPING
 from aufsd.store.ids import LayerId
-from aufsd.tasks import Bell
+from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd_client.errors import (
     AufsdError,
@@ -40,12 +40,12 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """Works on the rooms, owns none. `erase` is set when there is content to delete."""
+    """Works on the rooms, owns none. `deletion_due` is set when there is content to delete."""
 
     mounts: Mounts
     chains: Chains
     disk: Disk
-    erase: Bell
+    deletion_due: AutoResetEvent
 
     async def checkpoint(self, id: LayerId, below: LayerId) -> results.Checkpointed:
         """What `id` holds becomes the sealed layer `below`, and `id` goes on with nothing on it.
@@ -126,7 +126,7 @@ class Checkpoints:
             with trio.CancelScope(shield=True):
                 await self._rollback(id, before, chain)
         entry = self.mounts.table.entries.get(id)
-        self.erase.set()
+        self.deletion_due.set()
         return results.RolledBack(parent or "", len(entry.references) if entry else 0, held)
 
     async def _rollback(
@@ -207,7 +207,7 @@ class Checkpoints:
                     await back()
                     raise
         except BaseException:
-            self.erase.set()
+            self.deletion_due.set()
             if held is not None:
                 await self._restore(id)
             raise

@@ -18,7 +18,7 @@ from aufsd.results import Problem
 from aufsd.store import dialect as dialects
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.tasks import Bell
+from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd_client.errors import LayerInUse
@@ -26,7 +26,7 @@ from aufsd_client.errors import LayerInUse
 
 @dataclass(frozen=True, slots=True)
 class Directories:
-    """See Content. `erase` is set when there is content to delete in the background."""
+    """See Content. `deletion_due` is set when there is content to delete in the background."""
 
     store: Store
     backend: Backend
@@ -34,7 +34,7 @@ class Directories:
     jobs: Jobs
     disk: Disk
     chains: Chains
-    erase: Bell
+    deletion_due: AutoResetEvent
 
     async def create(
         self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
@@ -68,7 +68,7 @@ class Directories:
             if staged:
                 with trio.CancelScope(shield=True):
                     await self.disk.run(self.store.discard_staged, staged)
-            self.erase.set()
+            self.deletion_due.set()
         return made.streamed
 
     def needs_mount(self, chain: tuple[LayerId, ...], *, read_only: bool) -> bool:

@@ -24,7 +24,7 @@ from aufsd.store import labelled
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.tasks import Bell
+from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd_client.errors import LayerHasChildren, LayerInUse, LimitExceeded
 
@@ -38,7 +38,7 @@ _REMEMBERED: Final = 1000
 
 @dataclass(slots=True)
 class Snapshots:
-    """See Content. `erase` is set when there is content to delete in the background.
+    """See Content. `deletion_due` is set when there is content to delete in the background.
 
     `selinux`: whether a mount label is put on what a new layer holds.
     """
@@ -47,7 +47,7 @@ class Snapshots:
     jobs: Jobs
     disk: Disk
     table: Table
-    erase: Bell
+    deletion_due: AutoResetEvent
     selinux: bool
     # how often a parent's children were labelled, one by one, with which label
     _asked: dict[LayerId, Counter[str]] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class Snapshots:
         if staged:
             with trio.CancelScope(shield=True):
                 await self.disk.run(self.store.discard_staged, staged)
-        self.erase.set()
+        self.deletion_due.set()
 
     def _xattrs(self) -> dict[str, bytes]:
         return dialects.xattrs(Dialect.NONE, self.store.xattr_namespace)

@@ -1,1 +1,1 @@
-"""The edge: sockets, frames, JSON-RPC."""
+"""JSON-RPC over Unix sockets: connections, lines, requests, answers."""

@@ -36,8 +36,8 @@ BYTES_MONITOR = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
-    """Limits of the edge; seconds and counts.
+class ServerSettings:
+    """What limits connections and calls; seconds and counts.
 
     Where "per user" is said, 0 is the limit above, for each user but root.
     """
@@ -65,7 +65,7 @@ DROPPED = ("overlong", "descriptors", "slow", "http", "memory")
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What the edge has seen since its start, and holds now."""
+    """Counts of connections and calls: since the start, and now."""
 
     connections: int
     accepted: int
@@ -79,7 +79,7 @@ class Statistics:
 class Admission:
     """The counts of one server. `settings` may be replaced while it runs."""
 
-    settings: Settings
+    settings: ServerSettings
     # called when the last call has ended while draining
     on_idle: Callable[[], None]
     # how many descriptors the process may have (RLIMIT_NOFILE)
@@ -138,10 +138,10 @@ class Admission:
 
     # --- memory -------------------------------------------------------------------------------
 
-    def hold(self, uid: int, change: int, *, monitor: bool) -> None:
-        """Count so many bytes more, or less, that connections of a user hold.
+    def count_bytes(self, uid: int, change: int, *, monitor: bool) -> None:
+        """Count `change` bytes more (or less) in memory for a user's connections.
 
-        Overloaded if it is more than may be held. It is counted all the same.
+        Raises Overloaded above the limit. The bytes are counted all the same.
         """
         key = (monitor, uid)
         self._bytes[key] += change

@@ -22,7 +22,7 @@ class Batch:
         self._ended = 0
         self._replies: list[bytes] = []
         # bytes in memory: the line, an object for each element, the replies
-        self.held = size + _OBJECT * len(elements)
+        self.memory = size + _OBJECT * len(elements)
         # of the replies
         self._size = 0
         # the request that was taken last has to wait: the next one may not be begun
@@ -55,7 +55,7 @@ class Batch:
         if reply is not None:
             self._replies.append(reply)
             self._size += len(reply)
-            self.held += len(reply)
+            self.memory += len(reply)
 
     def frame(self) -> bytes | None:
         """All replies as one line; None if there are none."""

@@ -52,10 +52,10 @@ class Method:
     monitor: bool
     # moves a tar through a descriptor
     streams: bool
-    # cancelled when its peer goes away, as what moves a tar is
-    cut: bool
+    # cancelled when its peer goes away; every method that streams is
+    cancel_with_peer: bool
     # called without the library when its parameters come by name (dispatch.py)
-    short: bool
+    fast_path: bool
     params: type[msgspec.Struct]
     # those of its parameters that are integers
     integers: tuple[str, ...]
@@ -83,8 +83,8 @@ def method(
     name: str = "",
     monitor: bool = False,
     streams: bool = False,
-    cut: bool = False,
-    short: bool = False,
+    cancel_with_peer: bool = False,
+    fast_path: bool = False,
 ) -> Method:
     """The row for a method's function."""
     name = name or function.__name__
@@ -112,8 +112,8 @@ def method(
         kind=kind,
         monitor=monitor,
         streams=streams,
-        cut=cut or streams,
-        short=short,
+        cancel_with_peer=cancel_with_peer or streams,
+        fast_path=fast_path,
         params=params,
         integers=tuple(each[0] for each in fields if _is_integer(each[1])),
         result=_answer_of(hints["return"]),

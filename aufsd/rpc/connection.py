@@ -16,7 +16,7 @@ from aufsd.rpc.framing import ReceiveBuffer, Unfinished
 from aufsd.rpc.outbox import Outbox
 from aufsd.rpc.poller import GONE, READABLE, WRITABLE
 from aufsd.rpc.reader import Reader
-from aufsd.rpc.runner import Edge, Runner
+from aufsd.rpc.runner import Runner, Shared
 from aufsd.rpc.states import Event, State, after
 from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError
 from aufsd_client.wire import MAX_LINE, READ_SIZE
@@ -48,7 +48,7 @@ class Connection:
         sock: socket.socket,
         peer: Peer,
         groups: tuple[int, ...],
-        edge: Edge,
+        shared: Shared,
         reader: Reader,
         *,
         monitor: bool,
@@ -61,7 +61,7 @@ class Connection:
         self.queued = False
         self.deadline = math.inf
         self._sock = sock
-        self._edge = edge
+        self._shared = shared
         self._reader = reader
         self._ended = ended
         self._state = State.READING
@@ -70,7 +70,7 @@ class Connection:
         self._descriptors = Descriptors()
         self._outbox = Outbox(sock)
         self._runner = Runner(
-            edge,
+            shared,
             peer,
             groups,
             self._outbox,
@@ -78,14 +78,14 @@ class Connection:
             after_tick=partial(reader.after_tick, self),
             start=reader.start,
             replied=self._on_reply,
-            changed=self._settle,
+            changed=self._update,
             failed=self.fail,
         )
         # how much the last read brought; how much was thrown away
         self._length = 0
         self._discarded = 0
-        # as counted by the admission, and as the poller knows it
-        self._held = 0
+        # bytes that the admission has counted, and what the poller watches for
+        self._counted_bytes = 0
         self._watched = (True, False)
         reader.poller.add(sock, self)
 
@@ -98,8 +98,8 @@ class Connection:
         self._reader.set_deadline(self, math.inf)
         self._reader.poller.remove(self._sock)
         self._sock.close()
-        self._edge.admission.hold(self.uid, -self._held, monitor=self.monitor)
-        self._held = 0
+        self._shared.admission.count_bytes(self.uid, -self._counted_bytes, monitor=self.monitor)
+        self._counted_bytes = 0
 
     # --- what the reader tells ----------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Connection:
         if events & GONE:
             # what it sent is carried out
             self._runner.close_outbox()
-            self._settle()
+            self._update()
         elif events & WRITABLE:
             self._flush()
         if events & READABLE:
@@ -121,21 +121,21 @@ class Connection:
             self._runner.step_batch()
         elif self._has_more() and self._has_room():
             self._next_line()
-        if not self._is_at_rest():
-            self._settle()
+        if not self._is_idle():
+            self._update()
 
     def expire(self) -> None:
         """The deadline has passed: an answer was not taken, or the peer was refused."""
         if self._state is State.REFUSED and not self._outbox:
             self._move(Event.DONE)
-            self._settle()
+            self._update()
         else:
             self._drop("slow")
 
     def fail(self, error: Exception) -> None:
-        """Have done with a connection that we have a fault in; the fault is its alone."""
+        """Drop this connection, and no other, after a fault of aufsd."""
         log.error("connection failed", exc_info=error)
-        self._cut()
+        self._abort()
 
     # --- states -------------------------------------------------------------------------------
 
@@ -143,14 +143,14 @@ class Connection:
         self._state = after(self._state, event)
 
     def _is(self, state: State) -> bool:
-        # mypy would hold an `is` of our own against what it saw before `_move`
+        # with `is` in the caller, mypy would think that `_move` changes nothing
         return self._state is state
 
-    def _settle(self) -> None:
-        """Draw the conclusions from whatever has changed."""
+    def _update(self) -> None:
+        """Move to the state that fits what has changed, and watch the socket accordingly."""
         if self._state is State.CLOSED:
             return
-        self._account()
+        self._count_memory()
         batch, room = self._runner.batch, self._has_room()
         if self._state is State.READING and not room:
             self._move(Event.FULL)
@@ -170,13 +170,13 @@ class Connection:
             return
         self._watch()
 
-    def _is_at_rest(self) -> bool:
-        """Whether there is nothing to conclude: so it is after most calls, which were answered."""
+    def _is_idle(self) -> bool:
+        """Whether `_update` would change nothing, as after most calls."""
         return (
             self._state is State.READING
-            and not self._held
+            and not self._counted_bytes
             and not self._buffer
-            and self._runner.is_at_rest
+            and self._runner.is_idle
         )
 
     def _has_more(self) -> bool:
@@ -187,9 +187,9 @@ class Connection:
         return state is State.ENDED or (state is State.READING and self._buffer.unsearched)
 
     def _on_reply(self) -> None:
-        # most often there is nothing to conclude from an answer that is out
+        # after most answers `_update` would change nothing
         if self._state is not State.READING or self._outbox:
-            self._settle()
+            self._update()
 
     def _has_room(self) -> bool:
         """Whether another line may be begun. The batches of a connection come one at a time."""
@@ -206,18 +206,18 @@ class Connection:
         if self._state is State.REFUSED:
             return
         if blocked and self.deadline == math.inf:
-            timeout = self._edge.admission.settings.send_timeout
+            timeout = self._shared.admission.settings.send_timeout
             self._reader.set_deadline(self, trio.current_time() + timeout)
         elif not blocked and self.deadline != math.inf:
             self._reader.set_deadline(self, math.inf)
 
-    def _account(self) -> None:
-        """Count what is held; a connection that makes it too much is told, and dropped."""
-        held = len(self._buffer) + self._runner.held
-        if held != self._held:
-            change, self._held = held - self._held, held
+    def _count_memory(self) -> None:
+        """Count the bytes in memory. A connection that makes them too many is told, and dropped."""
+        memory = len(self._buffer) + self._runner.memory
+        if memory != self._counted_bytes:
+            change, self._counted_bytes = memory - self._counted_bytes, memory
             try:
-                self._edge.admission.hold(self.uid, change, monitor=self.monitor)
+                self._shared.admission.count_bytes(self.uid, change, monitor=self.monitor)
             except Overloaded as error:
                 if self._state is not State.DROPPED:
                     self._outbox.send(dispatch.failure(None, error) + b"\n")
@@ -225,8 +225,8 @@ class Connection:
 
     def _refuse(self, error: AufsdError, reason: str) -> None:
         """Tell the peer why nothing more of what it sends is carried out."""
-        self._edge.admission.dropped[reason] += 1
-        self._edge.log.dropped(self.peer, reason)
+        self._shared.admission.dropped[reason] += 1
+        self._shared.log.dropped(self.peer, reason)
         self._buffer.clear()
         self._descriptors.close()
         self._runner.refuse(error)
@@ -234,21 +234,21 @@ class Connection:
         self._reader.set_deadline(self, trio.current_time() + _LINGER_SECONDS)
 
     def _drop(self, reason: str) -> None:
-        """Have done with a peer that misbehaves."""
+        """Drop a peer that misbehaves."""
         if self._state not in (State.DROPPED, State.CLOSED):
-            self._edge.admission.dropped[reason] += 1
-            self._edge.log.dropped(self.peer, reason)
-            self._cut()
+            self._shared.admission.dropped[reason] += 1
+            self._shared.log.dropped(self.peer, reason)
+            self._abort()
 
-    def _cut(self) -> None:
-        """Nothing more goes in or out, and what arrived is not begun."""
+    def _abort(self) -> None:
+        """Shut the socket down, and begin nothing of what has arrived."""
         self._move(Event.DROP)
         self._buffer.clear()
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._runner.abandon_batch()
         self._runner.close_outbox()
-        self._settle()
+        self._update()
 
     # --- the socket ---------------------------------------------------------------------------
 
@@ -258,7 +258,7 @@ class Connection:
         if len(self._outbox) < before:
             # the next frame has its own time
             self._reader.set_deadline(self, math.inf)
-        self._settle()
+        self._update()
 
     def _read(self) -> None:
         """Read once, if anything is to be read."""
@@ -304,7 +304,7 @@ class Connection:
         self._discarded += len(data)
         if not data or self._discarded > _LINGER_BYTES:
             self._move(Event.DONE)
-            self._settle()
+            self._update()
 
     def _next_line(self) -> None:
         """Begin the next whole line; after the last one, say what is wrong with the rest."""

@@ -13,9 +13,9 @@ there. Four things are decided before the library is asked, or after it:
   error, where the specification wants one for each, and it could not wait between two;
 * the sentences of MethodNotFound and InvalidParams, and the types of parameters (calls.py).
 
-`get` and `put` with parameters by name go a short way past it (`Method.short`): the same function
-is called and the same reply is made. Most of their calls only count, and the library's share would
-be as much again as all the rest of such a call (docs/architecture.md has the figures).
+`get` and `put` with parameters by name take a fast path past it (`Method.fast_path`): the same
+function is called and the same reply is made. Most of their calls only count, and the library's
+share would be as much again as all the rest of such a call (docs/architecture.md has the figures).
 """
 
 import inspect
@@ -117,17 +117,17 @@ def failure(id: object, error: AufsdError) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Methods:
-    """`registered` is the library's table. `short`: those that may be called without it."""
+    """`registered` is the library's table. `fast_path`: those that may be called without it."""
 
     registered: dict[str, Callable[..., Result]]
-    short: dict[str, Method]
+    fast_path: dict[str, Method]
 
 
 def register(table: Mapping[str, Method]) -> Methods:
     """Every row as a method of the library."""
     return Methods(
         {name: _registered(row) for name, row in table.items()},
-        {name: row for name, row in table.items() if row.short},
+        {name: row for name, row in table.items() if row.fast_path},
     )
 
 
@@ -241,7 +241,7 @@ def dispatch(message: object, methods: Methods, gate: Gate, call: Call) -> Reque
     request.id = message.get("id")
     request.notification = "id" not in message
     params = message.get("params")
-    if type(params) is dict and (row := methods.short.get(message["method"])):
+    if type(params) is dict and (row := methods.fast_path.get(message["method"])):
         answer = _carry_out(row, request, params)
         if request.error is None and request.waiting is None:
             request.answered(answer)

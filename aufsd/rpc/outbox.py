@@ -1,4 +1,4 @@
-"""The sending half of a connection: whole frames, one after the other, without waiting."""
+"""The sending half of a connection. Frames go out whole, in order, and nothing here waits."""
 
 import socket
 from collections import deque
@@ -9,14 +9,14 @@ class Outbox:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        # what is left of each frame that is not out
+        # the rest of each frame that was not sent whole
         self._frames: deque[memoryview] = deque()
-        # bytes of them
-        self.held = 0
+        # their bytes
+        self.unsent = 0
         self.closed = False
 
     def __len__(self) -> int:
-        """How many frames are not out."""
+        """How many frames are not sent whole."""
         return len(self._frames)
 
     def send(self, frame: bytes) -> None:
@@ -26,13 +26,13 @@ class Outbox:
         sent = 0 if self._frames else self._send(frame)
         if sent < len(frame) and not self.closed:
             self._frames.append(memoryview(frame)[sent:])
-            self.held += len(frame) - sent
+            self.unsent += len(frame) - sent
 
     def flush(self) -> None:
         """Send what waits, as far as the socket takes it."""
         while self._frames and not self.closed:
             sent = self._send(self._frames[0])
-            self.held -= sent
+            self.unsent -= sent
             if sent < len(self._frames[0]):
                 self._frames[0] = self._frames[0][sent:]
                 return
@@ -42,7 +42,7 @@ class Outbox:
         """Send no more; a frame that is half out stays so."""
         self.closed = True
         self._frames.clear()
-        self.held = 0
+        self.unsent = 0
 
     def _send(self, data: bytes | memoryview) -> int:
         try:

@@ -31,12 +31,12 @@ Observe = Callable[[str, str, float], None]
 # what the answers of one batch may come to, in bytes, before the rest of it is refused; by whether
 # it is the monitor socket
 _MAX_BATCH_REPLY = {False: 16 << 20, True: 1 << 20}
-# while more than this waits for a peer that does not read its answers, none of its lines is begun
-_MAX_HELD = 64 << 10
+# bytes of answers that the peer has not read; beyond it none of its lines is begun
+_MAX_UNSENT = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
-class Edge:
+class Shared:
     """What all connections of a server share."""
 
     driver: Driver
@@ -56,7 +56,7 @@ class Runner:
 
     def __init__(
         self,
-        edge: Edge,
+        shared: Shared,
         peer: Peer,
         groups: tuple[int, ...],
         outbox: Outbox,
@@ -68,13 +68,13 @@ class Runner:
         changed: Callable[[], None],
         failed: Callable[[Exception], None],
     ) -> None:
-        self._edge = edge
+        self._shared = shared
         self._peer = peer
-        self._admission = edge.admission
-        self._gate = partial(edge.admission.gate, peer, groups, monitor=monitor)
-        self._permit = partial(edge.admission.permit, peer, groups)
+        self._admission = shared.admission
+        self._gate = partial(shared.admission.gate, peer, groups, monitor=monitor)
+        self._permit = partial(shared.admission.permit, peer, groups)
         # the call of every request that brings no descriptor
-        self._plain = Call(edge.driver, peer, self._permit)
+        self._plain = Call(shared.driver, peer, self._permit)
         self._outbox = outbox
         self._batch_limit = _MAX_BATCH_REPLY[monitor]
         self._after_tick = after_tick
@@ -99,21 +99,21 @@ class Runner:
         return self._waiting + self._pending + len(self._outbox) + (self.batch is not None)
 
     @property
-    def is_at_rest(self) -> bool:
+    def is_idle(self) -> bool:
         """Whether no call waits, and no answer for its peer."""
-        return not self._waiting and not self._outbox.held and self.batch is None
+        return not self._waiting and not self._outbox.unsent and self.batch is None
 
     @property
     def has_room(self) -> bool:
         """Whether another call may be begun."""
         limit = self._admission.settings.max_in_flight
-        return self.in_flight < limit and self._outbox.held <= _MAX_HELD
+        return self.in_flight < limit and self._outbox.unsent <= _MAX_UNSENT
 
     @property
-    def held(self) -> int:
+    def memory(self) -> int:
         """Bytes in memory for what is in flight."""
-        batch = self.batch.held if self.batch is not None else 0
-        return self._waiting_bytes + self._outbox.held + batch
+        batch = self.batch.memory if self.batch is not None else 0
+        return self._waiting_bytes + self._outbox.unsent + batch
 
     def cancel_streams(self) -> None:
         """The outbox is closed: cancel what streams to or from the peer."""
@@ -164,11 +164,11 @@ class Runner:
     def _begin(self, message: object, fd: int | None, size: int, batch: Batch | None) -> None:
         call = self._plain
         if fd is not None:
-            call = Call(self._edge.driver, self._peer, self._permit, fd)
+            call = Call(self._shared.driver, self._peer, self._permit, fd)
         began = time.perf_counter()
         # the one that is being carried out is in flight too, for whoever asks in it
         self._admission.in_flight += 1
-        request = dispatch.dispatch(message, self._edge.methods, self._gate, call)
+        request = dispatch.dispatch(message, self._shared.methods, self._gate, call)
         self._admission.in_flight -= 1
         if request.waiting is not None and request.row is not None and request.row.streams:
             try:
@@ -213,8 +213,8 @@ class Runner:
             self.is_starting = False
             self._changed()
             # no await before this, so what it does before it first waits is done now
-            if request.row.cut:
-                await self._cut_off(request)
+            if request.row.cancel_with_peer:
+                await self._await_while_connected(request)
             else:
                 request.answered(await request.waiting)
         except BaseException as raised:
@@ -233,8 +233,8 @@ class Runner:
             if request.row.streams:
                 self._admission.end_archive(self._peer.uid)
 
-    async def _cut_off(self, request: Request) -> None:
-        """A call that is cut off when its peer goes away."""
+    async def _await_while_connected(self, request: Request) -> None:
+        """Await a call that is cancelled when its peer goes away."""
         assert request.waiting is not None
         answer: Answer | None = None
         with trio.CancelScope() as scope:
@@ -273,8 +273,10 @@ class Runner:
         elif reply is not None:
             self.send(reply + b"\n")
         # the peer has its answer before the log has its line
-        self._edge.log.call(self._peer, request, seconds)
-        self._edge.observe(request.row.name if request.row else "unknown", request.outcome, seconds)
+        self._shared.log.call(self._peer, request, seconds)
+        self._shared.observe(
+            request.row.name if request.row else "unknown", request.outcome, seconds
+        )
 
     def _end_batch(self, batch: Batch) -> None:
         self.batch = None

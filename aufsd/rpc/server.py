@@ -15,15 +15,15 @@ from aufsd.driver import Driver
 from aufsd.kernel.peer import identify
 from aufsd.rpc import dispatch
 from aufsd.rpc.access_log import AccessLog
-from aufsd.rpc.admission import Admission, Allow, Settings, Statistics
+from aufsd.rpc.admission import Admission, Allow, ServerSettings, Statistics
 from aufsd.rpc.connection import Connection
 from aufsd.rpc.listeners import Listener
 from aufsd.rpc.methods import TABLE
 from aufsd.rpc.reader import Reader
-from aufsd.rpc.runner import Edge, Observe
+from aufsd.rpc.runner import Observe, Shared
 from aufsd_client.errors import AufsdError, Overloaded
 
-__all__ = ["Allow", "Listener", "Server", "Settings", "Statistics", "serve"]
+__all__ = ["Allow", "Listener", "Server", "ServerSettings", "Statistics", "serve"]
 
 log = structlog.get_logger(__name__)
 
@@ -45,12 +45,12 @@ def _ignore(method: str, outcome: str, seconds: float) -> None:
 class Server:
     """What runs behind the listeners; `serve` makes it."""
 
-    def __init__(self, driver: Driver, settings: Settings, observe: Observe) -> None:
+    def __init__(self, driver: Driver, settings: ServerSettings, observe: Observe) -> None:
         self._idle = trio.Event()
         descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._admission = Admission(settings, on_idle=self._idle.set, descriptors=descriptors)
         self._log = AccessLog()
-        self._edge = Edge(driver, dispatch.register(TABLE), self._admission, observe, self._log)
+        self._shared = Shared(driver, dispatch.register(TABLE), self._admission, observe, self._log)
         # no method of the monitor socket changes the table
         self._readers = {
             False: Reader(driver.tick, driver.tick.buffered),
@@ -59,12 +59,12 @@ class Server:
         self._connections: set[Connection] = set()
 
     @property
-    def settings(self) -> Settings:
+    def settings(self) -> ServerSettings:
         """The limits; assign others to have them hold from the next connection or call on."""
         return self._admission.settings
 
     @settings.setter
-    def settings(self, settings: Settings) -> None:
+    def settings(self, settings: ServerSettings) -> None:
         self._admission.settings = settings
 
     def statistics(self) -> Statistics:
@@ -116,7 +116,7 @@ class Server:
         try:
             reader = self._readers[monitor]
             connection = Connection(
-                sock, peer, groups, self._edge, reader, monitor=monitor, ended=self._ended
+                sock, peer, groups, self._shared, reader, monitor=monitor, ended=self._ended
             )
         except BaseException:
             self._admission.leave(uid, monitor=monitor)
@@ -194,7 +194,7 @@ def _groups(sock: socket.socket) -> tuple[int, ...]:
 async def serve(
     listeners: Sequence[Listener],
     driver: Driver,
-    settings: Settings,
+    settings: ServerSettings,
     *,
     shutdown: trio.Event,
     observe: Observe = _ignore,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.rpc.methods import TABLE
-from aufsd.rpc.server import Settings
+from aufsd.rpc.server import ServerSettings
 from aufsd_client import __version__, errors
 from aufsd_client.cli import session, show
 from aufsd_client.cli.__main__ import every_verb, run
@@ -215,7 +215,7 @@ def test_a_daemon_that_does_not_answer_cannot_be_reached(command: Command) -> No
 
 
 def test_a_full_daemon_is_busy(tmp_path: Path, capfd: Capture) -> None:
-    with running(tmp_path, Settings(max_connections=0)) as daemon:
+    with running(tmp_path, ServerSettings(max_connections=0)) as daemon:
         assert Command(daemon.path, capfd)("ping")[0] == 5
 
 

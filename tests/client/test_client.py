@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from aufsd.rpc.server import Settings
+from aufsd.rpc.server import ServerSettings
 from aufsd_client import BadReply, Client, ConnectionLost, DaemonUnreachable, results
 from aufsd_client.errors import (
     AufsdError,
@@ -263,7 +263,7 @@ def test_calls_of_a_daemon_that_stops_are_refused(daemon: Daemon) -> None:
 
 
 def test_a_full_daemon_is_told_of(tmp_path: Path) -> None:
-    with running(tmp_path, Settings(max_connections=1)) as daemon, Client(daemon.path) as one:
+    with running(tmp_path, ServerSettings(max_connections=1)) as daemon, Client(daemon.path) as one:
         one.ping()
         for _ in range(20):
             with Client(daemon.path) as other, pytest.raises(Overloaded):

@@ -8,7 +8,7 @@ import trio
 import trio.testing
 
 import aufsd_client.trio
-from aufsd.rpc.server import Settings
+from aufsd.rpc.server import ServerSettings
 from aufsd_client import Client as BlockingClient
 from aufsd_client import ConnectionLost, DaemonUnreachable, awaited, results
 from aufsd_client.errors import LayerExists, Overloaded
@@ -107,7 +107,7 @@ async def test_it_says_when_there_is_no_daemon(tmp_path: Path) -> None:
 
 
 async def test_it_says_when_the_daemon_is_full(nursery: trio.Nursery, tmp_path: Path) -> None:
-    served = await start(nursery, tmp_path, Settings(max_connections=1))
+    served = await start(nursery, tmp_path, ServerSettings(max_connections=1))
     async with Client(served.control) as one, Client(served.control) as other:
         await one.ping()
         with pytest.raises(Overloaded):

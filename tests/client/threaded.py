@@ -11,7 +11,7 @@ from typing import TypeVar
 import trio
 import trio.testing
 
-from aufsd.rpc.server import Settings
+from aufsd.rpc.server import ServerSettings
 from tests.rpc.fake_driver import FakeDriver
 from tests.rpc.raw_peer import PATIENCE
 from tests.rpc.serving import Served, start
@@ -62,7 +62,7 @@ class Daemon:
 
 
 @contextmanager
-def running(directory: Path, settings: Settings | None = None) -> Iterator[Daemon]:
+def running(directory: Path, settings: ServerSettings | None = None) -> Iterator[Daemon]:
     """A server that runs inside the block."""
     started: SimpleQueue[Daemon | BaseException] = SimpleQueue()
     stop = trio.Event()

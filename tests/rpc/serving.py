@@ -11,7 +11,7 @@ import trio
 from aufsd.driver import Driver
 from aufsd.rpc.listeners import bind
 from aufsd.rpc.runner import Observe
-from aufsd.rpc.server import Server, Settings, serve
+from aufsd.rpc.server import Server, ServerSettings, serve
 from tests.rpc.fake_driver import FakeDriver
 from tests.rpc.raw_peer import RawPeer
 
@@ -38,7 +38,7 @@ class Served:
 async def start(
     nursery: trio.Nursery,
     directory: Path,
-    settings: Settings | None = None,
+    settings: ServerSettings | None = None,
     *,
     observe: Observe | None = None,
 ) -> Served:
@@ -54,13 +54,13 @@ async def start(
         trio.Event(),
     )
     made.server = await nursery.start(
-        partial(_run, made, settings or Settings(), observe or made.observe)
+        partial(_run, made, settings or ServerSettings(), observe or made.observe)
     )
     return made
 
 
 async def _run(
-    made: Served, settings: Settings, observe: Observe, task_status: trio.TaskStatus[Server]
+    made: Served, settings: ServerSettings, observe: Observe, task_status: trio.TaskStatus[Server]
 ) -> None:
     try:
         await serve(

@@ -11,7 +11,7 @@ from aufsd.rpc.admission import (
     CONNECTIONS_PER_USER,
     Admission,
     Allow,
-    Settings,
+    ServerSettings,
 )
 from aufsd.rpc.methods import TABLE
 from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
@@ -19,12 +19,12 @@ from aufsd_client.errors import Overloaded, PermissionDenied, ShuttingDown
 ROOT, USER = Peer(1, 0, 0), Peer(2, 1000, 100)
 
 
-def admission(settings: Settings) -> Admission:
+def admission(settings: ServerSettings) -> Admission:
     return Admission(settings, on_idle=lambda: None)
 
 
 def test_the_connections_of_one_socket_are_limited_and_leave_the_other_free() -> None:
-    counts = admission(Settings(max_connections=2))
+    counts = admission(ServerSettings(max_connections=2))
     counts.admit(1000, monitor=True)
     counts.admit(1001, monitor=True)
     with pytest.raises(Overloaded):
@@ -41,7 +41,7 @@ def test_the_connections_of_one_socket_are_limited_and_leave_the_other_free() ->
 
 
 def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> None:
-    counts = admission(Settings(max_connections_per_user=1))
+    counts = admission(ServerSettings(max_connections_per_user=1))
     counts.admit(1000, monitor=False)
     with pytest.raises(Overloaded):
         counts.admit(1000, monitor=False)
@@ -51,7 +51,7 @@ def test_the_connections_of_one_user_are_limited_and_leave_others_theirs() -> No
 
 
 def test_users_but_root_have_limits_where_nothing_is_said() -> None:
-    counts = admission(Settings(max_connections=10_000))
+    counts = admission(ServerSettings(max_connections=10_000))
     for _ in range(CONNECTIONS_PER_USER):
         counts.admit(1000, monitor=True)
         counts.admit(0, monitor=True)
@@ -74,7 +74,7 @@ def test_users_but_root_have_limits_where_nothing_is_said() -> None:
 
 
 def test_descriptors_are_kept_aside_for_the_control_socket_and_the_daemon() -> None:
-    counts = Admission(Settings(), on_idle=lambda: None, descriptors=64)
+    counts = Admission(ServerSettings(), on_idle=lambda: None, descriptors=64)
     for uid in range(16):
         counts.admit(uid, monitor=True)
     with pytest.raises(Overloaded):
@@ -89,29 +89,29 @@ def test_descriptors_are_kept_aside_for_the_control_socket_and_the_daemon() -> N
 def test_the_bytes_of_one_user_are_limited_on_each_socket_and_leave_others_theirs(
     monitor: bool,
 ) -> None:
-    counts = admission(Settings())
+    counts = admission(ServerSettings())
     limit = BYTES_PER_USER[monitor]
-    counts.hold(1000, limit, monitor=monitor)
+    counts.count_bytes(1000, limit, monitor=monitor)
     with pytest.raises(Overloaded):
-        counts.hold(1000, 1, monitor=monitor)
-    counts.hold(1001, limit, monitor=monitor)
-    counts.hold(1000, 1, monitor=not monitor)
-    counts.hold(1000, -2, monitor=monitor)
-    counts.hold(1000, 1, monitor=monitor)
+        counts.count_bytes(1000, 1, monitor=monitor)
+    counts.count_bytes(1001, limit, monitor=monitor)
+    counts.count_bytes(1000, 1, monitor=not monitor)
+    counts.count_bytes(1000, -2, monitor=monitor)
+    counts.count_bytes(1000, 1, monitor=monitor)
 
 
 def test_the_bytes_of_the_monitor_socket_are_limited_over_all_users() -> None:
-    counts = admission(Settings())
+    counts = admission(ServerSettings())
     users = BYTES_MONITOR // BYTES_PER_USER[True]
     for uid in range(1, users + 1):
-        counts.hold(uid, BYTES_PER_USER[True], monitor=True)
+        counts.count_bytes(uid, BYTES_PER_USER[True], monitor=True)
     with pytest.raises(Overloaded):
-        counts.hold(0, 1, monitor=True)
-    counts.hold(0, BYTES_MONITOR, monitor=False)
+        counts.count_bytes(0, 1, monitor=True)
+    counts.count_bytes(0, BYTES_MONITOR, monitor=False)
 
 
 def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:
-    counts = admission(Settings(max_calls_per_user=1))
+    counts = admission(ServerSettings(max_calls_per_user=1))
     counts.gate(USER, (), TABLE["get"], monitor=False)
     counts.begin(1000)
     with pytest.raises(Overloaded):
@@ -122,7 +122,7 @@ def test_the_calls_of_one_user_are_limited_over_all_its_connections() -> None:
 
 
 def test_the_archives_of_one_user_are_limited() -> None:
-    counts = admission(Settings(max_archives_per_user=1))
+    counts = admission(ServerSettings(max_archives_per_user=1))
     counts.begin_archive(1000)
     with pytest.raises(Overloaded):
         counts.begin_archive(1000)
@@ -147,7 +147,7 @@ def test_the_archives_of_one_user_are_limited() -> None:
 def test_an_allow_list_lets_in_whom_it_names_and_root(
     allow: Allow | None, peer: Peer, groups: tuple[int, ...], allowed: bool
 ) -> None:
-    counts = admission(Settings(allow={} if allow is None else {"change": allow}))
+    counts = admission(ServerSettings(allow={} if allow is None else {"change": allow}))
     counts.gate(peer, groups, TABLE["get"], monitor=False)
     if allowed:
         counts.gate(peer, groups, TABLE["create"], monitor=False)
@@ -157,16 +157,16 @@ def test_an_allow_list_lets_in_whom_it_names_and_root(
 
 
 def test_new_settings_hold_at_once() -> None:
-    counts = admission(Settings())
+    counts = admission(ServerSettings())
     counts.gate(USER, (), TABLE["create"], monitor=False)
-    counts.settings = Settings(allow={"change": Allow()})
+    counts.settings = ServerSettings(allow={"change": Allow()})
     with pytest.raises(PermissionDenied):
         counts.gate(USER, (), TABLE["create"], monitor=False)
 
 
 def test_the_last_call_of_a_drain_is_told() -> None:
     idle = []
-    counts = Admission(Settings(), on_idle=lambda: idle.append(True))
+    counts = Admission(ServerSettings(), on_idle=lambda: idle.append(True))
     counts.begin(0)
     counts.begin(0)
     counts.draining = True

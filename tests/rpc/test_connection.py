@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from aufsd.rpc.server import Settings
+from aufsd.rpc.server import ServerSettings
 from aufsd_client.errors import InternalError, UnmountBusy
 from aufsd_client.wire import MAX_LINE
 from tests.rpc.raw_peer import PATIENCE, RawPeer, code, line, name, notification
@@ -258,7 +258,7 @@ async def test_what_a_peer_sent_before_it_went_away_is_carried_out(
 async def test_a_peer_that_does_not_read_is_dropped_and_holds_up_nobody(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(send_timeout=0.2))
+    served = await start(nursery, tmp_path, ServerSettings(send_timeout=0.2))
     deaf, other = connect(served.control), connect(served.control)
     served.driver.parents["slow"] = None
     r, w = os.pipe()
@@ -278,7 +278,7 @@ async def test_a_peer_that_does_not_read_is_dropped_and_holds_up_nobody(
 async def test_a_peer_that_does_not_read_one_long_answer_leaves_nothing_behind(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect, more: bytes
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(send_timeout=0.2))
+    served = await start(nursery, tmp_path, ServerSettings(send_timeout=0.2))
     deaf = connect(served.control)
     batch = [json.loads(line("rpc.discover", n)) for n in range(200)]
     await deaf.send(json.dumps(batch).encode() + b"\n")

@@ -127,7 +127,7 @@ ROW = {"id": "b", "parent": "a", "depth": 0, "references": 0, "mounted": False} 
 }
 
 
-@pytest.mark.parametrize("method", ["get", "create"], ids=["short way", "library"])
+@pytest.mark.parametrize("method", ["get", "create"], ids=["fast path", "library"])
 def test_the_gate_is_asked_before_the_parameters_are_looked_at(method: str) -> None:
     def closed(method: Method) -> None:
         raise PermissionDenied(method.name)
@@ -137,7 +137,7 @@ def test_the_gate_is_asked_before_the_parameters_are_looked_at(method: str) -> N
 
 
 @pytest.mark.parametrize("method", ["get", "put"])
-def test_the_short_way_and_the_library_give_the_same_reply(method: str) -> None:
+def test_the_fast_path_and_the_library_give_the_same_reply(method: str) -> None:
     """`get` and `put` by name go past the library; what it would have said is the same."""
     through = Methods(METHODS.registered, {})
     for params in ({"id": "a"}, {"id": "none"}, {"id": 1}, {"x": 1}, {"id": "a", "hold": "x"}):

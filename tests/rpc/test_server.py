@@ -12,7 +12,7 @@ import trio
 import trio.testing
 
 from aufsd.rpc.listeners import bind
-from aufsd.rpc.server import Allow, Settings
+from aufsd.rpc.server import Allow, ServerSettings
 from aufsd_client.address import reachable
 from tests.rpc.raw_peer import PATIENCE, RawPeer, code, line, name
 from tests.rpc.serving import Connect, Served, start
@@ -108,7 +108,7 @@ def test_a_file_that_another_daemon_put_there_stays(tmp_path: Path) -> None:
 async def test_over_the_limit_a_peer_is_told_and_turned_away(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(max_connections=2))
+    served = await start(nursery, tmp_path, ServerSettings(max_connections=2))
     first, second, third = (connect(served.control) for _ in range(3))
     await first.settle()
     await second.settle()
@@ -126,7 +126,7 @@ async def test_over_the_limit_a_peer_is_told_and_turned_away(
 async def test_one_that_has_spoken_already_still_reads_why(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(max_connections=1))
+    served = await start(nursery, tmp_path, ServerSettings(max_connections=1))
     await connect(served.control).settle()
     # sent before the server comes to accept it
     late = connect(served.control)
@@ -161,7 +161,7 @@ async def test_accepting_goes_on_after_the_descriptors_ran_out(
 async def test_a_user_that_no_allow_list_names_is_denied(
     nursery: trio.Nursery, tmp_path: Path, method: str, params: dict[str, object]
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(allow={"change": Allow(uids=(12345,))}))
+    served = await start(nursery, tmp_path, ServerSettings(allow={"change": Allow(uids=(12345,))}))
     os.chmod(served.control, 0o666)
     let_in(served.control)
     for uid, allowed in ((12345, True), (12346, False)):
@@ -182,7 +182,7 @@ async def test_a_user_that_no_allow_list_names_is_denied(
 async def test_calls_of_a_user_beyond_its_limit_are_refused(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(max_calls_per_user=1))
+    served = await start(nursery, tmp_path, ServerSettings(max_calls_per_user=1))
     one, other = connect(served.control), connect(served.control)
     await one.send(line("create", id="slow"))
     await served.driver.until_running(1)
@@ -237,7 +237,7 @@ async def test_running_calls_end_and_new_ones_are_refused_while_it_drains(
 async def test_what_still_runs_at_the_deadline_is_cancelled(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(drain_timeout=0.05))
+    served = await start(nursery, tmp_path, ServerSettings(drain_timeout=0.05))
     peer = connect(served.control)
     await peer.send(line("create", id="slow"))
     await served.driver.until_running(1)
@@ -251,7 +251,7 @@ async def test_what_still_runs_at_the_deadline_is_cancelled(
 async def test_a_peer_that_does_not_read_does_not_hold_up_the_stop(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:
-    served = await start(nursery, tmp_path, Settings(drain_timeout=0.05, send_timeout=3600))
+    served = await start(nursery, tmp_path, ServerSettings(drain_timeout=0.05, send_timeout=3600))
     peer = connect(served.control)
     await peer.send(line("rpc.discover") * 40)
     await trio.testing.wait_all_tasks_blocked()

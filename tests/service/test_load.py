@@ -22,7 +22,7 @@ import pytest
 import trio
 
 from aufsd.kernel import syscalls
-from aufsd.threads import BELLS_KEPT
+from aufsd.threads import EVENTFDS_KEPT
 from aufsd_client import Client, errors
 from aufsd_client.trio import Client as TrioClient
 from tests.archives import tar
@@ -85,7 +85,7 @@ def open_files(daemon: Daemon) -> Counter[str]:
         except (FileNotFoundError, ProcessLookupError):
             return False
         # the mount thread keeps some for its next calls; the reader of the sockets has one
-        kept = BELLS_KEPT + 1
+        kept = EVENTFDS_KEPT + 1
         found["anon_inode:[eventfd]"] = max(found["anon_inode:[eventfd]"], kept)
         # on which a child tries itself out before its job comes (archive/warming.py)
         return not found["/memfd:archive (deleted)"]
