@@ -8,10 +8,15 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Final
 
-from aufsd.kernel import sight
+from aufsd.kernel import sight, syscalls
 
-# <asm-generic/socket.h>, Linux 6.5
+# <asm-generic/socket.h>, without names in Python: since Linux 4.13 and 6.5
+_SO_PEERGROUPS: Final = 59
 _SO_PEERPIDFD: Final = 77
+# bytes, four a group: what Python's getsockopt takes (Modules/socketmodule.c), and what a process
+# can have (NGROUPS_MAX of <linux/limits.h>)
+_FEW_GROUPS: Final = 1024
+_ALL_GROUPS: Final = 4 * 65536
 # of what a peer was found to see, so much is remembered
 _REMEMBERED: Final = 256
 
@@ -96,6 +101,22 @@ def identify(sock: socket.socket, pid: int, uid: int, gid: int) -> Peer:
         return Peer(pid, uid, gid) if has_ended(pidfd) else found
     finally:
         os.close(pidfd)
+
+
+def groups(sock: socket.socket) -> tuple[int, ...]:
+    """The supplementary groups of the peer when it connected; none where the kernel has no say."""
+    try:
+        try:
+            found = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _FEW_GROUPS)
+        except OSError as error:
+            if error.errno != errno.ERANGE:
+                raise
+            found = syscalls.getsockopt(
+                sock.fileno(), socket.SOL_SOCKET, _SO_PEERGROUPS, _ALL_GROUPS
+            )
+    except OSError:
+        return ()
+    return tuple(memoryview(found).cast("I"))
 
 
 def _looked_at(pid: int, uid: int, gid: int) -> Peer:

@@ -206,6 +206,13 @@ def renameat2(old_dirfd: int, old: str, new_dirfd: int, new: str, flags: int) ->
     _check(result, old)
 
 
+def getsockopt(fd: int, level: int, option: int, room: int) -> bytes:
+    """getsockopt(2) for answers of up to `room` bytes; Python's own takes 1024 at most."""
+    buffer, length = ctypes.create_string_buffer(room), ctypes.c_uint32(room)
+    _check(_libc.getsockopt(fd, level, option, buffer, ctypes.byref(length)))
+    return buffer.raw[: length.value]
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2): every dirty page and inode of the file system that `fd` lies on."""
     _check(_libc.syncfs(fd))

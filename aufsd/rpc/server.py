@@ -12,7 +12,7 @@ import structlog
 import trio
 
 from aufsd.driver import Driver
-from aufsd.kernel.peer import identify
+from aufsd.kernel.peer import groups, identify
 from aufsd.rpc import dispatch
 from aufsd.rpc.access_log import AccessLog
 from aufsd.rpc.admission import Admission, Allow, ServerSettings, Statistics
@@ -32,10 +32,6 @@ _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _EXHAUSTED_PAUSE = 0.1  # seconds
 # of the event loop's time, for the calls that come over the monitor socket and for letting peers in
 _MONITOR_SHARE, _MONITOR_ACCEPT_SHARE = 0.15, 0.05
-# <linux/socket.h> has no name in Python for it: the peer's supplementary groups, since Linux 4.13
-_SO_PEERGROUPS = 59
-# bytes, four a group; Python's getsockopt takes no more (Modules/socketmodule.c)
-_GROUPS = 1024
 
 
 def _ignore(method: str, outcome: str, seconds: float) -> None:
@@ -111,12 +107,12 @@ class Server:
         pid, uid, gid = struct.unpack(
             "iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )
-        peer, groups = identify(sock, pid, uid, gid), _groups(sock)
+        peer, belongs = identify(sock, pid, uid, gid), groups(sock)
         self._admission.admit(uid, monitor=monitor)
         try:
             reader = self._readers[monitor]
             connection = Connection(
-                sock, peer, groups, self._shared, reader, monitor=monitor, ended=self._ended
+                sock, peer, belongs, self._shared, reader, monitor=monitor, ended=self._ended
             )
         except BaseException:
             self._admission.leave(uid, monitor=monitor)
@@ -180,15 +176,6 @@ def _turn_away(sock: socket.socket, error: AufsdError) -> None:
         # unix_release_sock); after the shutdown no more can come
         while sock.recv(1 << 16):
             pass
-
-
-def _groups(sock: socket.socket) -> tuple[int, ...]:
-    try:
-        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS)
-    except OSError:
-        # more than fit, which only an allow-list of one of the rest would miss; or an old kernel
-        return ()
-    return tuple(memoryview(raw).cast("I"))
 
 
 async def serve(

@@ -153,9 +153,11 @@ KINDS = {"read": "exists", "use": "put", "change": "cleanup"}
         (ALICE, (), {"read", "use"}),
         (BOB, (), {"use"}),
         (BOB, (BUILDERS,), {"use", "change"}),
+        # more than fit into what is asked for at first
+        (BOB, (*range(62000, 63000), BUILDERS), {"use", "change"}),
         (0, (), {"read", "use", "change"}),
     ],
-    ids=["named", "everybody", "by a group", "root"],
+    ids=["named", "everybody", "by a group", "by one of a thousand groups", "root"],
 )
 def test_each_kind_of_method_is_for_those_on_its_list(
     place: Path, user: int, groups: tuple[int, ...], allowed: set[str]
