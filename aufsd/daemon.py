@@ -8,7 +8,6 @@ import os
 import resource
 import signal
 import socket
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from aufsd.layers.checkpoints import Checkpoints
 from aufsd.layers.content import Content
 from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
+from aufsd.root import Opened, open_patiently
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
 from aufsd.rpc.server import Allow, Listener, Server, ServerSettings
@@ -44,87 +44,11 @@ from aufsd.service.activation import inherited
 from aufsd.service.metrics import Metrics
 from aufsd.service.notify import Notifier
 from aufsd.status import Overview
-from aufsd.store import recovery
-from aufsd.store.idmap import to_host
-from aufsd.store.layers import Store
-from aufsd.store.opening import open_store
-from aufsd.store.recovery import Recovered
 from aufsd.tasks import Task, Tasks, leaves
 from aufsd.threads import Disk
-from aufsd.union.backend import Backend
-from aufsd.union.choice import choose
-from aufsd_client.errors import AufsdError, StoreLocked
+from aufsd_client.errors import AufsdError
 
 log = structlog.get_logger(__name__)
-
-# so long that starts which the unit repeats are too few for it to give up (StartLimitBurst=)
-_LOCK_PATIENCE = 20.0  # seconds
-_LOCK_PAUSE = 0.25  # seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A store that is locked, recovered and has a backend; made before the event loop runs."""
-
-    store: Store
-    backend: Backend
-    recovered: list[Recovered]
-    warnings: list[str]
-
-
-def open_root(config: Config) -> Opened:
-    """Lock and recover the store, and find the backend for it. Synchronous.
-
-    Raises StoreLocked, StoreNotAdopted, IncompatibleFilesystem, BackendUnsupported, OSError.
-    """
-    for path in (config.root, config.state_dir):
-        if not os.path.isdir(path):
-            os.mkdir(path, 0o755)
-    root = os.path.realpath(config.root)
-    store = open_store(
-        root,
-        adopt=config.adopt,
-        sync=config.sync,
-        uid=to_host(config.uid_maps, 0) or 0,
-        gid=to_host(config.gid_maps, 0) or 0,
-        xattr_namespace="user" if probe.in_user_namespace() else "trusted",
-    )
-    try:
-        recovered = recovery.recover(store)
-        for step in recovered:
-            log.warning("recovered", action=step.action, what=step.what, name=step.name)
-        warnings = [
-            f"not put right: {step.what} {step.name}"
-            for step in recovered
-            if step.action == "failed"
-        ]
-        choice = choose(config.backend, store.format.backend, store.layout)
-        for warning in choice.warnings:
-            log.warning("backend", warning=warning)
-        if choice.why:
-            log.info("backend", chosen=choice.backend.name, why=choice.why)
-        store.set_backend(choice.backend.name)
-    except BaseException:
-        store.close()
-        raise
-    return Opened(store, choice.backend, recovered, [*warnings, *choice.warnings])
-
-
-def _open_patiently(config: Config, notifier: Notifier) -> Opened:
-    """As `open_root`; where a service manager started us, a store that is locked is waited for.
-
-    A daemon that was killed while it waited for the disk ends, and gives its lock back, only when
-    the disk has answered. By hand, a second daemon is a mistake that wants an answer now.
-    """
-    until = time.monotonic() + _LOCK_PATIENCE
-    while True:
-        try:
-            return open_root(config)
-        except StoreLocked as error:
-            if not notifier.listening or time.monotonic() > until:
-                raise
-            notifier.tell(f"STATUS=waiting: {error.message}")
-            time.sleep(_LOCK_PAUSE)
 
 
 @asynccontextmanager
@@ -133,9 +57,11 @@ async def open_driver(
 ) -> AsyncIterator[Driver]:
     """The driver over an opened store, with its background tasks, until the block is left."""
     store, backend = opened.store, opened.backend
-    book_path = f"{config.state_dir}/mounts.journal"
-    recorded = journal.read(book_path, store.layout.root)
-    table = Table(store, Journal(book_path, store.layout.root, recorded))
+    recorded, damage = journal.read(opened.state, opened.owner)
+    if damage:
+        log.warning("journal", problem=damage)
+        opened.warnings.append(damage)
+    table = Table(store, Journal(opened.state, opened.owner, recorded))
     limits = Limits(bytes=config.max_layer_bytes, entries=config.max_layer_entries)
     try:
         async with (
@@ -201,7 +127,7 @@ async def open_driver(
 def serve(config: Config, reload: Callable[[], Config]) -> int:
     """Run the daemon until it is told to stop; its exit status. `reload` reads the file again.
 
-    Raises what `open_root` raises, OSError for sockets that cannot be had, and KeyboardInterrupt
+    Raises what `open_patiently` does, OSError for sockets that cannot be had, and KeyboardInterrupt
     for a SIGINT while the store is opened.
     """
     # one that comes before it can be heard waits (a reload, a terminal that is closed)
@@ -216,7 +142,7 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
     os.chdir("/")
     with Notifier() as notifier:
         notifier.tell(f"STATUS=opening the store at {config.root}")
-        opened = _open_patiently(config, notifier)
+        opened = open_patiently(config, notifier)
         try:
             trio.run(_run, opened, config, reload, notifier)
         except Exception as error:
@@ -230,7 +156,7 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
             # it is told to stop already, and there is nothing left to hasten
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
-            opened.store.close()
+            opened.close()
     return 0
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from aufsd import results
 from aufsd.config import Config
-from aufsd.daemon import open_driver, open_root
+from aufsd.daemon import open_driver
 from aufsd.driver import Driver
 from aufsd.kernel.peer import Peer
+from aufsd.root import open_root
 from aufsd.service.metrics import Metrics
 from aufsd.store.ids import LayerId
 from aufsd.tasks import Tasks
@@ -35,7 +36,7 @@ async def opened(tmp_path: Path) -> AsyncIterator[Driver]:
             finally:
                 await driver.cleanup()
     finally:
-        store.store.close()
+        store.close()
 
 
 async def create(driver: Driver, id: LayerId, parent: LayerId | None) -> None:

@@ -15,6 +15,7 @@ LEVELS = {
     "aufsd.__main__": 9,
     "aufsd.daemon": 8,
     "aufsd.rpc": 7,
+    "aufsd.root": 7,
     "aufsd.service": 6,
     "aufsd.driver": 5,
     "aufsd.status": 4,

@@ -16,6 +16,7 @@ from aufsd.active.journal import Journal
 from aufsd.active.mounts import Mounts
 from aufsd.active.opening import open_mounts
 from aufsd.active.refs import Entry, Reference
+from aufsd.active.statedir import JOURNAL, Owner, open_state_dir
 from aufsd.active.table import Table
 from aufsd.archive.fork import ForkServer
 from aufsd.archive.jobs import Jobs
@@ -78,16 +79,18 @@ async def opened(
     root = tmp_path / "store"
     root.mkdir(exist_ok=True)
     store = open_store(str(root), adopt=False, xattr_namespace=NAMESPACE)
-    book = str(tmp_path / "journal")
+    state = open_state_dir(str(tmp_path), str(root))
+    owner = Owner(store.format.id, store.layout.root)
     try:
         backend = overlay.probe(store.layout)
         assert isinstance(backend, overlay.Overlay), backend
-        recorded = journal.read(book, store.layout.root)
-        table = Table(store, Journal(book, store.layout.root, recorded))
+        recorded = journal.read(state, owner).table
+        table = Table(store, Journal(state, owner, recorded))
         async with open_mounts(table, serve(backend), recorded, tasks or Tasks()) as mounts:
             yield mounts
         table.journal.close()
     finally:
+        state.close()
         store.close()
 
 
@@ -252,7 +255,7 @@ async def test_at_start_a_stranger_is_not_taken_for_the_union(
     mount_a_stranger(tmp_path, layout.mount_point(TOP))
     syscalls.mount("tmpfs", layout.mount_point(LayerId("covered")), "tmpfs", 0, "size=64k")
     if journal_is == "lost":
-        os.unlink(tmp_path / "journal")
+        os.unlink(tmp_path / JOURNAL)
     async with opened(tmp_path) as second:
         assert TOP not in second.table.entries
         assert second.counters.differences["foreign"] >= 1
@@ -312,7 +315,7 @@ async def test_a_layer_that_cannot_be_settled_ends_no_start_and_is_settled_later
             await get(first, id, MANUAL, label="")
         layout = first.store.layout
     for id in (TOP, SIDE):
-        forget(tmp_path / "journal", id)
+        forget(tmp_path / JOURNAL, id)
     tasks, broken = Tasks(), None
 
     def serve(found: Backend) -> Backend:

@@ -140,6 +140,24 @@ def test_a_parents_file_that_is_none_is_not_waited_for(tmp_path: Path) -> None:
         read_parents(str(tmp_path / "link"))
 
 
+def id_of(root: Path) -> str:
+    store = opened(root)
+    store.close()
+    return store.format.id
+
+
+@pytest.mark.parametrize("forged", ["", "../../up", "A" * 32, "é" * 32])
+def test_a_store_has_an_id_that_is_a_part_of_a_files_name(tmp_path: Path, forged: str) -> None:
+    (tmp_path / "store").mkdir()
+    found = id_of(tmp_path / "store")
+    assert len(found) == 32
+    assert id_of(tmp_path / "store") == found
+    (tmp_path / "store/.aufsd/format").write_text(f'{{"format":1,"id":"{forged}"}}')
+    found = id_of(tmp_path / "store")
+    assert set(found) <= set("0123456789abcdef")
+    assert id_of(tmp_path / "store") == found != ""
+
+
 def test_to_open_a_store_again_takes_no_write(tmp_path: Path) -> None:
     fs = tmp_path / "fs"
     fs.mkdir()
@@ -155,5 +173,8 @@ def test_to_open_a_store_again_takes_no_write(tmp_path: Path) -> None:
         opened(fs).close()
         assert ((fs / ".aufsd/format").stat().st_mtime_ns, fs.stat().st_ctime_ns) == before
         assert stat.S_IMODE(fs.stat().st_mode) == 0o710
+        # of an older aufsd: there is no room to give it an id
+        (fs / ".aufsd/format").write_text('{"format":1}')
+        assert id_of(fs) == ""
     finally:
         syscalls.umount2(str(fs))

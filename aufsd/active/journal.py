@@ -14,26 +14,22 @@ memory is right, the file is behind it until it can be written anew, and `failur
 import contextlib
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
 
 from aufsd.active import refs
 from aufsd.active.refs import Entry, Reference
+from aufsd.active.statedir import JOURNAL, NO_FILE, Header, Owner, StateDir, header_for
 from aufsd.store.ids import LayerId
 
 log = structlog.get_logger(__name__)
 
-_FORMAT = 1
 # lines beyond twice the table's size, and these many, make the file be written anew
 _SLACK = 4096
-
-
-class _Header(msgspec.Struct, tag="header", tag_field="t"):
-    format: int
-    boot: str
-    root: str
+_FRESH: Final = f"{JOURNAL}.new"
+_CREATE: Final = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Line(msgspec.Struct, tag="entry", tag_field="t", omit_defaults=True):
@@ -52,37 +48,51 @@ class _Dropped(msgspec.Struct, tag="dropped", tag_field="t"):
 
 
 _encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(_Header | _Line | _Counted | _Dropped)
+_decoder = msgspec.json.Decoder(Header | _Line | _Counted | _Dropped)
 
 
-def boot_id() -> str:
-    """The kernel's id of this boot (random(4), proc files)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+class Recorded(NamedTuple):
+    """The table of a journal, and what of it could not be read, "" if all of it could."""
+
+    table: dict[LayerId, Entry]
+    damage: str = ""
 
 
-def read(path: str, root: str) -> dict[LayerId, Entry]:
-    """The table as the last whole line leaves it; empty after a reboot or for another root."""
+def read(state: StateDir, owner: Owner) -> Recorded:
+    """The table as the last whole line leaves it; empty after a reboot or of another store.
+
+    Raises OSError if the journal cannot be read now.
+    """
     try:
-        lines = Path(path).read_bytes().split(b"\n")
+        *lines, rest = state.read(JOURNAL).split(b"\n")
     except FileNotFoundError:
-        return {}
+        return Recorded({})
+    except OSError as error:
+        if error.errno not in NO_FILE:
+            raise
+        return Recorded({}, f"{state.file(JOURNAL)} is no file: what it counted is not known")
     table: dict[LayerId, Entry] = {}
-    # what follows the last newline was cut while it was written
-    for number, line in enumerate(lines[:-1]):
+    for number, line in enumerate(lines):
         try:
             record = _decoder.decode(line)
-        except msgspec.DecodeError:
-            break
-        if number == 0:
-            expected = _Header(_FORMAT, boot_id(), root)
-            if record != expected:
-                return {}
-        elif not isinstance(record, _Header):
-            try:
+            if isinstance(record, Header) == bool(number):
+                raise LookupError
+            if not isinstance(record, Header):
                 _replay(table, record)
-            except LookupError:
-                break
-    return table
+            elif not record.is_of(owner):
+                return Recorded({})
+        except (msgspec.DecodeError, LookupError):
+            return Recorded(table, _damage(state, number, len(lines)))
+    # what follows the last newline was cut while it was written
+    cut = bool(rest) or not lines
+    return Recorded(table, _damage(state, len(lines), len(lines) + 1) if cut else "")
+
+
+def _damage(state: StateDir, whole: int, of: int) -> str:
+    return (
+        f"{state.file(JOURNAL)} is damaged in line {whole + 1} of {of}: what stood there and after "
+        "it is not known, and counts may be wrong"
+    )
 
 
 def _replay(table: dict[LayerId, Entry], record: _Line | _Counted | _Dropped) -> None:
@@ -101,15 +111,16 @@ def _replay(table: dict[LayerId, Entry], record: _Line | _Counted | _Dropped) ->
 
 
 class Journal:
-    """Writes the changes. Owns its descriptor until `close`.
+    """Writes the changes, into a state directory that outlives it. Owns the file until `close`.
 
     `failure` is why the file is behind the table; "" while it is not.
     """
 
-    def __init__(self, path: str, root: str, table: Mapping[LayerId, Entry]) -> None:
+    def __init__(self, state: StateDir, owner: Owner, table: Mapping[LayerId, Entry]) -> None:
         self.failure = ""
-        self._path = path
-        self._root = root
+        self._state = state
+        self._path = state.file(JOURNAL)
+        self._owner = owner
         self._fd = -1
         self._lines = 0
         self._size = 0
@@ -135,20 +146,21 @@ class Journal:
 
         If that fails the old one stays as it is, and `failure` says why.
         """
-        records: list[_Header | _Line] = [_Header(_FORMAT, boot_id(), self._root)]
+        records: list[Header | _Line] = [header_for(self._owner)]
         records += [_Line(id, entry) for id, entry in table.items()]
         data = b"".join(_encoder.encode(record) + b"\n" for record in records)
-        fresh = f"{self._path}.new"
         fd = -1
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            if self._state.renew():
+                log.warning("the state directory was deleted, and is made again", path=self._path)
+            fd = os.open(_FRESH, _CREATE, 0o600, dir_fd=self._state.fd)
             _write(fd, data)
-            os.rename(fresh, self._path)
+            self._state.rename(_FRESH, JOURNAL)
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            with contextlib.suppress(OSError):
-                os.unlink(fresh)
+                with contextlib.suppress(OSError):
+                    os.unlink(_FRESH, dir_fd=self._state.fd)
             self._failed(error)
             return
         self.close()
@@ -195,7 +207,9 @@ class Journal:
             return
         self._lines += lines
         self._size += len(data)
-        if self._lines > 2 * len(table) + _SLACK:
+        # deleted, by who cleans up: what is written there nobody will read
+        gone = not os.fstat(self._fd).st_nlink
+        if gone or self._lines > 2 * len(table) + _SLACK:
             self.rewrite(table)
 
     def _failed(self, error: OSError) -> None:

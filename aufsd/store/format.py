@@ -1,8 +1,10 @@
-"""`.aufsd/format`: that a store is ours to serve, and which backend wrote to it last."""
+"""`.aufsd/format`: that a store is ours to serve, who it is, and which backend wrote to it last."""
 
 import os
+import re
+import secrets
 import stat
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
@@ -13,14 +15,24 @@ from aufsd_client.errors import StoreNotAdopted
 Sync = Literal["filesystem", "none"]
 
 FORMAT = 1
+_ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Format(msgspec.Struct, forbid_unknown_fields=False):
-    """What the file says. `adopted`: the store held layers before aufsd came."""
+    """What the file says. `adopted`: the store held layers before aufsd came.
+
+    `id` tells the store from others, and from one that lies at its root later; "" for none.
+    """
 
     format: int = FORMAT
     adopted: bool = False
     backend: str = ""
+    id: str = ""
+
+
+def new_id() -> str:
+    """An id that no other store has."""
+    return secrets.token_hex(16)
 
 
 def read_format(layout: Layout) -> Format | None:
@@ -42,6 +54,9 @@ def read_format(layout: Layout) -> Format | None:
             f"one knows {FORMAT}",
             root=layout.root,
         )
+    if not _ID.fullmatch(found.id):
+        # it becomes part of a file's name
+        found.id = ""
     return found
 
 

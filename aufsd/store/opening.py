@@ -11,7 +11,7 @@ from typing import Final
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store.content import fsync
 from aufsd.store.dialect import XattrNamespace
-from aufsd.store.format import Format, Sync, read_format, write_format
+from aufsd.store.format import Format, Sync, new_id, read_format, write_format
 from aufsd.store.identity import identify
 from aufsd.store.index import read_index
 from aufsd.store.layers import Store
@@ -79,11 +79,11 @@ def open_store(
         ):
             os.makedirs(path, 0o700, exist_ok=True)
         form = known or Format(adopted=foreign)
-        if known is None:
-            write_format(layout, form, sync)
-            if sync != "none":
-                fsync(root)
-                fsync(os.path.dirname(root))
+        if not form.id:
+            _give_id(layout, form, sync, needed=known is None)
+        if known is None and sync != "none":
+            fsync(root)
+            fsync(os.path.dirname(root))
         resumed = list(resume(layout))
         index = read_index(layout, xattr_namespace)
         identity = identify(layout)
@@ -165,6 +165,18 @@ def _refuse_unless_ours(layout: Layout, path: str) -> None:
             f"{found.st_uid}): somebody else prepared this store; move {layout.private} away",
             root=layout.root,
         )
+
+
+def _give_id(layout: Layout, form: Format, sync: Sync, *, needed: bool) -> None:
+    """Write the store's file with an id in it; one of an older aufsd may go without."""
+    form.id = new_id()
+    try:
+        write_format(layout, form, sync)
+    except OSError:
+        if needed:
+            raise
+        # the disk is full, or read-only
+        form.id = ""
 
 
 def _has_layers(layout: Layout) -> bool:

@@ -12,9 +12,10 @@ import trio.testing
 
 from aufsd import results
 from aufsd.config import Config
-from aufsd.daemon import open_driver, open_root
+from aufsd.daemon import open_driver
 from aufsd.driver import Driver
 from aufsd.kernel import btrfs
+from aufsd.root import open_root
 from aufsd.service.metrics import Metrics
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -217,7 +218,7 @@ async def on_snapshots(state: Path, root: Path) -> AsyncIterator[Driver]:
         async with open_driver(store, config, Metrics(), Tasks()) as driver:
             yield driver
     finally:
-        store.store.close()
+        store.close()
 
 
 def is_frozen(path: str) -> bool:

@@ -89,6 +89,45 @@ def test_a_lost_journal_leaves_a_count_of_one(mounted: Daemon) -> None:
         assert client.put("top").mounted is False
 
 
+def test_a_second_daemon_and_another_store_leave_the_counts_alone(
+    mounted: Daemon, tmp_path: Path
+) -> None:
+    """moby#22763: whoever gives a second daemon a root and sockets of its own forgets the rest."""
+    other = ("--socket", f"{tmp_path}/b.sock", "--monitor-socket", f"{tmp_path}/n.sock")
+    second = Daemon(tmp_path, tmp_path / "second", started=50)
+    status, said = second.refused(*other)
+    assert status == 3
+    assert said.startswith(f"aufsd: the daemon that serves {mounted.root} keeps its table of ")
+    assert len(said.splitlines()) == 1
+    assert not second.root.exists()
+    # as after a change of `root` in the configuration
+    mounted.stop()
+    second.start()
+    assert f"was of another store, at {mounted.root}: it is kept as mounts." in mounted.log
+    assert second.stop() == 0
+    mounted.start()
+    assert "is of this store: its counts are taken back" in mounted.log
+    with mounted.client() as client:
+        rows = {row.id: row.references for row in client.mounts().mounts}
+        assert rows == {"top": 2, "alone": 1}
+        assert differences(client) == {}
+
+
+def test_a_damaged_journal_is_told_until_the_next_start(mounted: Daemon) -> None:
+    mounted.kill()
+    journal = mounted.directory / "run/mounts.journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:-1], b"rubbish\n"]))
+    for degraded in (True, False):
+        mounted.start()
+        with mounted.client() as client:
+            (check,) = [each for each in client.health().checks if each.name == "start"]
+            told = f"{journal} is damaged in line {len(lines)} of {len(lines)}: "
+            assert check.detail.startswith(told) == degraded
+        mounted.kill()
+    assert '"event":"journal"' in mounted.log
+
+
 def test_references_of_a_process_go_with_it_also_across_a_restart(mounted: Daemon) -> None:
     script = (
         "import sys; from aufsd_client import Client\n"

@@ -1,0 +1,205 @@
+"""The state directory: one daemon's at a time, and the journal in it one store's.
+
+Every daemon of a host has the same default for it, and mounts outlive their daemon. So it is
+locked, and the journal's first line says of which store it is; that of another one is kept aside,
+under a name with that store's id, until that store is served here again.
+
+The lock is on the directory itself. That takes no file, for which a full tmpfs would have no room,
+and systemd-tmpfiles(8) cleans no directory that somebody has locked (tmpfiles.d(5)).
+"""
+
+import errno
+import fcntl
+import os
+import stat
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import msgspec
+
+from aufsd_client.errors import StoreLocked
+
+JOURNAL: Final = "mounts.journal"
+FORMAT: Final = 1
+# of a read: something else stands under the name
+NO_FILE: Final = (errno.EINVAL, errno.ELOOP, errno.ENXIO)
+_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Owner(NamedTuple):
+    """The store that a journal is of: its id, "" if it has none, and its root."""
+
+    store: str
+    root: str
+
+
+class Header(msgspec.Struct, tag="header", tag_field="t"):
+    """The first line of a journal. An older aufsd wrote no id of the store."""
+
+    format: int
+    boot: str
+    root: str
+    store: str = ""
+
+    def is_of(self, owner: Owner) -> bool:
+        """Whether this is the journal of that store, in this boot."""
+        same = self.store == owner.store or not self.store
+        return same and (self.format, self.boot, self.root) == (FORMAT, boot_id(), owner.root)
+
+
+_decoder = msgspec.json.Decoder(Header)
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot (random(4), proc files)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def header_for(owner: Owner) -> Header:
+    """The header of a journal that is written now."""
+    return Header(FORMAT, boot_id(), owner.root, owner.store)
+
+
+def header_of(journal: bytes) -> Header | None:
+    """A journal's header; None if that cannot be read."""
+    line, newline, _ = journal.partition(b"\n")
+    with suppress(msgspec.DecodeError):
+        return _decoder.decode(line) if newline else None
+    return None
+
+
+@dataclass(slots=True)
+class StateDir:
+    """A locked state directory. Owns the descriptor that holds the lock, until `close`."""
+
+    path: str
+    fd: int
+
+    def file(self, name: str) -> str:
+        """A file's path, to be told to a person."""
+        return f"{self.path}/{name}"
+
+    def read(self, name: str) -> bytes:
+        """What a file holds. Raises OSError, FileNotFoundError among it."""
+        fd = os.open(name, _FILE, dir_fd=self.fd)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "this is no file", self.file(name))
+            with open(fd, "rb", closefd=False) as file:
+                return file.read()
+        finally:
+            os.close(fd)
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file within the directory. Raises OSError."""
+        os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def give_to(self, owner: Owner) -> list[str]:
+        """Have the journal of this store, if there is one, under the journal's name.
+
+        That of another store in this boot is kept aside, and never replaced: its mounts stand, and
+        what counts them is nowhere else. Returns sentences for an operator. Raises OSError.
+        """
+        told = []
+        header = self._header(JOURNAL)
+        if header is not None and header.boot == boot_id() and not header.is_of(owner):
+            kept = self._free_name(header.store or "older")
+            self.rename(JOURNAL, kept)
+            told.append(
+                f"{self.file(JOURNAL)} was of another store, at {header.root}: it is kept as "
+                f"{kept}, and counts again when that store is served with this state_dir"
+            )
+            header = None
+        if header is None:
+            for name in self._kept():
+                found = self._header(name)
+                if found is not None and found.is_of(owner):
+                    self.rename(name, JOURNAL)
+                    told.append(f"{self.file(name)} is of this store: its counts are taken back")
+                    break
+        return told
+
+    def renew(self) -> bool:
+        """Make the directory again if it was deleted; whether that was done.
+
+        What cleans /tmp deletes directories too. Raises OSError, also if another daemon has made
+        and locked it meanwhile.
+        """
+        if os.fstat(self.fd).st_nlink:
+            return False
+        with suppress(FileExistsError):
+            os.mkdir(self.path, 0o755)
+        fresh = os.open(self.path, _DIRECTORY)
+        try:
+            fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fresh)
+            raise
+        os.close(self.fd)
+        self.fd = fresh
+        return True
+
+    def close(self) -> None:
+        """Release the lock."""
+        os.close(self.fd)
+
+    def _header(self, name: str) -> Header | None:
+        try:
+            return header_of(self.read(name))
+        except OSError as error:
+            if error.errno in (errno.ENOENT, *NO_FILE):
+                return None
+            raise
+
+    def _kept(self) -> list[str]:
+        names = os.listdir(self.fd)
+        return sorted(
+            name
+            for name in names
+            if name != JOURNAL and name.startswith("mounts.") and name.endswith(".journal")
+        )
+
+    def _free_name(self, store: str) -> str:
+        taken = set(os.listdir(self.fd))
+        name, number = f"mounts.{store}.journal", 1
+        while name in taken:
+            # a copy of a store has its id
+            number += 1
+            name = f"mounts.{store}.{number}.journal"
+        return name
+
+
+def open_state_dir(path: str, root: str) -> StateDir:
+    """Lock a state directory that exists, for the daemon of the store at `root`.
+
+    Raises StoreLocked if another daemon has it, and OSError.
+    """
+    fd = os.open(path, _DIRECTORY)
+    state = StateDir(path, fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise StoreLocked(_who_has(state, root), root=root) from error
+    except BaseException:
+        state.close()
+        raise
+    return state
+
+
+def _who_has(state: StateDir, root: str) -> str:
+    try:
+        header = header_of(state.read(JOURNAL))
+    except OSError:
+        header = None
+    finally:
+        state.close()
+    if header is not None and header.root == root:
+        return f"another process serves {root}; `fuser {state.path}` says which"
+    whose = "another daemon" if header is None else f"the daemon that serves {header.root}"
+    return (
+        f"{whose} keeps its table of mounts in {state.path}: give this one a state_dir of its own; "
+        f"`fuser {state.path}` says which it is"
+    )
