@@ -212,7 +212,7 @@ async def _serve(
                     task = tasks.add("notify", "the service manager hears the daemon")
                     told = partial(str, signals.state)
                     background.start_soon(
-                        notify.report, notifier, driver.active.breathe, told, task
+                        notify.report, notifier, driver.active.prove_alive, told, task
                     )
                 log.info("ready", backend=driver.backend.name, layers=len(driver.store.parent))
                 await shutdown.wait()

@@ -102,7 +102,7 @@ class Overview:
         busy = sorted(self.active.table.busy())
         if not busy:
             return results.HealthCheck("mounts", "ok", "no mount stands without a reference")
-        named = ", ".join(f"{id} ({self.active.stays.get(id) or 'EBUSY'})" for id in busy[:5])
+        named = ", ".join(f"{id} ({self.active.busy_errnos.get(id) or 'EBUSY'})" for id in busy[:5])
         detail = f"{len(busy)} mounts stand though no reference is left: {named}"
         return results.HealthCheck("mounts", "degraded", detail)
 

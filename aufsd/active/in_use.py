@@ -1,6 +1,6 @@
-"""What may be in use: an unmount is tried again for a moment, a refusal names who uses it.
+"""Busy mounts: tries an unmount again for half a second, and names the users in the error.
 
-A union that cannot be unmounted without loss stays mounted, and the error says what would be lost.
+A union that cannot be unmounted without loss stays mounted; the error says what would be lost.
 """
 
 import errno
@@ -28,12 +28,12 @@ T = TypeVar("T")
 TRIES = 5
 PAUSE = 0.1  # seconds
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# mounts whose users are looked for when a layer is refused: each time all of /proc is read
+# mounts whose holders an error names; each look reads all of /proc
 _LOOKED_AT = 4
 
 
 class Covered(Exception):
-    """Something that aufsd did not mount lies over a layer's mount; `row` is the uppermost."""
+    """A mount that aufsd did not make covers a layer's mount; `row` is the uppermost."""
 
     def __init__(self, row: mountinfo.Mount) -> None:
         super().__init__(row.mount_point)
@@ -41,7 +41,7 @@ class Covered(Exception):
 
 
 class Occupied(Exception):
-    """Something that aufsd did not mount lies where a layer is to be mounted."""
+    """A mount that aufsd did not make is where a layer is to be mounted."""
 
 
 async def mount(
@@ -52,12 +52,12 @@ async def mount(
     *,
     retrying: Callable[[], None],
 ) -> T:
-    """Mount in the mount thread, by `once`; `retrying` is told of further tries.
+    """Call `once` in the mount thread until it mounts. `retrying` is called before another try.
 
-    A process that starts in a mount namespace of its own (unshare -m) has copies of all mounts in
-    it, also of the last one of this layer, which lives on as long as it does. That is waited for as
-    an unmount is. Raises what `once` does; MountFailed for Occupied, and with `holders` if the
-    branch stays busy. Cancelled between two tries: it is not mounted.
+    The branch may be busy for a moment: a process that starts in a mount namespace of its own
+    (unshare -m) has a copy of the layer's last mount until it ends. Raises what `once` raises;
+    MountFailed for Occupied, and with `holders` if the branch stays busy. Cancelled between two
+    tries: nothing is mounted.
     """
     for attempt in range(1, TRIES + 1):
         try:
@@ -84,7 +84,7 @@ async def mount(
 
 
 def _writers(union: Union) -> list[Holder]:
-    """Who keeps the union that was last mounted for a layer, wherever it is mounted."""
+    """Who holds the union that was last mounted for a layer, in any mount namespace."""
     served = helper.read(union.work) if helper.is_alive(union.work) else None
     device = served.device if served else exclusive.noted_device(union.work)
     return [] if device is None else kernel_holders.holders_of(device)
@@ -99,11 +99,11 @@ async def unmount(
     *,
     retrying: Callable[[], None],
 ) -> bool:
-    """Unmount a layer's mount in the mount thread, by `once`; `retrying` is told of further tries.
+    """Call `once` in the mount thread until it unmounts. `retrying` is called before another try.
 
     False if it was not mounted any more. `once` raises Covered, NotFlushed, or OSError as
-    umount2(2) does. Raises NoSpace if what is written in it cannot be made to last for want of
-    space, UnmountBusy with `errno` and the holders if it stays for any other reason. Cancelled
+    umount2(2) does. Raises NoSpace if there is no space for what was written in the mount, and
+    UnmountBusy, with `errno` and the holders, if it stays mounted for any other reason. Cancelled
     between two tries: it is mounted.
     """
     for attempt in range(1, TRIES + 1):
@@ -158,7 +158,7 @@ def _words(found: Holders) -> str:
 
 
 def _is_mount_point(target: str) -> bool:
-    """Whether anything is mounted there: EINVAL is also what a locked mount gives (umount(2))."""
+    """Whether anything is mounted there: EINVAL may also mean a locked mount (umount(2))."""
     try:
         return mountinfo.is_mount_point(target)
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def _is_mount_point(target: str) -> bool:
 
 
 def _would_lose(id: LayerId, failed: NotFlushed) -> NoSpace | UnmountBusy:
-    """The error of a union that stays mounted because its branch does not have all of it."""
+    """The error of a union that stays mounted because its branch is not complete."""
     message = f"layer {id} stays mounted, or it would lose what was written: {_why(failed)}"
     if failed.error.errno in _FULL:
         return NoSpace(f"{message}; free space, then put or cleanup", **_data(id, failed))
@@ -175,9 +175,9 @@ def _would_lose(id: LayerId, failed: NotFlushed) -> NoSpace | UnmountBusy:
 
 
 def not_readable(id: LayerId, failed: NotFlushed) -> NoSpace | LayerInUse:
-    """The error of what reads a mounted layer's content, which is not whole yet.
+    """The error of a call that reads a mounted layer whose directory is not complete.
 
-    NoSpace for want of space, LayerInUse with `errno` otherwise.
+    NoSpace on a full disk, else LayerInUse with `errno`.
     """
     message = f"the content of layer {id}, which is mounted, is not whole: {_why(failed)}"
     if failed.error.errno in _FULL:
@@ -247,7 +247,7 @@ def _named(found: Sequence[Holder]) -> list[dict[str, object]]:
 
 
 def mode_conflict(id: LayerId, *, read_only: bool) -> ModeConflict:
-    """A layer that is given out in the other mode than it is asked for."""
+    """The error of a `get` in another mode than the layer is given out in."""
     now, wanted = ("writable", "read-only") if read_only else ("read-only", "writable")
     return ModeConflict(
         f"layer {id} is in use and given out {now}, so it cannot be had {wanted}: put it first, "
@@ -266,7 +266,7 @@ def not_known(id: LayerId, error: OSError) -> MountFailed:
 
 
 def not_ours(id: LayerId, target: str) -> UnmountBusy:
-    """Somebody else's mount stands at a layer's mount point."""
+    """The error of a mount that aufsd did not make, at a layer's mount point."""
     return UnmountBusy(
         f"something that aufsd did not mount is at {target}; unmount it, then try again",
         id=id,

@@ -1,8 +1,8 @@
-"""What the table decides is performed here: mounts, unmounts, and references as they come and go.
+"""Performs what the table decides: mounts, unmounts, and counts references.
 
-`refs.py` decides, `table.py` remembers, this module makes the system calls, all of them in the one
-mount thread and none under the lock. A count changes right after the system call that it stands
-for, in the same task, with no await between.
+`refs.py` decides and `table.py` remembers. This module makes the system calls, all of them in the
+one mount thread and none under the lock. A count changes right after its system call, in the same
+task, with no await between.
 """
 
 import errno
@@ -37,12 +37,12 @@ from aufsd_client.errors import (
 
 log = structlog.get_logger(__name__)
 
-# a mount that stayed busy without a reference is tried again this often, in the background
+# between two tries to unmount what stayed busy without a reference
 BUSY_RETRY = 30.0  # seconds
 
 
 class Dropped(NamedTuple):
-    """What a `put` left: the entry, None if there is none; and whether a reference went."""
+    """What a `put` did: the entry that is left, if any, and whether it dropped a reference."""
 
     entry: Entry | None
     dropped: bool
@@ -50,7 +50,7 @@ class Dropped(NamedTuple):
 
 @dataclass(slots=True)
 class Mounts:
-    """The mounts of one store, made by opening.py. What a `get` does is in layers/access.py."""
+    """The mounts of one store. opening.py makes it; layers/access.py has the steps of a `get`."""
 
     store: Store
     backend: Backend
@@ -58,14 +58,14 @@ class Mounts:
     nursery: trio.Nursery
     helpers: HelperWatch
     thread: MountThread = field(default_factory=MountThread)
-    # of all processes, for who holds a mount
+    # looks through all processes for the holders of a mount
     scans: Scans = field(default_factory=Scans)
     counters: Counters = field(default_factory=Counters)
-    # of those that stay mounted without a reference, with which errno the last try failed
-    stays: dict[LayerId, str] = field(default_factory=dict)
+    # mounts without a reference that could not be unmounted, with the errno of the last try
+    busy_errnos: dict[LayerId, str] = field(default_factory=dict)
     changes: Changes = field(default_factory=Changes)
-    # seen to be there since the mount table changed last
-    _seen: set[LayerId] = field(default_factory=set)
+    # mounts found in place since the mount table last changed
+    _verified: set[LayerId] = field(default_factory=set)
     processes: ProcessWatch = field(init=False)
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class Mounts:
     def get_now(
         self, id: LayerId, reference: Reference, *, label: str, read_only: bool = False
     ) -> Entry | None:
-        """Count one reference if that is all there is to do; None if a `get` has to wait.
+        """Count one reference, if that takes no waiting. None: nothing was done, use Access.get.
 
         Raises LayerNotFound, LayerDamaged, LabelConflict, ModeConflict, IncompatibleFilesystem.
         """
@@ -104,7 +104,7 @@ class Mounts:
     def count_content(
         self, id: LayerId, reference: Reference, *, read_only: bool, asked_read_only: bool = False
     ) -> Entry:
-        """Count the first reference to a layer whose content directory is what is given out."""
+        """Count the first reference to a layer that is given out as its content directory."""
         entry = Entry(
             State.ACTIVE,
             mounted=False,
@@ -118,10 +118,10 @@ class Mounts:
     async def mounting(
         self, id: LayerId, *, label: str, read_only: bool, backend: str, asked_read_only: bool
     ) -> AsyncIterator[Entry]:
-        """Around a mount of an id whose transition the caller holds: its entry meanwhile.
+        """Have an entry in state MOUNTING while the block mounts the layer.
 
-        While it is in the table nobody changes what the layer stands on. Left by an exception or a
-        cancellation, the entry is as before.
+        The caller has begun the transition of the id. While the entry is in the table, nobody
+        changes the layer's parents. After an exception or a cancellation the entry is as before.
         """
         table = self.table
         before = table.entries.get(id)
@@ -149,9 +149,9 @@ class Mounts:
     async def mount(
         self, id: LayerId, entry: Entry, reference: Reference, *, opaque: frozenset[LayerId]
     ) -> Entry:
-        """Mount what `mounting` gave an entry, and count; `opaque` as in Table.union.
+        """Mount the layer whose entry `mounting` made, and count. `opaque`: see Table.union.
 
-        Raises MountFailed and TooManyLayers, with nothing left mounted.
+        Raises MountFailed, TooManyLayers; then nothing is left mounted.
         """
         union = self.table.union(id, entry, opaque=opaque)
         once = partial(performing.mount, self.backend, union, entry.backend)
@@ -166,7 +166,7 @@ class Mounts:
         return self._count(id, mounted, reference)
 
     def _count(self, id: LayerId, entry: Entry, reference: Reference) -> Entry:
-        # then the journal has it; one that was just mounted is not there yet
+        # the journal has the entries of the table, and not yet one that was just mounted
         recorded = self.table.entries.get(id) is entry
         more = refs.counts(entry, reference)
         if more:
@@ -183,11 +183,11 @@ class Mounts:
     # --- put ----------------------------------------------------------------------------------
 
     async def put(self, id: LayerId, *, pid: int, name: str = "") -> Dropped:
-        """Drop one reference and unmount after the last.
+        """Drop one reference, and unmount if it was the last.
 
-        Raises LayerInUse if only other processes' references, or those with a name, are left;
-        UnmountBusy if the mount stays busy, NoSpace if what was written in it cannot be kept: then
-        no reference is left and the mount stands. Cancelled: likewise.
+        Raises LayerInUse if the only references left have another process or a name. Raises
+        UnmountBusy if the mount is busy, and NoSpace if there is no space for what was written in
+        it. After these two, or a cancellation, no reference is left and the mount stands.
         """
         table = self.table
         while True:
@@ -213,7 +213,7 @@ class Mounts:
         return Dropped(None, at is not None)
 
     def put_now(self, id: LayerId, *, pid: int, name: str = "") -> Entry | None:
-        """Drop one reference if others are left; None, and nothing is done, in any other case."""
+        """Drop one reference, if others are left. None: nothing was done, use `put`."""
         table = self.table
         with table.locked():
             entry = table.entries.get(id)
@@ -231,15 +231,15 @@ class Mounts:
         return entry
 
     async def _put_all(self, id: LayerId, pid: int, start: int) -> None:
-        """Drop every reference of an ended process to one layer."""
+        """Drop all references of an ended process to one layer."""
         await self._drop_all(id, lambda reference: reference.is_of(pid, start))
 
     async def take_back(self, id: LayerId, reference: Reference) -> None:
-        """Drop this very reference, which nobody has been told of, if it was counted."""
+        """Drop a counted reference whose `get` fails after all; nothing if it was not counted."""
         try:
             await self._drop_all(id, lambda other: other is reference)
         except (AufsdError, OSError) as error:
-            # the mount is tried again with the busy ones
+            # `retry_busy` tries the mount again
             log.warning("put of a reference that was taken back failed", id=id, error=str(error))
 
     async def _drop_all(self, id: LayerId, is_own: Callable[[Reference], bool]) -> None:
@@ -262,22 +262,22 @@ class Mounts:
         await self._take_down(id)
 
     async def _take_down(self, id: LayerId) -> bool:
-        """As `_unmount`, of an id whose transition the caller began; end that, however it goes."""
+        """As `_unmount`, and end the id's transition, which the caller has begun."""
         try:
             return await self._unmount(id)
         finally:
             self.table.end(id)
 
     async def _unmount(self, id: LayerId, *, flush: bool = True) -> bool:
-        """Unmount an id whose transition the caller holds, and drop its entry and references.
+        """Unmount a layer, and drop its entry and references. Whether it was mounted until now.
 
-        Whether it was mounted until then. What somebody else mounted there is left alone, and no
-        error if the layer's own mount is not below it.
+        The caller has begun the id's transition. A mount that aufsd did not make is left alone. It
+        is an error only if it covers the layer's own mount.
         """
         table = self.table
         entry = table.entries.get(id)
         if entry is None:
-            # the kernel has something there, and nobody counted it
+            # there may be a mount that no entry counts
             entry = await self.thread.run(observed.uncounted_at, self.store.layout, id)
         if entry is None or not entry.mounted:
             if entry is not None:
@@ -296,28 +296,29 @@ class Mounts:
                 table.enter(id, refs.busy(refs.unmounting(entry)))
                 table.record(id)
                 data = error.data if isinstance(error, AufsdError) else {}
-                self.stays[id] = str(data.get("errno", ""))
+                self.busy_errnos[id] = str(data.get("errno", ""))
             raise
         with table.locked():
             self.counters.unmounts += 1
-            self.stays.pop(id, None)
+            self.busy_errnos.pop(id, None)
             self.helpers.forget(id)
             table.leave(id)
             table.record(id)
         return was
 
     def retrying(self) -> None:
-        """An unmount is tried once more."""
+        """Count one more try of an unmount."""
         self.counters.busy_retries += 1
 
     def retrying_mount(self) -> None:
-        """A mount is tried once more."""
+        """Count one more try of a mount."""
         self.counters.busy_mounts += 1
 
     async def flush(self, id: LayerId) -> None:
-        """Have a mounted layer's content complete by itself; nothing to do for any other.
+        """Make the directory of a mounted layer complete, for whoever reads it directly.
 
-        Raises NoSpace, LayerInUse: it is not complete, and who reads it would not see all.
+        aufs keeps some hard links outside of the branch (union/plink.py). Raises NoSpace,
+        LayerInUse: the directory is not complete.
         """
         entry = self.table.entries.get(id)
         if entry and entry.mounted and not entry.read_only and entry.backend == self.backend.name:
@@ -326,7 +327,7 @@ class Mounts:
             except NotFlushed as failed:
                 raise in_use.not_readable(id, failed) from failed
 
-    # --- what other operations need unmounted -------------------------------------------------
+    # --- unmounting for other operations ------------------------------------------------------
 
     @asynccontextmanager
     async def removing(self, id: LayerId, *, force: bool) -> AsyncIterator[None]:
@@ -353,7 +354,8 @@ class Mounts:
         await table.claim(id, refuse)
         try:
             if id in table.entries or self.is_mount_point(id):
-                # its content goes next, and on a full disk that is how to get space
+                # The content is deleted next, so nothing is flushed: on a full disk a flush would
+                # fail, and the removal is what frees space.
                 await self._unmount(id, flush=False)
             if self.is_mount_point(id):
                 raise in_use.not_ours(id, self.store.layout.mount_point(id))
@@ -362,10 +364,10 @@ class Mounts:
             table.end(id)
 
     async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, AufsdError]]:
-        """Unmount every mount of the store, as the kernel has them; what was, and what was not.
+        """Unmount every mount of the store that the kernel has. The ids done, and the failures.
 
-        Of a layer whose mount has vanished the references go. So does a mount whose layer is gone;
-        one that somebody else made there is told and stays.
+        A layer whose mount has vanished loses its references. The mount of a layer that is gone is
+        unmounted too. A mount that aufsd did not make stays, and is a failure.
         """
         done: list[LayerId] = []
         failed: dict[LayerId, AufsdError] = {}
@@ -377,7 +379,7 @@ class Mounts:
                 was = await self._take_down(id)
                 if self.is_mount_point(id):
                     raise in_use.not_ours(id, self.store.layout.mount_point(id))
-                # not what others unmounted, or mounted, since it was looked for
+                # somebody else may have unmounted it meanwhile
                 done += [id] if was else []
             except AufsdError as error:
                 failed[id] = error
@@ -387,10 +389,10 @@ class Mounts:
         return done, failed
 
     async def retry_busy(self) -> None:
-        """Try again, after a while, to unmount what stayed busy with no reference left."""
+        """After BUSY_RETRY seconds, try to unmount what stayed busy without a reference."""
         await trio.sleep(BUSY_RETRY)
         for id in self.table.busy():
-            # it may have been got or moved while another one was tried
+            # a `get` may have come while another layer was tried
             if self.table.in_transition(id) or id not in self.table.busy():
                 continue
             self.table.begin(id)
@@ -400,10 +402,10 @@ class Mounts:
             except (AufsdError, OSError) as error:
                 log.debug("mount is still busy", id=id, error=str(error))
 
-    # --- the kernel's side --------------------------------------------------------------------
+    # --- questions to the kernel --------------------------------------------------------------
 
     def _live(self, id: LayerId, entry: Entry) -> bool:
-        """Whether the entry's own mount is there, and seen. Does not block.
+        """Whether the entry's own mount is in place, with nothing over it. Does not block.
 
         The kernel is asked again after any change of the mount table. A mount that a process serves
         is asked about in every tick, because the process may have died.
@@ -413,29 +415,29 @@ class Mounts:
             return True
         target = self.store.layout.mount_point(id)
         if self.changes.any():
-            self._seen.clear()
+            self._verified.clear()
         if observed.is_served(entry.backend) and entry.backend == self.backend.name:
             try:
                 found = self.backend.is_mounted(target)
             except OSError as error:
                 raise in_use.not_known(id, error) from error
-        elif not (found := id in self._seen):
+        elif not (found := id in self._verified):
             if not entry.mounted:
-                # the directory that is given out is there as long as the store is
+                # the content directory is there as long as the store is
                 self.store.identity.verify(writing=False)
             found = not entry.mounted or observed.is_on_top(target, entry)
             if found:
-                self._seen.add(id)
+                self._verified.add(id)
         if found and tick.is_open:
             tick.verified.add(id)
         return found
 
     def is_mount_point(self, id: LayerId) -> bool:
-        """Whether anything is mounted at the layer's mount point, whoever did. Does not block."""
+        """Whether anything, by anybody, is mounted at the layer's mount point. Does not block."""
         return observed.is_mount_point(self.store.layout.mount_point(id))
 
-    async def breathe(self) -> None:
-        """Return once the lock can be taken and the mount thread answers, for the watchdog."""
+    async def prove_alive(self) -> None:
+        """Return when the lock is free and the mount thread answers. The watchdog waits for it."""
         with self.table.locked():
             pass
         await self.thread.run(os.getpid)

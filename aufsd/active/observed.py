@@ -1,7 +1,7 @@
-"""What stands at a layer's mount point: the mount that was made for it, or somebody else's.
+"""What is mounted at a layer's mount point: the layer's own mount, or somebody else's.
 
-An entry knows its mount by the kernel's own id, so that is one question. Where no entry knows,
-after a lost journal, what is mounted is held against the layer: its branches, or its content.
+An entry identifies its mount by the kernel's mount id. Without an entry, as after a lost journal,
+the mount is compared with the layer: with its branches, or with its content.
 Blocking where mountinfo is read.
 """
 
@@ -16,12 +16,12 @@ from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layout import Layout
 from aufsd.union import bind, helper, overlay
 
-# of unions that a process serves, in mountinfo
+# the file system type, in mountinfo, of unions that a process serves
 _FUSE = "fuse.fuse-overlayfs"
 
 
 def is_mount_point(target: str) -> bool:
-    """Whether anything at all is mounted there. Does not block."""
+    """Whether anything is mounted there. Does not block."""
     try:
         return mountinfo.is_mount_point(target)
     except FileNotFoundError:
@@ -34,26 +34,27 @@ def is_served(backend: str) -> bool:
 
 
 def identify(target: str, backend: str) -> mountinfo.Identity | None:
-    """Which mount is seen there; None if none is. Does not block."""
+    """The uppermost mount there; None if there is none. Does not block."""
     return mountinfo.identify(target, served=is_served(backend))
 
 
 def is_on_top(target: str, entry: Entry) -> bool:
-    """Whether the entry's own mount is what is seen at the target. Does not block."""
+    """Whether the entry's own mount is the uppermost at the target. Does not block."""
     found = identify(target, entry.backend)
     return found is not None and entry.mount is not None and found.is_same(entry.mount)
 
 
 def is_below(rows: Sequence[Mount], entry: Entry) -> bool:
-    """Whether the entry's own mount is below the uppermost of these rows of its mount point.
+    """Whether the entry's own mount is covered by the uppermost of these rows.
 
-    The uppermost was found to be another: it may have the id that ours had (mnt_alloc_id()).
+    Call it only when `is_on_top` is false. The uppermost mount may have got the id that ours had:
+    the kernel uses ids again (mnt_alloc_id()).
     """
     return any(entry.mount is not None and row.id == entry.mount.id for row in rows[:-1])
 
 
 def rows_at(layout: Layout) -> dict[LayerId, list[Mount]]:
-    """The mountinfo rows of the store's mount points, the uppermost last: reads all of it once."""
+    """The mountinfo rows of each mount point of the store, the uppermost last."""
     prefix = f"{layout.mnt}/"
     found: dict[LayerId, list[Mount]] = {}
     for row in mountinfo.mounted_under(layout.mnt):
@@ -64,10 +65,10 @@ def rows_at(layout: Layout) -> dict[LayerId, list[Mount]]:
 
 
 def uncounted(layout: Layout, id: LayerId, row: Mount) -> Entry | None:
-    """An entry that counts 1 for a mount that none knows; None if it is not the layer's.
+    """An entry that counts 1, for a mount without an entry. None if it is not the layer's own.
 
-    A union is the layer's if its uppermost branch is the layer's content; whether the others are
-    its parents' is the backend's to say (Backend.is_whole).
+    A union is the layer's own if its uppermost branch is the layer's content. Whether the other
+    branches are its parents' is for the backend to say (Backend.is_whole).
     """
     name = row.fstype.removeprefix("fuse.")
     content = layout.content(id)
@@ -95,14 +96,14 @@ def uncounted(layout: Layout, id: LayerId, row: Mount) -> Entry | None:
 
 
 def is_read_only(target: str) -> bool:
-    """Whether the kernel lets nobody write there: the mount, or its file system. May block.
+    """Whether the mount, or its file system, is read-only. May block.
 
-    overlayfs mounts read-only by itself where it cannot make its work directory, on a full disk.
+    overlayfs turns a mount read-only if it cannot make its work directory, as on a full disk.
     """
     return bool(os.statvfs(target).f_flag & os.ST_RDONLY)
 
 
 def uncounted_at(layout: Layout, id: LayerId) -> Entry | None:
-    """As `uncounted`, of what is seen at a layer's mount point; None if nothing is."""
+    """As `uncounted`, for the uppermost mount at a layer's mount point; None if there is none."""
     rows = rows_at(layout).get(id, [])
     return uncounted(layout, id, rows[-1]) if rows else None

@@ -1,4 +1,7 @@
-"""The mounts of a store as the daemon starts: the table replayed, the watches and retries begun."""
+"""Opens the mounts of a store when the daemon starts.
+
+It replays the table, and begins to watch processes and to retry busy unmounts.
+"""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -10,7 +13,7 @@ import trio
 from aufsd.active import observed
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry
-from aufsd.active.replay import Note, replay, settle
+from aufsd.active.replay import Finding, replay, settle
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch
 from aufsd.store.ids import LayerId
@@ -20,14 +23,16 @@ from aufsd.union.backend import Backend
 log = structlog.get_logger(__name__)
 
 
-def _tell(mounts: Mounts, notes: Sequence[Note]) -> None:
-    for note in notes:
-        log.warning("table and kernel did not agree", id=note.id, kind=note.kind, note=note.text)
-        mounts.counters.differences[note.kind] += 1
+def _tell(mounts: Mounts, findings: Sequence[Finding]) -> None:
+    for finding in findings:
+        log.warning(
+            "table and kernel did not agree", id=finding.id, kind=finding.kind, note=finding.text
+        )
+        mounts.counters.differences[finding.kind] += 1
 
 
 def _watch(mounts: Mounts, id: LayerId) -> None:
-    """Watch the processes that a layer's entry depends on."""
+    """Watch the helper of a layer's mount, and the processes that hold references."""
     mounts.helpers.watch(id)
     for reference in mounts.table.entries[id].references:
         if reference.hold == "process":
@@ -35,18 +40,18 @@ def _watch(mounts: Mounts, id: LayerId) -> None:
 
 
 async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Entry | None) -> None:
-    """Try again what could not be settled at the start; `kept` is what stands in the table for it.
+    """Try again to settle a layer that could not be settled at the start.
 
-    Raises what `settle` does: it stays as it is.
+    `kept` is its entry in the table since then. Raises what `settle` does; the entry stays.
     """
     table, layout = mounts.table, mounts.store.layout
     await table.claim(id)
     try:
         if table.entries.get(id) is not kept:
-            # a call has put it right meanwhile
+            # a call has settled it meanwhile
             return
         rows = await mounts.thread.run(observed.rows_at, layout)
-        entry, notes = await mounts.thread.run(
+        entry, findings = await mounts.thread.run(
             settle, table, mounts.backend, id, recorded, rows.get(id, [])
         )
         with table.locked():
@@ -56,7 +61,7 @@ async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Ent
                 table.enter(id, entry)
                 _watch(mounts, id)
             table.record(id)
-        _tell(mounts, notes)
+        _tell(mounts, findings)
     finally:
         table.end(id)
 
@@ -65,17 +70,17 @@ async def _settle(mounts: Mounts, id: LayerId, recorded: Entry | None, kept: Ent
 async def open_mounts(
     table: Table, backend: Backend, recorded: dict[LayerId, Entry], tasks: Tasks
 ) -> AsyncIterator[Mounts]:
-    """The mounts of a store, with their background tasks; what is mounted stays so after."""
+    """The mounts of a store, with their background tasks. Leaving the block unmounts nothing."""
     async with trio.open_nursery() as nursery:
         watches = tasks.add("watches", "the end of each process that counts is noticed")
         helpers = HelperWatch(backend, table, nursery, watches)
         mounts = Mounts(table.store, backend, table, nursery, helpers)
         found = await mounts.thread.run(replay, table, recorded, backend)
-        _tell(mounts, found.notes)
+        _tell(mounts, found.findings)
         for id in list(table.entries):
             _watch(mounts, id)
         settling = tasks.add("replay", "what stood when the daemon started is counted")
-        for id, error in found.left.items():
+        for id, error in found.unsettled.items():
             settling.failed(id, error)
             again = partial(_settle, mounts, id, recorded.get(id), table.entries.get(id))
             nursery.start_soon(settling.until_done, again, id)

@@ -1,4 +1,4 @@
-"""One mount made, or one unmounted, in the mount thread: only what is the entry's own."""
+"""One mount, or one unmount, in the mount thread. Nothing but the entry's own mount is touched."""
 
 import os
 
@@ -18,7 +18,7 @@ log = structlog.get_logger(__name__)
 
 
 def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
-    """Mount a union, by the backend or as "bind": which mount it is, and whether read-only.
+    """Mount a union, by the backend or as "bind". Its identity, and whether it is read-only.
 
     What somebody unmounts before that can be told is mounted again. Raises Occupied, MountFailed,
     TooManyLayers.
@@ -38,7 +38,7 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
             backend.mount(union)
         try:
             read_only = observed.is_read_only(union.target)
-        except OSError:  # of one whose helper has just died
+        except OSError:  # its helper has just died
             read_only = union.read_only
         # the last thing that is asked: what was asked before is true of this mount
         made = observed.identify(union.target, by)
@@ -52,9 +52,9 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
 
 
 def unmount(backend: Backend, target: str, entry: Entry, *, flush: bool) -> bool:
-    """Unmount the entry's own mount once, if it is what is seen there; whether it was.
+    """Unmount the entry's own mount. Whether it was mounted.
 
-    Nothing to do if it is not mounted at all. Raises Covered, NotFlushed, OSError.
+    Raises Covered if another mount lies over it, NotFlushed, OSError.
     """
     if not observed.is_on_top(target, entry):
         rows = [row for row in mountinfo.mounted_under(target) if row.mount_point == target]

@@ -1,6 +1,7 @@
-"""A mount taken away for a moment and made again: its references stay, and so does its path.
+"""Unmounts a layer for a moment and mounts it again. References and path stay the same.
 
-The journal says so before the first call, so that a start which finds nothing there mounts it.
+The journal records it before the first system call. If the daemon is killed in between, the next
+start mounts the layer again.
 """
 
 from functools import partial
@@ -24,10 +25,10 @@ log = structlog.get_logger(__name__)
 
 
 async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
-    """Unmount a layer whose transition the caller holds, for `mount` to mount again.
+    """Unmount a layer, for `mount` to mount it again. The caller has begun its transition.
 
-    Its entry, which stays in the table; None if it is not mounted, or no reference is left and it
-    is gone for good. Raises UnmountBusy, NoSpace: it is mounted as before.
+    Returns the entry, which stays in the table. None: the layer was not mounted, or had no
+    reference and is not to be mounted again. Raises UnmountBusy, NoSpace: it is mounted as before.
     """
     table = mounts.table
     entry = table.entries.get(id)
@@ -47,7 +48,7 @@ async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
         table.record(id)
         raise
     mounts.counters.unmounts += 1
-    mounts.stays.pop(id, None)
+    mounts.busy_errnos.pop(id, None)
     mounts.helpers.forget(id)
     if not entry.references:
         table.leave(id)
@@ -57,9 +58,9 @@ async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
 
 
 async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None:
-    """Mount again what `unmount` took away, over the chain as it is in the index now.
+    """Mount again what `unmount` unmounted, over the chain that the index has now.
 
-    Raises MountFailed, TooManyLayers: then nothing is mounted, and the entry is as before.
+    Raises MountFailed, TooManyLayers: nothing is mounted, and the entry is as before.
     """
     table = mounts.table
     entry = table.entries[id]
@@ -75,7 +76,7 @@ async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None
 
 
 def leave_to_next_get(mounts: Mounts, id: LayerId) -> None:
-    """It cannot be mounted now: its references stand, and the next `get` mounts it."""
+    """Give up mounting it now. Its references stay, and the next `get` mounts it."""
     table = mounts.table
     entry = table.entries[id]
     log.warning("a mount could not be made again; the next get does", id=id)
@@ -84,10 +85,10 @@ def leave_to_next_get(mounts: Mounts, id: LayerId) -> None:
 
 
 async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
-    """Raise UnmountBusy if the union that was unmounted lives on, and may write its branch.
+    """Raise UnmountBusy if the union is still alive after its unmount, and may write its branch.
 
-    It has a copy, in another mount namespace most likely. From that it is mounted again, as
-    nothing else can be while it lives.
+    Then it has a copy, most likely in another mount namespace. The layer is mounted again from that
+    copy, because no other union can have the branch while this one lives.
     """
     union = mounts.table.union(id, entry)
     mount = await mounts.thread.run(_brought_back, mounts, union, entry)
@@ -108,7 +109,7 @@ async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
 
 
 def _brought_back(mounts: Mounts, union: Union, entry: Entry) -> Identity | bool | None:
-    """The mount that was made of a copy; False if none could be; None if no union lives on."""
+    """The mount made from a copy; False if that failed; None if no union is alive."""
     if not helper.is_alive(union.work):
         try:
             exclusive.refuse_if_written(union, mounts.store.layout.probes, mounts.backend.namespace)

@@ -1,7 +1,7 @@
-"""At start: the journal's table held against the kernel's.
+"""At start, compares the table in the journal with the kernel's mounts.
 
-Mounts outlive the daemon, counts are in the journal, and people unmount by hand: where the two do
-not agree the kernel is right.
+Mounts outlive the daemon. The journal has the counts, but people unmount by hand meanwhile. Where
+the two differ, the kernel is right.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from aufsd.store.layout import Layout
 from aufsd.union.backend import Backend
 from aufsd_client.errors import AufsdError, MountFailed
 
-# what can be otherwise than when the last daemon ended
+# how the kernel can differ from what the last daemon left
 Difference = Literal["vanished", "appeared", "partial", "foreign", "holder", "remounted"]
 DIFFERENCES: tuple[Difference, ...] = get_args(Difference)
 
 
-class Note(NamedTuple):
-    """One thing that did not agree, and in words what was made of it."""
+class Finding(NamedTuple):
+    """One difference, and in words what was done about it."""
 
     id: LayerId
     kind: Difference
@@ -35,24 +35,27 @@ class Note(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """What did not agree, and which layers could not be settled for what reason."""
+    """The differences, and the layers that could not be settled, with the reason."""
 
-    notes: list[Note]
-    left: dict[LayerId, Exception]
+    findings: list[Finding]
+    unsettled: dict[LayerId, Exception]
 
 
 def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> Replayed:
-    """Set the table from the journal and the kernel, at start; what did not agree.
+    """Set the table from the journal and the kernel, before the first call. Blocking.
 
-    An entry stands if the mount that it was made for does, also below another one. Otherwise it
-    counts 0 and goes; so does nothing of a layer whose content directory is given out. A mount of
-    the layer that no entry knows counts 1. What somebody else mounted there is told and left alone.
-    A union that lacks branches, because the last daemon was killed between two mount calls, was
-    never given to anybody: it is unmounted. References of processes that have ended are noted, and
-    stand until who watches processes puts them. Blocking; called before the first call.
+    * An entry is kept if its mount is still there, even below another mount.
+    * An entry whose mount is gone is dropped, with its references.
+    * An entry of a layer that is given out as its content directory is kept.
+    * A mount of a layer without an entry counts 1.
+    * A mount that aufsd did not make is reported and left alone.
+    * A union without all its branches is unmounted. The last daemon was killed between two mount
+      calls, and had not given it to anybody.
+    * References of processes that have ended are reported. They are kept until the process watch
+      puts them.
 
-    Of a layer that cannot be settled what the journal says stays; `settle` is for later. Raises
-    OSError if the kernel's table cannot be read.
+    A layer that cannot be settled keeps the journal's entry, and `settle` is tried again later.
+    Raises OSError if the kernel's table cannot be read.
     """
     store = table.store
     found = Replayed([], {})
@@ -60,57 +63,58 @@ def replay(table: Table, recorded: dict[LayerId, Entry], backend: Backend) -> Re
     for id in {**recorded, **live}:
         entry = recorded.get(id)
         try:
-            settled, notes = settle(table, backend, id, entry, live.get(id, []))
+            settled, findings = settle(table, backend, id, entry, live.get(id, []))
         except Exception as error:
-            # one layer, whatever is wrong with it, ends no start
-            found.left[id] = error
-            settled, notes = refs.busy(entry) if entry else None, []
+            # whatever is wrong with one layer, the daemon starts
+            found.unsettled[id] = error
+            settled, findings = refs.busy(entry) if entry else None, []
         if settled is not None:
             table.enter(id, settled)
-        found.notes.extend(notes)
+        found.findings.extend(findings)
     table.journal.rewrite(table.entries)
     return found
 
 
 def settle(
     table: Table, backend: Backend, id: LayerId, recorded: Entry | None, rows: Sequence[Mount]
-) -> tuple[Entry | None, list[Note]]:
-    """The entry that a layer has by the journal and by the rows of its mount point, if any.
+) -> tuple[Entry | None, list[Finding]]:
+    """The entry of a layer, from the journal's entry and the mounts at its mount point.
 
-    Raises OSError, AufsdError: a mount that has to go stays. Blocking.
+    Raises OSError, AufsdError if a mount that must not stay cannot be unmounted. Blocking.
     """
     store = table.store
-    notes: list[Note] = []
+    findings: list[Finding] = []
     if not store.exists(id):
-        return None, notes
+        return None, findings
     entry = None
     if recorded is not None and (recorded.references or recorded.mounted):
         entry = _stands(store.layout, id, recorded, rows)
         if entry is not None:
             entry = refs.busy(entry)
-            notes += _ended(id, recorded)
+            findings += _ended(id, recorded)
         elif recorded.state is State.MOUNTING:
             entry = _made_again(table, backend, id, recorded, rows)
-            notes.append(Note(id, "remounted", "was about to be mounted again: it is now"))
+            findings.append(Finding(id, "remounted", "was about to be mounted again: it is now"))
         else:
             dropped = len(recorded.references)
-            notes.append(Note(id, "vanished", f"no longer mounted, {dropped} references dropped"))
+            text = f"no longer mounted, {dropped} references dropped"
+            findings.append(Finding(id, "vanished", text))
     if rows and (entry is None or not entry.mounted):
         appeared, note = _appeared(table, backend, id, rows[-1])
-        entry, notes = appeared or entry, [*notes, note]
-    return entry, notes
+        entry, findings = appeared or entry, [*findings, note]
+    return entry, findings
 
 
 def _made_again(
     table: Table, backend: Backend, id: LayerId, entry: Entry, rows: Sequence[Mount]
 ) -> Entry:
-    """The entry of a mount that the last daemon took away to make it again (remount.py)."""
+    """The entry of a mount that the last daemon had unmounted to mount it again (remount.py)."""
     layout = table.store.layout
     made = observed.uncounted(layout, id, rows[-1]) if rows else None
     if made is not None:
         return refs.mounted_again(entry, made.mount, read_only=made.read_only)
     mount, read_only = None, entry.read_only
-    # by another backend, or where it fails, the next `get` mounts it
+    # if the backend is another one, or the mount fails, the next `get` mounts it
     if entry.backend in (backend.name, refs.BIND) and not rows:
         with suppress(AufsdError, OSError, Occupied):
             union = table.union(id, entry)
@@ -125,40 +129,42 @@ def _stands(layout: Layout, id: LayerId, entry: Entry, rows: Sequence[Mount]) ->
     if not rows:
         return None
     if entry.mount is None:
-        # an older aufsd wrote it: what is mounted has to do
+        # an older aufsd wrote no identity: take the mount that is there
         found = observed.uncounted(layout, id, rows[-1])
         return None if found is None else replace(entry, mount=found.mount)
     on_top = observed.is_on_top(layout.mount_point(id), entry)
     return entry if on_top or observed.is_below(rows, entry) else None
 
 
-def _appeared(table: Table, backend: Backend, id: LayerId, row: Mount) -> tuple[Entry | None, Note]:
-    """A mount without an entry: the layer's own is counted, anything else told."""
+def _appeared(
+    table: Table, backend: Backend, id: LayerId, row: Mount
+) -> tuple[Entry | None, Finding]:
+    """A mount without an entry: counted if it is the layer's own, else only reported."""
     store = table.store
     entry = observed.uncounted(store.layout, id, row)
     if entry is None:
         text = f"{row.fstype} that aufsd did not mount is there: left alone"
-        return None, Note(id, "foreign", text)
+        return None, Finding(id, "foreign", text)
     if entry.backend == backend.name and id in store.parent:
         union = table.union(id, entry)
         if backend.is_part(union):
             backend.unmount(row.mount_point, flush=False)
             text = "mounted in part when the daemon was killed: unmounted"
-            return None, Note(id, "partial", text)
+            return None, Finding(id, "partial", text)
         if not backend.is_whole(union):
             text = "its branches are not the layer's parents: left alone"
-            return None, Note(id, "foreign", text)
+            return None, Finding(id, "foreign", text)
     if not entry.read_only:
         # whoever mounted it may have written to it
         with suppress(MountFailed):
             store.unrecord(id)
-    return entry, Note(id, "appeared", "mounted without an entry: counts 1")
+    return entry, Finding(id, "appeared", "mounted without an entry: counts 1")
 
 
-def _ended(id: LayerId, entry: Entry) -> list[Note]:
+def _ended(id: LayerId, entry: Entry) -> list[Finding]:
     processes = {(ref.pid, ref.start) for ref in entry.references if ref.hold == "process"}
     return [
-        Note(id, "holder", f"process {pid} has ended, its references are put")
+        Finding(id, "holder", f"process {pid} has ended, its references are put")
         for pid, start in sorted(processes)
         if _has_ended(pid, start)
     ]
@@ -167,5 +173,5 @@ def _ended(id: LayerId, entry: Entry) -> list[Note]:
 def _has_ended(pid: int, start: int) -> bool:
     try:
         return process(pid)[1] != start
-    except OSError:  # it cannot be told now; who watches processes asks again
+    except OSError:  # not known now; the process watch asks again
         return False

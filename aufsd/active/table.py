@@ -1,9 +1,9 @@
-"""The active-mount table behind THE lock: entries, transitions, and what a layer is used for.
+"""The active-mount table behind THE lock: entries, transitions, and the claims of operations.
 
-The lock guards the table and is never held across an await, so taking it never waits; where that
-rule is broken it raises. An id that is being mounted, unmounted or changed is in transition:
-whoever meets it waits for that id only, then asks again. Which system calls an entry stands for is
-the business of `mounts.py`.
+The lock guards the table. It is never held across an await, so nobody waits for it; if code breaks
+that rule, taking it raises. An id is in transition while its layer is mounted, unmounted or
+changed. Other calls for the same id wait for the end of the transition, then look again. The
+system calls are in `mounts.py`.
 """
 
 from collections import Counter
@@ -26,9 +26,9 @@ _NAMED = 20
 
 
 class _Lock:
-    """THE lock: taking it never waits, and raises where it is held across an await after all.
+    """THE lock. Taking it never waits; it raises if the holder awaits something.
 
-    A trio.Lock, with its queue for those who wait, costs a tenth of a call.
+    A trio.Lock has a queue of waiters, which would cost a tenth of a call.
     """
 
     __slots__ = ("_held",)
@@ -38,7 +38,7 @@ class _Lock:
 
     def __enter__(self) -> None:
         if self._held:
-            raise RuntimeError("the table is locked already: who has it awaits something")
+            raise RuntimeError("the table is locked already: its holder awaits something")
         self._held = True
 
     def __exit__(self, *_: object) -> None:
@@ -47,16 +47,16 @@ class _Lock:
 
 @dataclass(slots=True)
 class Table:
-    """Who uses which layer. `entries` is for reading: it changes by `enter` and `leave` alone."""
+    """Who uses which layer. Only `enter` and `leave` change `entries`."""
 
     store: Store
     journal: Journal
     entries: dict[LayerId, Entry] = field(default_factory=dict)
     _lock: _Lock = field(default_factory=_Lock)
     _moving: dict[LayerId, trio.Event] = field(default_factory=dict)
-    # how many jobs read a layer now
-    _readers: Counter[LayerId] = field(default_factory=Counter)
-    # set when nobody reads that layer any more
+    # jobs that read a layer now
+    _read_by: Counter[LayerId] = field(default_factory=Counter)
+    # set when no job reads that layer any more
     _unread: dict[LayerId, trio.Event] = field(default_factory=dict)
     tick: Tick = field(init=False)
 
@@ -64,28 +64,28 @@ class Table:
         self.tick = Tick(self.journal, self.entries)
 
     def locked(self) -> AbstractContextManager[None]:
-        """The table, for the length of a block without an await."""
+        """Lock the table, for a block without an await."""
         return self._lock
 
     # --- transitions --------------------------------------------------------------------------
 
     def in_transition(self, *ids: LayerId) -> trio.Event | None:
-        """The event of the first of these that is in transition; None if all are settled."""
+        """The event to wait for, if one of these ids is in transition; None if none is."""
         for id in ids:
             if id in self._moving:
                 return self._moving[id]
         return None
 
     def begin(self, id: LayerId) -> None:
-        """Put a settled id into transition. Whoever does must `end` it, however it goes."""
+        """Begin a transition of an id that is in none. The caller must `end` it in any case."""
         self._moving[id] = trio.Event()
 
     def end(self, id: LayerId) -> None:
-        """The transition is over: those who wait ask again."""
+        """End the transition, and wake those who wait for it."""
         self._moving.pop(id).set()
 
     async def claim(self, id: LayerId, refuse: Callable[[LayerId], None] = lambda _: None) -> None:
-        """Begin a transition once the id is settled, unless `refuse` raises.
+        """Wait until the id is in no transition, then begin one, unless `refuse` raises.
 
         Cancelled: nothing was begun.
         """
@@ -113,11 +113,11 @@ class Table:
         self.journal.record(id, self.entries.get(id), self.entries)
 
     def busy(self) -> list[LayerId]:
-        """Ids that stayed mounted although no reference is left."""
+        """Ids that are mounted without a reference, because the unmount was busy."""
         return [
             id
             for id, entry in self.entries.items()
-            # the rarest first: every poll of health and metrics comes by here
+            # the rarest condition first: health and metrics ask for every entry
             if not entry.references and entry.mounted and entry.state is State.ACTIVE
         ]
 
@@ -132,7 +132,7 @@ class Table:
     def union(
         self, id: LayerId, entry: Entry, *, opaque: frozenset[LayerId] | None = None
     ) -> Union:
-        """What a backend has to mount for an entry; `opaque` as Union.opaque_roots, by id."""
+        """What a backend has to mount for an entry. `opaque`: Union.opaque_roots, as ids."""
         layout = self.store.layout
         return Union(
             id=id,
@@ -145,14 +145,14 @@ class Table:
             opaque_roots=None if opaque is None else frozenset(map(layout.content, opaque)),
         )
 
-    # --- what a layer is used for -------------------------------------------------------------
+    # --- claims -------------------------------------------------------------------------------
 
     @asynccontextmanager
     async def creating(self, id: LayerId, parent: LayerId | None) -> AsyncIterator[None]:
-        """Claim a new id: in the index at once, so that the parent cannot be removed meanwhile.
+        """Claim a new id. It is in the index at once, so the parent cannot be removed meanwhile.
 
-        Raises LayerExists, ParentNotFound, LayerDamaged. Left by an exception or a cancellation,
-        the id is free again.
+        Raises LayerExists, ParentNotFound, LayerDamaged. After an exception or a cancellation the
+        id is free again.
         """
         related = (id,) if parent is None else (id, parent)
         while True:
@@ -181,13 +181,13 @@ class Table:
     async def changing(self, id: LayerId) -> AsyncIterator[None]:
         """Claim a layer's content for writing.
 
-        Raises LayerNotFound, LayerDamaged; LayerInUse if it, or one that stands on it, is
-        referenced, mounted or read.
+        Raises LayerNotFound, LayerDamaged. Raises LayerInUse if a job reads it, or if it or a layer
+        above it is referenced or mounted.
         """
 
         def refuse(id: LayerId) -> None:
             self.store.require(id)
-            if id in self.entries or self._readers[id] or self._above(id):
+            if id in self.entries or self._read_by[id] or self._above(id):
                 raise self.in_use(id)
 
         await self.claim(id, refuse)
@@ -200,10 +200,10 @@ class Table:
     async def replacing(
         self, ids: tuple[LayerId, ...], refuse: Callable[[], None]
     ) -> AsyncIterator[None]:
-        """Claim layers of which the first gets new content and a new parent, whoever uses it.
+        """Claim layers. The first of them gets new content and a new parent, and may be referenced.
 
-        It may be referenced. Jobs that read it are waited for. Raises what `refuse` raises, which
-        is asked when all is settled; LayerNotFound, LayerDamaged. Cancelled: nothing was begun.
+        Waits for jobs that read the first. Then `refuse` is called, and may raise. Raises
+        LayerNotFound, LayerDamaged. Cancelled: nothing was begun.
         """
         while True:
             with self.locked():
@@ -227,7 +227,7 @@ class Table:
 
     @asynccontextmanager
     async def unused(self, id: LayerId) -> AsyncIterator[None]:
-        """Claim a layer that nobody may write to meanwhile; it may be read, and stood on in use.
+        """Claim a layer so that nobody writes to it. It may be read, and layers above it be in use.
 
         Raises LayerNotFound, LayerDamaged; LayerInUse if it is referenced or mounted.
         """
@@ -249,9 +249,9 @@ class Table:
     ) -> AsyncIterator[tuple[tuple[LayerId, ...], ...]]:
         """Claim layers for reading: none of them is changed, converted or removed meanwhile.
 
-        `which` says what is to be claimed, as chains. It is asked again whenever one of them had to
-        be waited for, so that nobody reads along a chain that an earlier layer of the same id had.
-        Raises what `which` raises, LayerNotFound, LayerDamaged.
+        `which` returns the layers to claim, as chains. It is called again after every wait, because
+        a layer may meanwhile have been removed and made again with other parents. Raises what
+        `which` raises, LayerNotFound, LayerDamaged.
         """
         while True:
             with self.locked():
@@ -261,39 +261,39 @@ class Table:
                 if waiting is None:
                     for id in wanted:
                         self.store.require(id)
-                    self._readers.update(wanted)
+                    self._read_by.update(wanted)
                     break
             await waiting.wait()
         try:
             yield chains
         finally:
             for id in wanted:
-                self._readers[id] -= 1
-                if not self._readers[id]:
-                    del self._readers[id]
+                self._read_by[id] -= 1
+                if not self._read_by[id]:
+                    del self._read_by[id]
                     if id in self._unread:
                         self._unread.pop(id).set()
 
     async def wait_unread(self, id: LayerId) -> None:
-        """Wait until no job reads a layer whose transition the caller holds: none begins to."""
-        while self._readers[id]:
+        """Wait until no job reads the layer. The caller has begun its transition: none starts."""
+        while self._read_by[id]:
             await self._unread.setdefault(id, trio.Event()).wait()
 
     def is_read(self, id: LayerId) -> bool:
         """Whether a job reads the layer now."""
-        return self._readers[id] > 0
+        return self._read_by[id] > 0
 
     def in_use(self, id: LayerId) -> LayerInUse:
-        """The error that says what a layer is used for.
+        """The error that says why a layer is in use.
 
-        `layers` are those in use, this one or what stands on it; `holders` who counted them.
+        Its `layers` are those in use: this one, or those above it. Its `holders` have references.
         """
         entry = self.entries.get(id)
-        users = [id] if entry or self._readers[id] else self._above(id)
+        users = [id] if entry or self._read_by[id] else self._above(id)
         references = entry.references if entry else ()
         if references:
             why = f"{len(references)} references to it are left"
-        elif self._readers[id]:
+        elif self._read_by[id]:
             why = "it is being read"
         elif entry:
             why = "it is mounted"
@@ -312,10 +312,10 @@ class Table:
         )
 
     def _above(self, id: LayerId) -> list[LayerId]:
-        """The entries that stand on the layer.
+        """Ids with an entry whose layers are above this one.
 
-        Looked for when it is asked, and nothing stands on most: to keep a count for each layer of
-        a chain costs every mount of a long one a tenth of its time.
+        They are searched for on demand. A count kept for each layer of a chain would cost every
+        mount of a long chain a tenth of its time.
         """
         found: list[LayerId] = []
         below = [id]

@@ -80,45 +80,45 @@ def store(layers: Store, overview: Overview, recovered: list[Recovered]) -> Sour
     return collect
 
 
-def mounts(unions: Mounts) -> Source:
+def mounts(active: Mounts) -> Source:
     """The table, and the thread that mounts."""
 
     def collect() -> Iterator[Family]:
         # a thousand mounts are common: one pass, and nothing in it that is not needed
-        mounted = {unions.backend.name: 0}
+        mounted = {active.backend.name: 0}
         manual = busy = 0
-        held = []
-        for entry in unions.table.entries.values():
+        processes = []
+        for entry in active.table.entries.values():
             if entry.mounted:
                 mounted[entry.backend] = mounted.get(entry.backend, 0) + 1
                 if not entry.references and entry.state is State.ACTIVE:
                     busy += 1
             for reference in entry.references:
                 if reference.hold == "process":
-                    held.append((reference.pid, reference.start))
+                    processes.append((reference.pid, reference.start))
                 else:
                     manual += 1
-        references = by("hold", {"manual": manual, "process": len(held)})
-        yield gauge("aufsd_mounts", "Mounted unions", by("backend", mounted))
+        references = by("hold", {"manual": manual, "process": len(processes)})
+        yield gauge("aufsd_mounts", "Mounted active", by("backend", mounted))
         yield gauge("aufsd_references", "References", references)
-        yield gauge("aufsd_holders", "Processes that hold references", len(set(held)))
+        yield gauge("aufsd_holders", "Processes that hold references", len(set(processes)))
         yield gauge("aufsd_mounts_busy", "Mounts that stay busy without a reference", busy)
         for name, text, value in (
-            ("mounts_made", "Mounts made", unions.counters.mounts),
-            ("mounts_failed", "Mounts that failed", unions.counters.failed_mounts),
-            ("mounts_vanished", "Mounts that others unmounted", unions.counters.vanished_mounts),
-            ("unmounts", "Unmounts made", unions.counters.unmounts),
-            ("unmount_busy_retries", "Unmounts repeated after EBUSY", unions.counters.busy_retries),
-            ("mount_busy_retries", "Mounts repeated after EBUSY", unions.counters.busy_mounts),
-            ("processes_ended", "Processes that ended holding", unions.processes.ends),
+            ("mounts_made", "Mounts made", active.counters.mounts),
+            ("mounts_failed", "Mounts that failed", active.counters.failed_mounts),
+            ("mounts_vanished", "Mounts that others unmounted", active.counters.vanished_mounts),
+            ("unmounts", "Unmounts made", active.counters.unmounts),
+            ("unmount_busy_retries", "Unmounts repeated after EBUSY", active.counters.busy_retries),
+            ("mount_busy_retries", "Mounts repeated after EBUSY", active.counters.busy_mounts),
+            ("processes_ended", "Processes that ended holding", active.processes.ends),
         ):
             yield counter(f"aufsd_{name}_total", text, value)
         yield counter(
             "aufsd_start_differences_total",
             "Where the table's journal and the kernel did not agree at the start",
-            by("kind", {kind: unions.counters.differences[kind] for kind in DIFFERENCES}),
+            by("kind", {kind: active.counters.differences[kind] for kind in DIFFERENCES}),
         )
-        thread = unions.thread
+        thread = active.thread
         yield gauge("aufsd_mount_thread_queue", "Calls that wait for the thread", thread.queued)
         yield gauge(
             "aufsd_mount_thread_running_seconds",

@@ -344,7 +344,7 @@ async def test_who_holds_a_mount_is_looked_for_in_a_thread_of_its_own(tmp_path: 
                         putting.cancel_scope.cancel()
                 nursery.start_soon(driver.holders, TOP)
                 with trio.fail_after(30):
-                    await driver.active.breathe()
+                    await driver.active.prove_alive()
                     assert (await driving.get(driver, TOP)).references == 1
                     assert not (await driving.put(driver, TOP)).references
             finally:
