@@ -1,7 +1,7 @@
-"""The one line that every call leaves in the log, and how much of that a peer can cause.
+"""The log line of every call, and a limit on how much log a peer can cause.
 
-What a peer sends is cut, and its refusals are limited: anybody may open the monitor socket, and ask
-for a million things that he is not given. What was not written is counted and told.
+Anybody may open the monitor socket and send a million requests that are refused. So ids and reasons
+are cut, and refusals of a user are logged at a limited rate. The log says how many were left out.
 """
 
 import time
@@ -15,17 +15,17 @@ from aufsd.service.log import RateLimit, emit
 
 log = structlog.get_logger(__name__)
 
-# of what a peer sent, in characters
+# characters that are logged of an id, and of the reason of a refusal
 _SUBJECT, _REASON = 200, 500
 # refusals and dropped peers of one user, and of all: so many lines at once, then so many a second
 _BURST, _RATE = 100, 10.0
 _ALL_BURST, _ALL_RATE = 1000, 50.0
-# how often what was not written is told
+# how often the log says how many lines were left out
 _TELL = 10.0  # seconds
 
 
 class AccessLog:
-    """Writes the lines. `run` tells of those that were not written."""
+    """Writes the lines. `run` reports those that were left out."""
 
     def __init__(self) -> None:
         self._users = RateLimit(_BURST, _RATE)
@@ -33,9 +33,9 @@ class AccessLog:
         self._left_out = trio.Event()
 
     def call(self, peer: Peer, request: Request, seconds: float) -> None:
-        """A call has ended: at level info what changes or uses the store, and what was refused."""
+        """Log a call that has ended: at info if it uses or changes the store, or was refused."""
         row, error = request.row, request.error
-        # what never became a call is the peer's own business
+        # a line that never became a call is the peer's own business
         quiet = row is None or (row.kind == "read" and error is None)
         if error is not None and not quiet and not self._allows(peer):
             return
@@ -61,7 +61,7 @@ class AccessLog:
             log.warning("peer dropped", reason=reason, **known, comm=peer.comm, start=peer.start)
 
     async def run(self) -> None:
-        """Tell now and then how many lines were left out. Endless."""
+        """Report every _TELL seconds how many lines were left out, if any. Endless."""
         while True:
             await self._left_out.wait()
             await trio.sleep(_TELL)
@@ -69,7 +69,7 @@ class AccessLog:
             self.tell()
 
     def tell(self) -> None:
-        """Write how many lines of whom were left out since the last time."""
+        """Log how many lines of each user were left out since the last time."""
         for uid, count in sorted(self._users.take_left_out().items()):
             log.warning("refusals were not logged", uid=uid, count=count)
         for count in self._all.take_left_out().values():
@@ -84,7 +84,7 @@ class AccessLog:
 
 
 def _cut(subject: object) -> object:
-    """What a peer gave as a layer's id, as much as the log takes of it."""
+    """The layer's id that a peer sent, cut for the log."""
     if subject is None or isinstance(subject, str):
         return subject and subject[:_SUBJECT]
     return f"<{type(subject).__name__}>"

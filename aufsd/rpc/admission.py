@@ -1,8 +1,8 @@
-"""Who is let in, what they may ask, and how much at a time. Pure: it counts and refuses.
+"""Who may connect, what they may call, and how much at a time. Pure: it counts and refuses.
 
-Limits hold for each socket or each user by itself, so that whoever may open the monitor socket,
-which is everybody, cannot keep others off the control socket. Of memory, what connections hold is
-counted: lines that are not whole or not begun, calls that wait, answers that are not taken.
+Each limit is for one socket or for one user. So a user of the monitor socket, which everybody may
+open, cannot keep others off the control socket. Memory is counted for what connections have in it:
+lines that are not complete or not begun, calls that wait, answers that the peer has not taken.
 """
 
 from collections import Counter
@@ -25,12 +25,12 @@ class Allow:
     gids: tuple[int, ...] = ()
 
 
-# what holds for each user but root where the configuration says nothing
+# limits for each user but root, if the configuration has none
 CONNECTIONS_PER_USER = 256  # on each socket
 CALLS_PER_USER = 1024
 ARCHIVES_PER_USER = 64
-# bytes that the connections of one user but root may hold, by whether it is the monitor socket;
-# and those of all users together on the monitor socket
+# bytes in memory for the connections of one user but root, by whether it is the monitor socket; and
+# for all connections of the monitor socket together
 BYTES_PER_USER = {False: 32 << 20, True: 16 << 20}
 BYTES_MONITOR = 64 << 20
 
@@ -39,27 +39,27 @@ BYTES_MONITOR = 64 << 20
 class ServerSettings:
     """What limits connections and calls; seconds and counts.
 
-    Where "per user" is said, 0 is the limit above, for each user but root.
+    A limit per user does not hold for root. 0: the limit above.
     """
 
     # for each of the two sockets
     max_connections: int = 2000
-    # of one connection; then it is not read (api.md section 1)
+    # of one connection; beyond it, the connection is not read (api.md section 1)
     max_in_flight: int = 64
     # per user, over all its connections; beyond: -32001
     max_connections_per_user: int = 0
     max_calls_per_user: int = 0
     max_archives_per_user: int = 0
-    # running calls may take so long after the stop was asked for
+    # for running calls to end, after the stop was asked for
     drain_timeout: float = 10.0
-    # a peer that does not take a reply for so long is dropped
+    # a peer that takes no reply for so long is dropped
     send_timeout: float = 30.0
-    # a kind that is not named is open to everybody who can open the socket
+    # without an entry, a kind is open to everybody who can open the socket
     allow: Mapping[Kind, Allow] = field(default_factory=dict)
 
 
-# why peers are dropped: a line that is too long, more descriptors than may wait, answers that are
-# not taken in time, another protocol, more bytes held than a user may
+# why peers are dropped: a line is too long, too many descriptors wait, answers are not taken in
+# time, the protocol is another one, a user has too many bytes in memory
 DROPPED = ("overlong", "descriptors", "slow", "http", "memory")
 
 
@@ -71,7 +71,7 @@ class Statistics:
     accepted: int
     refused: int
     in_flight: int
-    # why peers were dropped: see DROPPED
+    # by reason, see DROPPED
     dropped: Mapping[str, int]
 
 
@@ -80,9 +80,9 @@ class Admission:
     """The counts of one server. `settings` may be replaced while it runs."""
 
     settings: ServerSettings
-    # called when the last call has ended while draining
+    # called when the last call ends while draining
     on_idle: Callable[[], None]
-    # how many descriptors the process may have (RLIMIT_NOFILE)
+    # that the process may have (RLIMIT_NOFILE)
     descriptors: int = 1 << 20
     draining: bool = False
     in_flight: int = 0
@@ -93,12 +93,12 @@ class Admission:
     _connections: Counter[tuple[bool, int]] = field(default_factory=Counter)
     _calls: Counter[int] = field(default_factory=Counter)
     _archives: Counter[int] = field(default_factory=Counter)
-    # (monitor, uid) -> bytes held
+    # (monitor, uid) -> bytes in memory
     _bytes: Counter[tuple[bool, int]] = field(default_factory=Counter)
     _bytes_monitor: int = 0
 
     def statistics(self) -> Statistics:
-        """A snapshot."""
+        """The counts as they are now."""
         return Statistics(
             connections=self._connections.total(),
             accepted=self.accepted,
@@ -110,7 +110,7 @@ class Admission:
     # --- connections --------------------------------------------------------------------------
 
     def admit(self, uid: int, *, monitor: bool) -> None:
-        """Count one more, or Overloaded."""
+        """Count one more connection. Raises Overloaded."""
         try:
             self._room(uid, monitor=monitor)
         except Overloaded:
@@ -120,12 +120,12 @@ class Admission:
         self._connections[monitor, uid] += 1
 
     def leave(self, uid: int, *, monitor: bool) -> None:
-        """Count one that was admitted less."""
+        """Count one connection less."""
         _less(self._connections, (monitor, uid))
 
     def _room(self, uid: int, *, monitor: bool) -> None:
         of_socket = sum(n for (kind, _), n in self._connections.items() if kind is monitor)
-        # a quarter of the descriptors is the daemon's own, and the monitor socket has one at most
+        # of the descriptors, a quarter is for the monitor socket and half for the control socket
         open_files = self.descriptors // (4 if monitor else 2)
         limit = min(self.settings.max_connections, open_files)
         if of_socket >= limit:
@@ -166,7 +166,7 @@ class Admission:
     # --- calls --------------------------------------------------------------------------------
 
     def permit(self, peer: Peer, groups: tuple[int, ...], kind: Kind) -> None:
-        """PermissionDenied if the allow-list of this kind does not have the peer."""
+        """Raises PermissionDenied if the allow-list of this kind does not have the peer."""
         allow = self.settings.allow.get(kind)
         if allow is None or peer.uid == 0 or peer.uid in allow.uids:
             return
@@ -178,7 +178,7 @@ class Admission:
             )
 
     def gate(self, peer: Peer, groups: tuple[int, ...], method: Method, *, monitor: bool) -> None:
-        """Whether a call that arrives now is taken at all; raises why not."""
+        """Raises ShuttingDown, PermissionDenied or Overloaded if a call may not be made now."""
         if self.draining:
             raise ShuttingDown("the daemon is stopping and takes no new calls")
         if monitor and not method.monitor:
@@ -192,26 +192,26 @@ class Admission:
             raise Overloaded(f"user {peer.uid} has {limit} calls running already", limit=limit)
 
     def begin(self, uid: int) -> None:
-        """A call waits, or an answer waits to be taken."""
+        """Count one more call that waits, or answer that the peer has not taken."""
         self.in_flight += 1
         self._calls[uid] += 1
 
     def end(self, uid: int) -> None:
-        """It does so no more."""
+        """Count one less."""
         self.in_flight -= 1
         _less(self._calls, uid)
         if self.draining and not self.in_flight:
             self.on_idle()
 
     def begin_archive(self, uid: int) -> None:
-        """An archive of this user is about to move; Overloaded if it has too many already."""
+        """Count one more archive of this user. Raises Overloaded."""
         limit = _limit(self.settings.max_archives_per_user, ARCHIVES_PER_USER, uid)
         if limit and self._archives[uid] >= limit:
             raise Overloaded(f"user {uid} has {limit} archives running already", limit=limit)
         self._archives[uid] += 1
 
     def end_archive(self, uid: int) -> None:
-        """One that was begun is over."""
+        """Count one archive less."""
         _less(self._archives, uid)
 
 

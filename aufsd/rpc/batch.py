@@ -1,16 +1,16 @@
-"""A batch under way: its requests are carried out in order, and answered together in one line."""
+"""A batch in progress: its requests are carried out in order and answered in one line."""
 
 import os
 from collections.abc import Sequence
 
 import msgspec
 
-# what a Raw and its place in the list take
+# bytes of a Raw and its place in the list
 _OBJECT = 100
 
 
 class Batch:
-    """Owns the descriptors that its requests claimed and that were not taken out yet."""
+    """Owns the claimed descriptors of the requests that were not taken out yet."""
 
     def __init__(
         self, elements: Sequence[msgspec.Raw], fds: Sequence[int | None], size: int, limit: int
@@ -21,11 +21,11 @@ class Batch:
         self._next = 0
         self._ended = 0
         self._replies: list[bytes] = []
-        # bytes in memory: the line, an object for each element, the replies
+        # bytes in memory: the line, one object per element, the replies
         self.memory = size + _OBJECT * len(elements)
         # of the replies
         self._size = 0
-        # the request that was taken last has to wait: the next one may not be begun
+        # the last request taken out waits; the next one may not be begun
         self.waiting = False
 
     @property
@@ -40,7 +40,7 @@ class Batch:
 
     @property
     def is_full(self) -> bool:
-        """Whether the replies are so long that what is left has to be refused."""
+        """Whether the replies are so long that the rest of the requests is refused."""
         return self._size > self._limit
 
     def take(self) -> tuple[msgspec.Raw, int | None]:
@@ -49,7 +49,7 @@ class Batch:
         return self._elements[at], self._fds[at] if self._fds else None
 
     def end(self, reply: bytes | None) -> None:
-        """The next of the requests that were taken has ended; None if it is not answered."""
+        """A request that was taken out has ended. `reply` is None for a notification."""
         self._ended += 1
         self.waiting = False
         if reply is not None:

@@ -1,9 +1,9 @@
 """What a call is: who asks, for which method, with which descriptor.
 
-A method is a function `f(call, /, *, name: type = default)`. One that never waits returns its
-answer; one that may have to wait returns a coroutine for it, and an `async def` always does. Its
-signature is the only place where its parameters are written down: the check of what arrives and the
-document of `rpc.discover` are both made from it.
+A method is a function `f(call, /, *, name: type = default)`. A method that never waits returns its
+answer. A method that may have to wait returns a coroutine for it; an `async def` always does. The
+signature is the only place that lists the parameters: the check of a request and the document of
+`rpc.discover` are made from it.
 """
 
 import inspect
@@ -21,23 +21,23 @@ from aufsd.kernel.peer import Peer
 from aufsd.rpc.descriptors import require_stream
 from aufsd_client.errors import AufsdError, InvalidParams
 
-# read: asks; use: mounts and content go out; change: the store is another one afterwards
+# read: only asks; use: gives out mounts and content; change: changes the store
 Kind = Literal["read", "use", "change"]
 Answer = msgspec.Struct | dict[str, object] | msgspec.Raw
 
 
 @dataclass(slots=True, frozen=True)
 class Call:
-    """One call as its method sees it. `fd` is the connection's, which closes it after the call."""
+    """One call, for its method. The connection owns `fd`, and closes it after the call."""
 
     driver: Driver
     peer: Peer
-    # whether this peer may do what this kind of method does, or PermissionDenied
+    # raises PermissionDenied if this peer may not call methods of this kind
     permit: Callable[[Kind], None]
     fd: int | None = None
 
     def stream(self, *, write: bool) -> int:
-        """The descriptor that came with the call, checked; or InvalidDescriptor."""
+        """The descriptor that came with the call, checked. Raises InvalidDescriptor."""
         return require_stream(self.fd, write=write)
 
 
@@ -54,13 +54,13 @@ class Method:
     streams: bool
     # cancelled when its peer goes away; every method that streams is
     cancel_with_peer: bool
-    # called without the library when its parameters come by name (dispatch.py)
+    # called without jsonrpcserver when its parameters come by name (dispatch.py)
     fast_path: bool
     params: type[msgspec.Struct]
-    # those of its parameters that are integers
+    # the names of its integer parameters
     integers: tuple[str, ...]
     result: Any
-    # what it may answer beside the errors of every method
+    # errors that it may answer beside those of every method
     errors: tuple[type[AufsdError], ...]
 
     def parse(self, params: dict[str, object]) -> dict[str, object]:
@@ -96,12 +96,12 @@ def method(
         if parameter.default is inspect.Parameter.empty:
             fields.append((parameter.name, hints[parameter.name]))
         elif isinstance(parameter.default, Mapping):
-            # "storage_opt={}": a fresh one for each call
+            # a new mapping for each call
             empty: Any = msgspec.field(default_factory=dict)
             fields.append((parameter.name, hints[parameter.name], empty))
         else:
             fields.append((parameter.name, hints[parameter.name], parameter.default))
-    # one that is a keyword of Python has an underscore behind it, which is not on the wire
+    # `as_` here is "as" in a request: it is a keyword of Python
     keywords = {each[0]: each[0][:-1] for each in fields if each[0].endswith("_")}
     params = msgspec.defstruct(
         f"{name}.params", fields, kw_only=True, forbid_unknown_fields=True, rename=keywords
@@ -131,7 +131,7 @@ def _is_integer(hint: Any) -> bool:
 
 
 def _answer_of(hint: Any) -> Any:
-    """The answer's type: of one that may have to be awaited it stands first."""
+    """The type of the answer; of `Answer | Coroutine` the first."""
     return typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
 
 
@@ -141,7 +141,7 @@ _WRONG = re.compile(r"(.*) - at `(?:key in )?\$\.([a-z_]+)(.*)`", re.DOTALL)
 
 
 def _sentence(text: str) -> str:
-    """What msgspec says of a value, as a sentence that names the parameter."""
+    """The text of an error of msgspec, as a sentence that names the parameter."""
     if found := _MISSING.fullmatch(text):
         return f"the parameter {found[1]} is missing"
     if found := _UNKNOWN.fullmatch(text):

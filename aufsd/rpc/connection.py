@@ -1,4 +1,4 @@
-"""One peer's socket: what comes in is cut into lines and handed to the runner, in order."""
+"""One peer's socket. It is read into lines, and each line is handed to the runner, in order."""
 
 import math
 import socket
@@ -21,13 +21,13 @@ from aufsd.rpc.states import Event, State, after
 from aufsd_client.errors import AufsdError, InvalidRequest, Overloaded, ParseError
 from aufsd_client.wire import MAX_LINE, READ_SIZE
 
-# what the monitor socket serves is asked for in a hundred bytes, and everybody may open it
+# requests to the monitor socket have about a hundred bytes, and everybody may open it
 MONITOR_MAX_LINE = 32 << 10
 _MONITOR_READ_SIZE = 16 << 10
 # room for twice as many descriptors as may wait; the kernel closes what does not fit
 _ANCILLARY = socket.CMSG_SPACE(2 * MAX_UNCLAIMED * 4)
-# how much of what a refused peer sends is read and thrown away, and for how long, so that one that
-# writes before it reads comes to see why
+# A refused peer may write all of its request before it reads why it was refused. So much of it is
+# read and thrown away, for so long.
 _LINGER_BYTES, _LINGER_SECONDS = 16 << 20, 5.0
 
 # plain numbers: Python's own are enumerations, slow to combine
@@ -40,7 +40,7 @@ log = structlog.get_logger(__name__)
 class Connection:
     """Owns the socket, and the descriptors on it that no call has claimed, until it is closed.
 
-    It closes itself when its peer sends no more and its calls have ended, and says so to `ended`.
+    When the peer sends no more and all calls have ended, it closes itself and calls `ended`.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Connection:
         self.peer = peer
         self.uid = peer.uid
         self.monitor = monitor
-        # the queue's
+        # the ready queue's own
         self.queued = False
         self.deadline = math.inf
         self._sock = sock
@@ -81,8 +81,9 @@ class Connection:
             changed=self._update,
             failed=self.fail,
         )
-        # how much the last read brought; how much was thrown away
+        # bytes of the last read
         self._length = 0
+        # bytes thrown away
         self._discarded = 0
         # bytes that the admission has counted, and what the poller watches for
         self._counted_bytes = 0
@@ -101,12 +102,12 @@ class Connection:
         self._shared.admission.count_bytes(self.uid, -self._counted_bytes, monitor=self.monitor)
         self._counted_bytes = 0
 
-    # --- what the reader tells ----------------------------------------------------------------
+    # --- what the reader calls ----------------------------------------------------------------
 
     def on_ready(self, events: int) -> None:
-        """Do what the socket is ready for: read once, send on, notice that the peer is gone."""
+        """Read once, send more, or note that the peer is gone, as the socket is ready for it."""
         if events & GONE:
-            # what it sent is carried out
+            # the calls that it has sent are carried out all the same
             self._runner.close_outbox()
             self._update()
         elif events & WRITABLE:
@@ -115,7 +116,7 @@ class Connection:
             self._read()
 
     def step(self) -> None:
-        """Begin the next request of a batch, or the next line, in the order they came in."""
+        """Begin the next request of the batch, or the next line."""
         batch = self._runner.batch
         if batch is not None and batch.is_ready:
             self._runner.step_batch()
@@ -125,7 +126,7 @@ class Connection:
             self._update()
 
     def expire(self) -> None:
-        """The deadline has passed: an answer was not taken, or the peer was refused."""
+        """The deadline has passed: the peer did not take an answer, or was refused."""
         if self._state is State.REFUSED and not self._outbox:
             self._move(Event.DONE)
             self._update()
@@ -160,7 +161,7 @@ class Connection:
             self._reader.enqueue(self)
         if not self._runner.in_flight:
             if self._state is State.REFUSED:
-                # the peer sees the end, and may go on writing for a while
+                # the peer sees the end of the answers, and may write for a while longer
                 with suppress(OSError):
                     self._sock.shutdown(socket.SHUT_WR)
             self._move(Event.IDLE)
@@ -180,7 +181,7 @@ class Connection:
         )
 
     def _has_more(self) -> bool:
-        """Whether there may be a line to begin, or the end to be noticed."""
+        """Whether there may be another line, or the end of the input."""
         if self._runner.is_starting:
             return False
         state = self._state
@@ -192,12 +193,12 @@ class Connection:
             self._update()
 
     def _has_room(self) -> bool:
-        """Whether another line may be begun. The batches of a connection come one at a time."""
+        """Whether another line may be begun. A connection carries out one batch at a time."""
         runner = self._runner
         return runner.has_room and (runner.batch is None or not self._buffer.begins_batch())
 
     def _watch(self) -> None:
-        """Tell the poller and the reader's clock what is waited for."""
+        """Tell the poller what to watch for, and the reader the deadline."""
         blocked = bool(self._outbox)
         wanted = (self._state in (State.READING, State.REFUSED), blocked)
         if wanted != self._watched:
@@ -224,7 +225,7 @@ class Connection:
                     self._drop("memory")
 
     def _refuse(self, error: AufsdError, reason: str) -> None:
-        """Tell the peer why nothing more of what it sends is carried out."""
+        """Answer with an error, and carry out nothing more of what the peer sends."""
         self._shared.admission.dropped[reason] += 1
         self._shared.log.dropped(self.peer, reason)
         self._buffer.clear()
@@ -256,7 +257,7 @@ class Connection:
         before = len(self._outbox)
         self._runner.flush()
         if len(self._outbox) < before:
-            # the next frame has its own time
+            # the next frame gets a deadline of its own
             self._reader.set_deadline(self, math.inf)
         self._update()
 
@@ -274,11 +275,12 @@ class Connection:
             self._reader.enqueue(self)
 
     def _receive(self) -> bytes | None:
-        """One read; b"" at the end, None if there was nothing after all."""
+        """One read. b"" at the end; None if there was nothing to read."""
         try:
             if self.monitor:
-                # No method there takes a descriptor. Read so, the kernel drops them unseen, and
-                # nobody can make us close(2), and wait for, a file of a file system of his own.
+                # No method of the monitor socket takes a descriptor. recv(2) has the kernel drop
+                # them. To receive and close(2) them could block: the file may be of a file system
+                # that the peer itself serves.
                 return self._sock.recv(_MONITOR_READ_SIZE)
             data, ancillary, flags, _ = self._sock.recvmsg(READ_SIZE, _ANCILLARY, _CMSG_CLOEXEC)
         except (BlockingIOError, InterruptedError):
@@ -307,7 +309,7 @@ class Connection:
             self._update()
 
     def _next_line(self) -> None:
-        """Begin the next whole line; after the last one, say what is wrong with the rest."""
+        """Begin the next whole line. After the last one, report a rest without a newline."""
         try:
             line = self._buffer.next_line()
         except InvalidRequest as error:
@@ -346,7 +348,7 @@ class Connection:
             self._runner.begin(message, fd, len(line))
 
     def _claim_all(self, elements: list[dispatch.Element]) -> list[int | None]:
-        """The descriptors of a batch: they are claimed before any of its requests is begun."""
+        """The descriptors of a batch. All are claimed before the first request is begun."""
         if not self._descriptors:
             return []
         claimed: list[int | None] = []

@@ -1,7 +1,7 @@
-"""Descriptors that came over a connection: whose they are, until when, and what they can carry.
+"""Descriptors that came over a connection: which line claims them, and when they are closed.
 
-Nothing here waits. A received descriptor is ours at once (unix(7), SCM_RIGHTS); it is claimed by a
-line, or closed.
+A received descriptor belongs to the daemon at once (unix(7), SCM_RIGHTS). A line claims it, or it
+is closed. Nothing here waits.
 """
 
 import fcntl
@@ -11,7 +11,7 @@ from collections import deque
 
 from aufsd_client.errors import InvalidDescriptor
 
-# how the document of rpc.discover says it
+# the text in the document of rpc.discover
 DESCRIPTORS = (
     "Always 0: the oldest descriptor of the connection that no line has claimed yet. Send it with "
     "SCM_RIGHTS in the sendmsg(2) of the line, or of a part of it: a pipe, a socket or a regular "
@@ -20,43 +20,43 @@ DESCRIPTORS = (
 )
 # more than this many unclaimed ones, and the connection is dropped (api.md section 1)
 MAX_UNCLAIMED = 4
-# A sendmsg(2) that is longer than this may reach us as several segments, its descriptors with the
-# first one (net/unix/af_unix.c, unix_stream_sendmsg: 48 KiB a segment with the usual SO_SNDBUF).
+# The kernel may split a longer sendmsg(2) into segments; the descriptors come with the first one
+# (net/unix/af_unix.c, unix_stream_sendmsg: 48 KiB a segment with the usual SO_SNDBUF).
 SEGMENT = 32 << 10
 
 
 class Descriptors:
     """The unclaimed descriptors of one connection, oldest first.
 
-    The kernel ends a read after the segment that carries descriptors, so after such a read the last
-    byte is that segment's. A line that is unfinished then has a part in it and may still claim.
+    The kernel ends a read after a segment with descriptors. So the last byte of such a read belongs
+    to that segment. If it ends in the middle of a line, that line may still claim them.
     """
 
     def __init__(self) -> None:
-        # their sendmsg may go on in what was not read yet
+        # more of their sendmsg may come
         self._open: deque[int] = deque()
-        # their sendmsg is read whole but for the line that is unfinished
+        # their sendmsg is read whole; only the unfinished line may still claim them
         self._last: deque[int] = deque()
 
     def __len__(self) -> int:
         return len(self._open) + len(self._last)
 
     def receive(self, fds: list[int]) -> None:
-        """Take what a read brought."""
+        """Add the descriptors of a read."""
         self._open.extend(fds)
 
     def claim(self) -> int | None:
-        """The oldest one, which is the caller's from here on; None if there is none."""
+        """The oldest one, now owned by the caller; None if there is none."""
         if self._last:
             return self._last.popleft()
         return self._open.popleft() if self._open else None
 
     def line_done(self) -> None:
-        """A line is through with claiming: what could be claimed by it alone is closed."""
+        """A line has claimed what it claims. Close those that only this line could claim."""
         _close(self._last)
 
     def read_done(self, *, length: int, unfinished: bool) -> None:
-        """All lines that a read completed are through; `unfinished`: a part of one is held."""
+        """All whole lines of a read have claimed. `unfinished`: part of another line is there."""
         if length >= SEGMENT or not self._open:
             return
         if unfinished:
@@ -77,7 +77,7 @@ def _close(fds: deque[int]) -> None:
 
 
 def require_stream(fd: int | None, *, write: bool) -> int:
-    """The descriptor if a tar can go through it that way, or InvalidDescriptor."""
+    """The descriptor, if a tar can be read from it, or written to it; or InvalidDescriptor."""
     if fd is None:
         raise InvalidDescriptor(
             "no descriptor came with the call: send it with SCM_RIGHTS in the sendmsg of the line"

@@ -1,4 +1,4 @@
-"""The OpenRPC document: made from the method table, the types and the docstrings, never by hand."""
+"""The OpenRPC document, made from the method table, its types and docstrings."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,21 +1,22 @@
 """JSON-RPC 2.0: a request object in, a reply out. The only place where jsonrpcserver is used.
 
-The library dispatches: it finds the method that is registered under the name, refuses parameters
-that do not fit, calls the method, and makes the reply from the Success or Error that it returns.
-A method that has to wait returns Success(None) and leaves its coroutine in the Request, for the
-library's own way to await is asyncio's; the answer is put into the library's reply when it is
-there. Four things are decided before the library is asked, or after it:
+jsonrpcserver finds the method that is registered under a name, refuses parameters that do not fit,
+calls the method, and makes the reply from the Success or Error that the method returns. The library
+can wait only by asyncio. So a method that has to wait returns Success(None) and leaves its
+coroutine in the Request; the answer is put into the library's reply when it is there.
 
-* what a line is (a value, a batch, another protocol): framing.py and `decode`;
-* what a request object is (`fault`): the library's JSON schema says the same at forty times the
-  cost, and its refusal forgets the id;
-* batches are given to it one request at a time: it answers a batch with one bad element by a single
-  error, where the specification wants one for each, and it could not wait between two;
-* the sentences of MethodNotFound and InvalidParams, and the types of parameters (calls.py).
+The library does not decide:
+
+* what a line is (a value, a batch, another protocol): framing.py and `decode` do;
+* what a request object is: `fault` does. The library's JSON schema has the same verdicts at forty
+  times the cost, and its refusal has no id;
+* what a batch is: the library gets its requests one at a time. It would answer a batch with one bad
+  element by a single error, where the specification wants one for each element;
+* the texts of MethodNotFound and InvalidParams, and the types of parameters (calls.py).
 
 `get` and `put` with parameters by name take a fast path past it (`Method.fast_path`): the same
-function is called and the same reply is made. Most of their calls only count, and the library's
-share would be as much again as all the rest of such a call (docs/architecture.md has the figures).
+function is called and the same reply is made. Most of these calls only count, and the library would
+double their time (docs/architecture.md has the figures).
 """
 
 import inspect
@@ -38,14 +39,14 @@ from aufsd_client.errors import (
     ParseError,
 )
 
-# Asks whether this call may be made now and here; raises PermissionDenied, ShuttingDown, ...
+# raises if a call may not be made: PermissionDenied, ShuttingDown, Overloaded
 Gate = Callable[[Method], None]
 
-# A line of 1 MiB has no room for more calls than this (34 bytes for the shortest, and a comma), so
-# a longer batch holds others; a million of them would be answered with a hundred million bytes.
+# A line of 1 MiB has no room for more calls than this (34 bytes for the shortest, and a comma). So
+# a longer batch has elements that are no calls, and a million errors would be a hundred megabytes.
 MAX_BATCH = 30_000
 
-# a part of a line that is not decoded yet
+# an element of a batch, not decoded yet
 Element = msgspec.Raw
 
 _MEMBERS = frozenset({"jsonrpc", "method", "params", "id"})
@@ -54,19 +55,19 @@ _ID_TYPES = (str, int, float, type(None))
 
 @dataclass(slots=True)
 class Request:
-    """One request object, and what has become of it so far.
+    """One request object, and its outcome so far.
 
-    `waiting` has to be awaited if it is there; then `answered` or `failed` is called with the
-    outcome. After that `reply` is what the peer is sent: None for a notification.
+    If `waiting` is set, somebody has to await it and call `answered` or `failed` with the outcome.
+    After that `reply` is the answer for the peer, or None for a notification.
     """
 
     gate: Gate
     call: Call
     id: object = None
     notification: bool = False
-    # None until a method of the table was found
+    # None if the table has no such method
     row: Method | None = None
-    # the layer's id, for the log; whatever the peer put there
+    # the layer's id for the log, as the peer sent it
     subject: object = None
     error: AufsdError | None = None
     waiting: Coroutine[Any, Any, Answer] | None = None
@@ -112,7 +113,7 @@ def failure(id: object, error: AufsdError) -> bytes:
     return _encode({"jsonrpc": "2.0", "error": error.to_wire(), "id": id})
 
 
-# --- the table, as the library wants it -------------------------------------------------------
+# --- the table for the library ----------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class Methods:
 
 
 def register(table: Mapping[str, Method]) -> Methods:
-    """Every row as a method of the library."""
+    """The methods of the table, as the library wants them."""
     return Methods(
         {name: _registered(row) for name, row in table.items()},
         {name: row for name, row in table.items() if row.fast_path},
@@ -138,13 +139,13 @@ def _registered(row: Method) -> Callable[..., Result]:
             return Error(**request.error.to_wire())
         return Success(answer)
 
-    # the library asks for it at every call, which costs as much as the rest of what it does
+    # the library takes the signature at every call, which is half of its time
     call.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
     return call
 
 
 def _carry_out(row: Method, request: Request, params: dict[str, object]) -> Answer | None:
-    """The answer of a call; None with `error` or `waiting` set if there is none yet."""
+    """Call the method. Its answer, or None: then `error` or `waiting` is set."""
     request.row = row
     request.subject = params.get("id")
     try:
@@ -163,7 +164,7 @@ def _carry_out(row: Method, request: Request, params: dict[str, object]) -> Answ
 
 
 def decode(line: bytes | Element) -> object:
-    """The JSON value of a line or of an element of a batch, or ParseError."""
+    """The JSON value of a line or an element of a batch. Raises ParseError."""
     try:
         return msgspec.json.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -173,7 +174,7 @@ def decode(line: bytes | Element) -> object:
 
 
 def split_batch(line: bytes) -> list[Element]:
-    """The elements of a batch, not decoded yet: a megabyte of JSON is twenty of objects.
+    """The elements of a batch, not decoded yet: decoded, a megabyte of JSON takes twenty.
 
     Raises ParseError, and InvalidRequest for a batch without elements or with too many.
     """
@@ -197,7 +198,7 @@ _split = msgspec.json.Decoder(list[Element]).decode
 def fault(message: object) -> str:
     """Why this is not a request object of JSON-RPC 2.0; "" if it is one.
 
-    The verdicts are those of the library's JSON schema, but that `params` may be null.
+    The verdicts are those of the library's JSON schema, except that `params` may be null.
     """
     if not isinstance(message, dict):
         return "a request is an object"
@@ -215,7 +216,7 @@ def fault(message: object) -> str:
 
 
 def readable_id(message: object) -> object:
-    """The id of what may be no request; None if it has none that an answer could carry."""
+    """The id of a value that may be no request; None if it has no valid one."""
     id = message.get("id") if isinstance(message, dict) else None
     return id if type(id) in _ID_TYPES else None
 
@@ -228,9 +229,9 @@ def claims(message: object) -> bool:
 
 
 def dispatch(message: object, methods: Methods, gate: Gate, call: Call) -> Request:
-    """Carry out what one decoded request object asks for, as far as that needs no waiting.
+    """Carry out one decoded request object, as far as that needs no waiting.
 
-    Raises nothing: whatever is wrong is in the Request, as its `error` and `reply`.
+    Raises nothing. The outcome is in the Request: `reply` and `error`, or `waiting`.
     """
     request = Request(gate, call)
     if reason := fault(message):
@@ -259,7 +260,7 @@ def dispatch(message: object, methods: Methods, gate: Gate, call: Call) -> Reque
 
 
 def refused(error: AufsdError, gate: Gate, call: Call, message: object = None) -> Request:
-    """What became of a line, or of the request in it, that the library is not asked about."""
+    """The outcome of a line, or of the request in it, that is refused at once."""
     request = Request(gate, call)
     if isinstance(message, dict):
         request.id, request.notification = readable_id(message), "id" not in message

@@ -1,4 +1,4 @@
-"""What a call raised, as the peer is told of it."""
+"""Translates what a call raised into an error of the API."""
 
 import errno
 import secrets
@@ -15,9 +15,9 @@ log = structlog.get_logger(__name__)
 def translate(raised: BaseException) -> AufsdError:
     """The API's error for whatever a call raised.
 
-    A nursery wraps what its tasks raise: a group of errors of the API alone is the first of them.
-    Nothing else of an exception leaves the daemon but the number of an incident, which the log has
-    too. Raises again what is not for us: KeyboardInterrupt, SystemExit.
+    A nursery raises a group; if all in it are errors of the API, the answer is the first of them.
+    Any other exception becomes an InternalError with the number of an incident. The log has the
+    traceback under the same number. KeyboardInterrupt and SystemExit are raised again.
     """
     leaves = [leaf for leaf in _leaves(raised) if not isinstance(leaf, trio.Cancelled)]
     for leaf in leaves:
@@ -27,7 +27,7 @@ def translate(raised: BaseException) -> AufsdError:
     if known and len(known) == len(leaves):
         return known[0]
     incident = secrets.token_hex(8)
-    # an archive job's exception comes from another process, as text
+    # the traceback of an archive job is text from the child process
     told = {key: value for leaf in leaves for key, value in getattr(leaf, "data", {}).items()}
     log.error("incident", exc_info=raised, **told, incident=incident)
     return InternalError(
@@ -37,9 +37,9 @@ def translate(raised: BaseException) -> AufsdError:
 
 
 def _answer(leaf: BaseException) -> AufsdError | None:
-    """What a peer may see of this: an InternalError is a fault that we gave a name to.
+    """What the peer is told; None for a fault of aufsd, which an InternalError is too.
 
-    A full disk is met anywhere, also where a store makes a directory for itself.
+    A full disk is not a fault of aufsd, wherever it is met.
     """
     if isinstance(leaf, OSError) and leaf.errno in (errno.ENOSPC, errno.EDQUOT):
         name = errno.errorcode[leaf.errno]
@@ -50,7 +50,7 @@ def _answer(leaf: BaseException) -> AufsdError | None:
 
 
 def is_cancellation(raised: BaseException) -> bool:
-    """Whether this is nothing but Trio's own way to stop a task."""
+    """Whether this is only Trio's cancellation of a task."""
     return all(isinstance(leaf, trio.Cancelled) for leaf in _leaves(raised))
 
 

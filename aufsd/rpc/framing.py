@@ -1,8 +1,8 @@
-"""Lines out of what arrives, and what comes in place of lines of JSON. Pure: no socket is touched.
+"""Cuts what arrives into lines, and recognises input that is not one JSON value a line. Pure.
 
-Clients that speak another protocol, or print JSON for people, are told so in one sentence. Nothing
-of what they send is carried out: a line of an HTTP body, or of a value that began on an earlier
-line, may look like a call and is none.
+A client that speaks HTTP, or sends JSON over several lines, is told so in one sentence. Nothing
+that it sends is carried out, because a line of an HTTP body, or a middle line of a JSON value, may
+look like a call.
 """
 
 import re
@@ -11,7 +11,7 @@ from aufsd.rpc import dispatch
 from aufsd_client.errors import InvalidRequest, ParseError
 
 _NEWLINE = b"\n"
-# more of a value that goes over several lines is not waited for
+# bytes of a value over several lines, after which its connection is refused
 _UNFINISHED = 4096
 # the methods of RFC 9110 and the preface of HTTP/2; a blank line may come first (RFC 9112, 2.2)
 _HTTP = re.compile(
@@ -23,15 +23,15 @@ _FIRST = re.compile(rb"[^ \t\r]")
 
 
 class ReceiveBuffer:
-    """Feed it what arrives, take out the lines that are whole. No byte is looked at twice.
+    """Takes what arrives, and gives out whole lines. No byte is searched twice.
 
-    A line longer than `limit` bytes raises InvalidRequest; then nothing more can be taken out.
+    A line longer than `limit` bytes raises InvalidRequest; after that no line can be taken out.
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._data = bytearray()
-        # so far no newline was found
+        # bytes without a newline
         self._searched = 0
 
     def __len__(self) -> int:
@@ -39,7 +39,7 @@ class ReceiveBuffer:
 
     @property
     def unsearched(self) -> bool:
-        """Whether there may be another line."""
+        """Whether there may be another whole line."""
         return self._searched < len(self._data)
 
     def feed(self, data: bytes) -> None:
@@ -47,7 +47,7 @@ class ReceiveBuffer:
         self._data += data
 
     def next_line(self) -> bytes | None:
-        """The next line without its newline; None if there is none that is whole."""
+        """The next whole line, without its newline; None if there is none."""
         end = self._data.find(_NEWLINE, self._searched)
         if (end if end >= 0 else len(self._data)) > self._limit:
             raise InvalidRequest(f"a line of a request has at most {self._limit} bytes here")
@@ -60,12 +60,12 @@ class ReceiveBuffer:
         return line
 
     def begins_batch(self) -> bool:
-        """Whether what comes next is an array."""
+        """Whether the next line begins an array."""
         found = _FIRST.search(self._data)
         return found is not None and found[0] == b"["
 
     def has_line(self) -> bool:
-        """Whether another line is whole."""
+        """Whether there is another whole line."""
         return self._data.find(_NEWLINE, self._searched) >= 0
 
     def clear(self) -> None:
@@ -86,7 +86,7 @@ HTTP = InvalidRequest(
 
 
 def explain(line: bytes, error: ParseError) -> ParseError:
-    """The error of a line that is no JSON, with what to do where that is known."""
+    """The error of a line that is no JSON, with advice for common mistakes."""
     if not line.strip():
         return ParseError("an empty line: a request is one JSON value on one line")
     if line.startswith(_BOM):
@@ -100,15 +100,15 @@ def explain(line: bytes, error: ParseError) -> ParseError:
 
 
 class Unfinished:
-    """A JSON value that began on an earlier line and does not end there: what else belongs to it.
+    """A JSON value over several lines, which recognises the lines that belong to it.
 
-    The peer was told when it began. A line belongs to it as long as all lines together are the
-    beginning of a value, or a whole one.
+    The first line was answered with an error. A further line belongs to the value if all lines
+    together are a whole value or the beginning of one.
     """
 
     def __init__(self, first: bytes) -> None:
         self._text = first
-        # the value is whole: what follows is the next one
+        # the value is complete, and the next line is a new one
         self.ended = False
 
     @staticmethod
@@ -119,7 +119,7 @@ class Unfinished:
         return not _is_whole(line) and _may_go_on(line)
 
     def takes(self, line: bytes) -> bool:
-        """Whether the line belongs to the value. ParseError if that has become too long."""
+        """Whether the line belongs to the value. Raises ParseError if the value is too long."""
         text = self._text + b"\n" + line
         if _is_whole(text):
             self.ended = True

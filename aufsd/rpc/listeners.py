@@ -1,4 +1,4 @@
-"""The two sockets: made, put where they belong, and taken away again."""
+"""The two listening sockets: made with their owner and mode, and removed at the end."""
 
 import errno
 import grp
@@ -20,7 +20,7 @@ _BACKLOG = 1024
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listening socket. `path` and `inode` are of a socket file that is ours to unlink."""
+    """A listening socket. `path` and `inode`: the socket file for `close` to unlink, if any."""
 
     sock: socket.socket
     monitor: bool
@@ -28,7 +28,7 @@ class Listener:
     inode: int = 0
 
     def close(self, *, unlink: bool = True) -> None:
-        """Stop listening. A file that another daemon has put in place meanwhile stays."""
+        """Stop listening. A socket file that another daemon has made meanwhile stays."""
         if self.path and unlink:
             try:
                 if os.lstat(self.path).st_ino == self.inode:
@@ -41,8 +41,8 @@ class Listener:
 def bind(path: str, *, monitor: bool, group: str = GROUP) -> Listener:
     """Listen on a path: mode 0660 of the group, or 0666 for the monitor socket.
 
-    A socket file that nobody listens on is replaced. Raises OSError: EADDRINUSE if somebody does
-    or if something else is there.
+    A socket file that nobody listens on is replaced. Raises OSError: EADDRINUSE if somebody
+    listens, EEXIST if something else is there.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
@@ -63,7 +63,7 @@ def bind(path: str, *, monitor: bool, group: str = GROUP) -> Listener:
 
 
 def _clear(path: str, short: str) -> None:
-    """Take away a socket file that a daemon left when it was killed."""
+    """Remove the socket file that a killed daemon left."""
     try:
         if not stat.S_ISSOCK(os.lstat(path).st_mode):
             raise FileExistsError(errno.EEXIST, "is there, and is not a socket", path)
@@ -78,7 +78,7 @@ def _clear(path: str, short: str) -> None:
         except FileNotFoundError:
             return
         except BlockingIOError:
-            # its backlog is full, so somebody does listen
+            # the backlog is full, so somebody listens
             pass
     raise OSError(errno.EADDRINUSE, "another process listens on this socket", path)
 
@@ -92,7 +92,7 @@ def _give_to_group(path: str, group: str) -> None:
     try:
         os.chown(path, -1, gid)
     except OSError as error:
-        # a user namespace need not have the group (EINVAL), nor give us the right (EPERM)
+        # in a user namespace the group may be missing (EINVAL), or the right (EPERM)
         if error.errno not in (errno.EINVAL, errno.EPERM):
             raise
         log.warning("the control socket cannot be given to the group", group=group, path=path)

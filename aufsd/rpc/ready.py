@@ -1,4 +1,4 @@
-"""Who is next: connections that have something to begin, users in turn. Pure."""
+"""The queue of connections that have a call to begin; round-robin over users. Pure."""
 
 from collections import deque
 from typing import Generic, Protocol, TypeVar
@@ -7,7 +7,7 @@ from typing import Generic, Protocol, TypeVar
 class Queued(Protocol):
     """A connection, as the queue sees it."""
 
-    # it stands in the queue; the queue's own
+    # whether it is in the queue; only the queue sets it
     queued: bool
 
     @property
@@ -18,9 +18,9 @@ Q = TypeVar("Q", bound=Queued)
 
 
 class ReadyQueue(Generic[Q]):
-    """Each connection stands in it once. Users take turns, and the connections of each user do.
+    """Round-robin over users, and for each user over its connections. Each is in it once at most.
 
-    So a user has the same share with one connection as another has with hundreds.
+    So a user with one connection has the same share as a user with hundreds.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class ReadyQueue(Generic[Q]):
         return bool(self._users)
 
     def push(self, connection: Q) -> None:
-        """Put it at the end of its user's connections, unless it stands there."""
+        """Put a connection behind its user's others, unless it is in the queue."""
         if connection.queued:
             return
         connection.queued = True
@@ -43,7 +43,7 @@ class ReadyQueue(Generic[Q]):
             own.append(connection)
 
     def pop(self) -> Q:
-        """Take the next one out. IndexError if there is none."""
+        """Take out the next connection. IndexError if there is none."""
         uid = self._users.popleft()
         own = self._of[uid]
         connection = own.popleft()

@@ -1,7 +1,7 @@
-"""The calls of one peer: begun in the order they came in, run side by side, answered as they end.
+"""The calls of one peer: begun in the order of their lines, run concurrently, answered as they end.
 
-Whatever the peer does, its calls run to their end; only `diff` and `apply_diff`, whose other end is
-the peer, are cancelled when it is gone.
+A call runs to its end even if the peer goes away. The exceptions are `diff` and `apply_diff`, which
+stream to or from the peer, and `usage`: they are cancelled.
 """
 
 import os
@@ -28,8 +28,8 @@ from aufsd_client.errors import AufsdError, Overloaded, ParseError, ShuttingDown
 # method, outcome ("ok", "cancelled" or an error's name), seconds
 Observe = Callable[[str, str, float], None]
 
-# what the answers of one batch may come to, in bytes, before the rest of it is refused; by whether
-# it is the monitor socket
+# bytes of answers of one batch, after which the rest of it is refused; by whether it is the monitor
+# socket
 _MAX_BATCH_REPLY = {False: 16 << 20, True: 1 << 20}
 # bytes of answers that the peer has not read; beyond it none of its lines is begun
 _MAX_UNSENT = 64 << 10
@@ -47,7 +47,7 @@ class Shared:
 
 
 class Runner:
-    """Owns the descriptors that its calls claimed, until they end.
+    """Owns the descriptors that its calls have claimed, until the calls end.
 
     Callbacks: `after_tick` is given a reply to make at the end of the tick, and `replied` is called
     after it. `start` is given a call that waits; `changed` is called when that has ended, and
@@ -73,7 +73,7 @@ class Runner:
         self._admission = shared.admission
         self._gate = partial(shared.admission.gate, peer, groups, monitor=monitor)
         self._permit = partial(shared.admission.permit, peer, groups)
-        # the call of every request that brings no descriptor
+        # shared by all requests without a descriptor
         self._plain = Call(shared.driver, peer, self._permit)
         self._outbox = outbox
         self._batch_limit = _MAX_BATCH_REPLY[monitor]
@@ -86,8 +86,8 @@ class Runner:
         # calls that wait, and those that are answered at the end of the tick
         self._waiting = 0
         self._pending = 0
-        # A call was given to its task, which Trio has not run yet. Until then no other is begun:
-        # Trio runs new tasks in any order, and calls of one connection begin in theirs.
+        # A call has a task that Trio has not run yet. No other call is begun until then, because
+        # Trio runs new tasks in any order, and the calls of a connection begin in theirs.
         self.is_starting = False
         # bytes of the lines of calls that wait
         self._waiting_bytes = 0
@@ -95,7 +95,7 @@ class Runner:
 
     @property
     def in_flight(self) -> int:
-        """Calls that are not answered, and answers that are not out."""
+        """Calls without an answer, and answers that are not sent whole."""
         return self._waiting + self._pending + len(self._outbox) + (self.batch is not None)
 
     @property
@@ -116,18 +116,18 @@ class Runner:
         return self._waiting_bytes + self._outbox.unsent + batch
 
     def cancel_streams(self) -> None:
-        """The outbox is closed: cancel what streams to or from the peer."""
+        """Cancel the calls that end with their peer."""
         for scope in self._streams:
             scope.cancel()
 
-    # --- what lines ask for -------------------------------------------------------------------
+    # --- requests -----------------------------------------------------------------------------
 
     def begin(self, message: object, fd: int | None, size: int) -> None:
-        """Carry out a request, which came in a line of `size` bytes and claimed `fd`."""
+        """Carry out a request. It came in a line of `size` bytes, and has claimed `fd`."""
         self._begin(message, fd, size, None)
 
     def refuse(self, error: AufsdError, message: object = None) -> None:
-        """Answer a line that is not carried out; what it holds tells the id."""
+        """Answer a line with an error. `message` is the value in it, and has the id."""
         request = dispatch.refused(error, self._gate, self._plain, message)
         self._reply_later(request, None, 0.0)
 
@@ -139,7 +139,7 @@ class Runner:
         self._admission.begin(self._peer.uid)
 
     def step_batch(self) -> None:
-        """Carry out the next request of the batch, which has to be ready."""
+        """Carry out the next request of the batch. The batch has to be ready."""
         batch = self.batch
         assert batch is not None
         element, fd = batch.take()
@@ -166,7 +166,7 @@ class Runner:
         if fd is not None:
             call = Call(self._shared.driver, self._peer, self._permit, fd)
         began = time.perf_counter()
-        # the one that is being carried out is in flight too, for whoever asks in it
+        # `status` and `metrics` count themselves
         self._admission.in_flight += 1
         request = dispatch.dispatch(message, self._shared.methods, self._gate, call)
         self._admission.in_flight -= 1
@@ -193,7 +193,7 @@ class Runner:
     # --- calls that wait ----------------------------------------------------------------------
 
     async def _run(self, request: Request, batch: Batch | None, began: float, size: int) -> None:
-        """See a call to its end, in a task of its own."""
+        """The task of a call that waits."""
         try:
             await self._finish(request, began)
             self._reply(request, batch, time.perf_counter() - began)
@@ -206,13 +206,13 @@ class Runner:
             self._changed()
 
     async def _finish(self, request: Request, began: float) -> None:
-        """Await the call. Cancelled: it is reported, and the peer told if that needs no waiting."""
+        """Await the call. If it is cancelled, the peer is told so, unless that would block."""
         assert request.waiting is not None
         assert request.row is not None
         try:
             self.is_starting = False
             self._changed()
-            # no await before this, so what it does before it first waits is done now
+            # There is no await before this. So the call runs now, up to its own first wait.
             if request.row.cancel_with_peer:
                 await self._await_while_connected(request)
             else:
@@ -262,7 +262,7 @@ class Runner:
         self._replied()
 
     def _reply(self, request: Request, batch: Batch | None, seconds: float) -> None:
-        """Answer a call that has ended, and report it."""
+        """Send the answer of a call that has ended; log and count the call."""
         reply = None
         if request.reply is not None and not self._outbox.closed:
             reply = request.encode()
@@ -272,7 +272,7 @@ class Runner:
                 self._end_batch(batch)
         elif reply is not None:
             self.send(reply + b"\n")
-        # the peer has its answer before the log has its line
+        # the answer first, so that the peer does not wait for the log
         self._shared.log.call(self._peer, request, seconds)
         self._shared.observe(
             request.row.name if request.row else "unknown", request.outcome, seconds
@@ -286,19 +286,19 @@ class Runner:
             self.send(frame)
 
     def send(self, frame: bytes) -> None:
-        """Send an answer; one that does not go out at once is in flight until it is out."""
+        """Send an answer. It counts as in flight until it is sent whole."""
         before = len(self._outbox)
         self._outbox.send(frame)
         self._count(len(self._outbox) - before)
 
     def flush(self) -> None:
-        """The socket takes more."""
+        """Send more of the answers; the socket is ready for it."""
         before = len(self._outbox)
         self._outbox.flush()
         self._count(len(self._outbox) - before)
 
     def close_outbox(self) -> None:
-        """Nobody reads any more."""
+        """Drop the answers: the peer is gone. Cancel the calls that end with it."""
         before = len(self._outbox)
         self._outbox.close()
         self._count(-before)

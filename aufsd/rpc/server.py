@@ -1,4 +1,4 @@
-"""Listens on the sockets, lets peers in, and drains when the daemon stops."""
+"""Listens on the sockets, accepts connections, and drains them when the daemon stops."""
 
 import errno
 import resource
@@ -27,10 +27,10 @@ __all__ = ["Allow", "Listener", "Server", "ServerSettings", "Statistics", "serve
 
 log = structlog.get_logger(__name__)
 
-# what accept(2) says when the machine or the process is out of something; it passes
+# errors of accept(2) when the host or the process is short of something; they pass
 _EXHAUSTED = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
 _EXHAUSTED_PAUSE = 0.1  # seconds
-# of the event loop's time, for the calls that come over the monitor socket and for letting peers in
+# of the event loop's time: for calls of the monitor socket, and for accepting its connections
 _MONITOR_SHARE, _MONITOR_ACCEPT_SHARE = 0.15, 0.05
 
 
@@ -39,7 +39,7 @@ def _ignore(method: str, outcome: str, seconds: float) -> None:
 
 
 class Server:
-    """What runs behind the listeners; `serve` makes it."""
+    """Serves the connections of the listeners; `serve` makes it."""
 
     def __init__(self, driver: Driver, settings: ServerSettings, observe: Observe) -> None:
         self._idle = trio.Event()
@@ -47,7 +47,7 @@ class Server:
         self._admission = Admission(settings, on_idle=self._idle.set, descriptors=descriptors)
         self._log = AccessLog()
         self._shared = Shared(driver, dispatch.register(TABLE), self._admission, observe, self._log)
-        # no method of the monitor socket changes the table
+        # the monitor socket needs no Tick: its methods do not change the table
         self._readers = {
             False: Reader(driver.tick, driver.tick.buffered),
             True: Reader(nullcontext(), share=_MONITOR_SHARE),
@@ -56,7 +56,7 @@ class Server:
 
     @property
     def settings(self) -> ServerSettings:
-        """The limits; assign others to have them hold from the next connection or call on."""
+        """The limits. New ones hold from the next connection or call on."""
         return self._admission.settings
 
     @settings.setter
@@ -64,11 +64,11 @@ class Server:
         self._admission.settings = settings
 
     def statistics(self) -> Statistics:
-        """A snapshot of the counts."""
+        """The counts as they are now."""
         return self._admission.statistics()
 
     async def accept(self, listener: Listener) -> None:
-        """Let peers in until cancelled."""
+        """Accept connections until cancelled."""
         exhausted = ""
         while True:
             await trio.lowlevel.wait_readable(listener.sock)
@@ -76,7 +76,7 @@ class Server:
             try:
                 sock, _ = listener.sock.accept()
             except OSError as error:
-                # anything else is of the one connection that is gone again (accept(2))
+                # any other error is about a connection that is gone again (accept(2))
                 if error.errno in _EXHAUSTED:
                     if not exhausted:
                         exhausted = error.strerror or ""
@@ -92,7 +92,7 @@ class Server:
                 await trio.sleep(took * (1 / _MONITOR_ACCEPT_SHARE - 1))
 
     def _let_in(self, sock: socket.socket, *, monitor: bool) -> None:
-        """Serve a peer from here on, or tell it why not. What goes wrong here is its alone."""
+        """Begin to serve a peer, or tell it why not. An exception ends its connection only."""
         try:
             self._admit(sock, monitor=monitor)
         except Overloaded as error:
@@ -155,7 +155,7 @@ class Server:
             self._log.tell()
 
     async def _drain(self) -> None:
-        """Until no call runs, or the time is up."""
+        """Wait until no call runs, for `drain_timeout` seconds at most."""
         until = trio.current_time() + self.settings.drain_timeout
         self._admission.draining = True
         if not self._admission.in_flight:
@@ -168,12 +168,12 @@ class Server:
 
 
 def _turn_away(sock: socket.socket, error: AufsdError) -> None:
-    """Tell a peer why. It is not waited for: this is for when there are too many."""
+    """Tell a peer why it is not served. Never waits: there are too many peers already."""
     with suppress(OSError):
         sock.send(dispatch.failure(None, error) + b"\n")
         sock.shutdown(socket.SHUT_RDWR)
-        # unread data at close would reach the peer as ECONNRESET (net/unix/af_unix.c,
-        # unix_release_sock); after the shutdown no more can come
+        # a close with unread data gives the peer ECONNRESET in place of the answer
+        # (net/unix/af_unix.c, unix_release_sock); after the shutdown no more data can come
         while sock.recv(1 << 16):
             pass
 
@@ -189,8 +189,8 @@ async def serve(
 ) -> None:
     """Serve the API on `listeners`, which are closed at the end, until `shutdown` is set.
 
-    Then nobody new is let in, new calls are answered with ShuttingDown, and what runs may finish
-    within `settings.drain_timeout` seconds. Cancelled: everything stops at once. `observe` is
+    Then no connection is accepted, new calls are answered with ShuttingDown, and running calls may
+    end within `settings.drain_timeout` seconds. Cancelled: everything stops at once. `observe` is
     called after every call, with its method, its outcome and the seconds it took.
     """
     await Server(driver, settings, observe).run(listeners, shutdown, task_status)

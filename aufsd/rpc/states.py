@@ -1,7 +1,7 @@
-"""A connection's states, and what moves it from one to the next. Pure; the table is all there is.
+"""The states of a connection, and the events that change them. Pure.
 
-What else is known of a connection is derived: it is full when its calls or answers say so, and its
-peer is gone when its outbox is closed.
+`_NEXT` is the whole state machine. Whether a connection has room for another call is derived from
+its calls and answers (`Runner.has_room`), and whether its peer is gone from its closed outbox.
 """
 
 from enum import Enum
@@ -10,10 +10,10 @@ from enum import Enum
 class State(Enum):
     """What is done with a connection."""
 
-    READING = "it is read, and lines are begun"
-    PAUSED = "as many calls wait as may: it is not read until one has ended"
-    ENDED = "its peer sends no more; what has arrived is begun"
-    REFUSED = "its peer was told what is wrong; what it still sends is thrown away"
+    READING = "it is read, and its lines are begun"
+    PAUSED = "it has no room for another call, and is not read until it has"
+    ENDED = "its peer sends no more; the lines that have arrived are begun"
+    REFUSED = "its peer was told why; what it still sends is thrown away"
     FINISHED = "nothing more is begun; its calls end and are answered"
     DROPPED = "nothing more goes in or out; its calls end"
     CLOSED = "its socket is closed"
@@ -22,13 +22,13 @@ class State(Enum):
 class Event(Enum):
     """What happens to it."""
 
-    FULL = "as many calls wait as may"
-    ROOM = "another call may be begun"
+    FULL = "it has no room for another call"
+    ROOM = "it has room again"
     END = "its peer sends no more"
-    REFUSE = "what it sends is no use, and it was told so"
-    DONE = "all that is to be begun or thrown away has been"
-    DROP = "its peer misbehaves, or the fault is ours"
-    IDLE = "none of its calls is left, and no answer"
+    REFUSE = "its peer was told that nothing more is carried out"
+    DONE = "nothing is left to begin or to throw away"
+    DROP = "its peer misbehaves, or aufsd has a fault"
+    IDLE = "no call and no answer is left"
 
 
 _NEXT = {
@@ -56,5 +56,5 @@ _NEXT = {
 
 
 def after(state: State, event: Event) -> State:
-    """The state that follows; the same where the event changes nothing."""
+    """The next state. An event that the table does not have for a state changes nothing."""
     return _NEXT[state].get(event, state)
