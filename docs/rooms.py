@@ -11,6 +11,7 @@ import ast
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from math import fsum
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -120,7 +121,8 @@ def _floors(heights: dict[str, int], ways: dict[Arrow, list[str]]) -> list[list[
             middle = {}
             for name in floor:
                 joined = [at[b if a == name else a] for a, b in steps if name in (a, b)]
-                middle[name] = sum(joined) / max(1, len(joined))
+                # fsum: the order of a set must not decide between rooms that are level
+                middle[name] = fsum(joined) / max(1, len(joined))
             floor.sort(key=lambda name: (middle[name], name))
     return floors
 

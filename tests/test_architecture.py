@@ -2,6 +2,8 @@
 
 import ast
 import runpy
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +108,23 @@ def test_the_picture_of_the_rooms_is_drawn_from_the_imports_as_they_are() -> Non
     assert not script["upwards"](CHECKOUT), "rooms import each other in a circle"
     drawn = (CHECKOUT / "docs/rooms.svg").read_text()
     assert drawn == script["picture"](CHECKOUT), "run `.venv/bin/python docs/rooms.py`"
+
+
+def test_the_picture_does_not_depend_on_the_order_of_sets() -> None:
+    code = (
+        "import runpy; s = runpy.run_path('docs/rooms.py'); print(s['picture'](s['HERE'].parent))"
+    )
+    pictures = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=CHECKOUT,
+            env={"PYTHONHASHSEED": seed},
+            check=True,
+            capture_output=True,
+        ).stdout
+        for seed in ("1", "2", "3", "4")
+    }
+    assert len(pictures) == 1
 
 
 def test_the_store_knows_nothing_of_unions() -> None:
