@@ -17,6 +17,7 @@ from aufsd.union import causes
 from aufsd.union.backend import Backend, Verdict
 from aufsd.union.choice import PROBES, UNTRIED, choose, survey
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
+from tests.fuse_server import serving
 from tests.tiers import OFF
 
 pytestmark = pytest.mark.mounts
@@ -145,6 +146,26 @@ def test_a_read_only_store_is_an_error_of_the_disk(tmp_path: Path) -> None:
         pytest.raises(OSError, match="Read-only file system"),
     ):
         choose("overlay", "", Layout(store))
+
+
+@pytest.mark.fuse
+def test_no_store_lies_where_a_rename_may_replace_something(tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        for prior in ("", "overlay"):
+            with pytest.raises(IncompatibleFilesystem, match="without replacing"):
+                choose("auto", prior, Layout(str(tmp_path)))
+        assert {
+            "without replacing" in str(found) for _, found in survey(Layout(str(tmp_path)))
+        } == {True}
+        # the directories that a store has, and nothing in them
+        assert {name for _, name in served.names} == {b".aufsd", b"probes"}
+
+
+def test_no_store_lies_in_a_mount_that_archive_processes_cannot_have(tmp_path: Path) -> None:
+    with mounted(tmp_path / "store", "tmpfs") as store:
+        syscalls.mount("none", store, "", syscalls.MS_UNBINDABLE)
+        with pytest.raises(IncompatibleFilesystem, match="make-private"):
+            choose("auto", "", Layout(store))
 
 
 def test_a_survey_leaves_nothing_behind(tmp_path: Path) -> None:

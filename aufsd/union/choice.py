@@ -13,6 +13,7 @@ from aufsd.union import aufs, btrfs, fuse, overlay
 from aufsd.union.backend import Backend, Verdict
 from aufsd.union.causes import PASSING
 from aufsd.union.scratch import scratch_dirs
+from aufsd.union.unfit import unfit
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
 
 AUTO: Final = "auto"
@@ -56,6 +57,7 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     is the store's file system that stands in the way, else BackendUnsupported; `data["reasons"]`
     has a sentence for each backend tried. OSError if a new store cannot be written.
     """
+    _refuse_unfit(layout, recorded=bool(prior))
     names = sorted(PROBES, key=lambda known: known != prior) if name == AUTO else [name]
     refused: dict[str, Verdict] = {}
     for known in names:
@@ -73,6 +75,20 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     incompatible = all(verdict.incompatible for verdict in refused.values())
     error = IncompatibleFilesystem if incompatible else BackendUnsupported
     raise error(f"no union file system can serve {layout.root}: {said}", reasons=reasons)
+
+
+def _refuse_unfit(layout: Layout, *, recorded: bool) -> None:
+    """IncompatibleFilesystem where no store can lie; OSError if a new one cannot be written."""
+    try:
+        reason = unfit(layout.probes)
+    except OSError as error:
+        if not recorded or error.errno not in PASSING:
+            raise
+        return
+    if reason:
+        raise IncompatibleFilesystem(
+            f"no store can lie at {layout.root}: {reason}", reasons={"store": reason}
+        )
 
 
 def _tried(name: str, layout: Layout, *, recorded: bool) -> Backend | Verdict:
@@ -125,6 +141,9 @@ def _has_layers(layout: Layout) -> bool:
 def survey(layout: Layout) -> Iterator[tuple[str, Backend | str]]:
     """What each backend could do in a store at `layout.root`, or why not; leaves nothing there."""
     with scratch_dirs(layout.root) as at:
+        if reason := unfit(at):
+            yield from ((name, reason) for name in PROBES)
+            return
         for name, probe in PROBES.items():
             found = probe(Layout(at))
             yield name, found.reason if isinstance(found, Verdict) else found
