@@ -3,7 +3,6 @@
 import inspect
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
@@ -12,7 +11,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 
 from aufsd_client import calls, parsing, results, streams
 from aufsd_client.calls import Hold, Request
-from aufsd_client.link import Link
+from aufsd_client.link import Link, deadline_after
 from aufsd_client.wire import DEFAULT_SOCKET, encode_request, match
 
 P = ParamSpec("P")
@@ -176,7 +175,7 @@ class Client:
         self, method: str, params: dict[str, object], *, fd: int | None = None
     ) -> dict[str, object]:
         """Any method by name, its result object as it came; `fd` is sent along, not closed."""
-        deadline = None if self.timeout is None else time.monotonic() + self.timeout
+        deadline = deadline_after(self.timeout)
         id = f"{os.getpid()}:{method}#{next(self._numbers)}"
         link = self._take() or Link(self.path, deadline)
         try:

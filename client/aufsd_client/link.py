@@ -1,5 +1,6 @@
 """One connection of a client that blocks. Standard library only."""
 
+import math
 import os
 import select
 import socket
@@ -21,6 +22,8 @@ from aufsd_client.wire import (
 )
 
 _CONNECT_PAUSE = 0.01  # seconds
+# what poll(2) can wait, an int of milliseconds; Python refuses more
+LONGEST = 2_147_483  # seconds
 
 
 def ask(
@@ -32,7 +35,7 @@ def ask(
     timeout: float | None = None,
 ) -> dict[str, object]:
     """One call over a connection of its own, its result as it came."""
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = deadline_after(timeout)
     link = Link(path, deadline)
     id = f"{os.getpid()}:{method}"
     try:
@@ -42,6 +45,15 @@ def ask(
     if reply.error:
         raise reply.error
     return reply.result
+
+
+def deadline_after(timeout: float | None) -> float | None:
+    """When a call that begins now is late (time.monotonic), None for never. ValueError for NaN."""
+    if timeout is None or timeout == math.inf:
+        return None
+    if math.isnan(timeout):
+        raise ValueError("a timeout is a number of seconds")
+    return time.monotonic() + min(timeout, LONGEST)
 
 
 class Link:

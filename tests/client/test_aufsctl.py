@@ -193,6 +193,12 @@ def test_a_layer_in_use_is_busy(command: Command) -> None:
         "list --limit 0",
         "create b --storage-opt novalue",
         "--timeout 0 ping",
+        "--timeout inf ping",
+        "--timeout nan ping",
+        "--timeout 1e400 ping",
+        "--timeout 3000000 ping",
+        "top --interval inf",
+        "top --interval nan",
         "",
     ],
 )

@@ -218,6 +218,20 @@ def test_connections_are_used_again(daemon: Daemon, client: Client) -> None:
     assert daemon.do(daemon.served.server.statistics).accepted == 1
 
 
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 3e6, 30, None])
+def test_a_timeout_may_be_as_long_as_one_likes(daemon: Daemon, timeout: float | None) -> None:
+    with Client(daemon.path, timeout=timeout) as client:
+        client.ping()
+
+
+def test_a_timeout_is_a_number(daemon: Daemon) -> None:
+    with (
+        Client(daemon.path, timeout=float("nan")) as client,
+        pytest.raises(ValueError, match="number of seconds"),
+    ):
+        client.ping()
+
+
 def test_a_call_that_takes_too_long_ends_in_a_timeout_and_is_carried_out(daemon: Daemon) -> None:
     with Client(daemon.path, timeout=0.05) as client:
         with pytest.raises(TimeoutError):

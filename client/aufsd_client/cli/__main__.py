@@ -7,10 +7,10 @@ from contextlib import suppress
 
 import click
 
-from aufsd_client import __version__, standard
+from aufsd_client import __version__, link, standard
 from aufsd_client.cli import show, verbs
 from aufsd_client.cli.report import Exit, describe
-from aufsd_client.cli.session import Session, hint
+from aufsd_client.cli.session import Session, hint, seconds
 from aufsd_client.errors import AufsdError
 from aufsd_client.said import Said
 from aufsd_client.wire import DEFAULT_SOCKET, BadReply
@@ -30,7 +30,8 @@ from aufsd_client.wire import DEFAULT_SOCKET, BadReply
 @click.option("--json", "as_json", is_flag=True, help="Print the result object as it is.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=click.FloatRange(min=0, min_open=True, max=link.LONGEST),
+    callback=seconds,
     metavar="SECONDS",
     help="Wait no longer for an answer.",
 )

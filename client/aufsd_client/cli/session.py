@@ -1,6 +1,7 @@
 """One run of the command: which daemon it talks to, and how it prints."""
 
 import json
+import math
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
@@ -15,6 +16,15 @@ if TYPE_CHECKING:
 
 # What `ping` needs is all that is imported here; the rest takes half of the time of a short call.
 T = TypeVar("T")
+
+
+def seconds(
+    _context: click.Context, parameter: click.Parameter, value: float | None
+) -> float | None:
+    """The callback of an option that is a number of seconds: NaN is in every range (click)."""
+    if value is not None and math.isnan(value):
+        raise click.BadParameter("it has to be a number of seconds", param=parameter)
+    return value
 
 
 class Session(NamedTuple):

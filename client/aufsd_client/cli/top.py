@@ -15,7 +15,7 @@ from rich.text import Text
 
 from aufsd_client import Client
 from aufsd_client.cli import show
-from aufsd_client.cli.session import Session
+from aufsd_client.cli.session import Session, seconds
 from aufsd_client.errors import PermissionDenied
 from aufsd_client.results import Health, MountTable, Status
 from aufsd_client.wire import MONITOR_SOCKET, ConnectionLost, DaemonUnreachable
@@ -200,7 +200,8 @@ def _duration(seconds: float) -> str:
 @click.command()
 @click.option(
     *("-n", "--interval"),
-    type=click.FloatRange(min=0.1),
+    type=click.FloatRange(min=0.1, max=86400),
+    callback=seconds,
     default=2.0,
     metavar="SECONDS",
     help="Between two frames; 2 if it is not said.",
