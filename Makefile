@@ -11,7 +11,7 @@ APT ?= apt-get
 WORKERS ?= auto
 export APT VENV
 
-.PHONY: help demo test test-all test-crash lint format bench test-vm man dist install install-files clean
+.PHONY: help demo test test-all test-crash lint format bench test-vm man dist deb install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -49,7 +49,7 @@ lint: $(VENV)/installed ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy systemd/launcher.py systemd/monitoring/*.py docs/man/build.py
+	$(BIN)/mypy debian/private.py debian/mounted.py systemd/launcher.py systemd/monitoring/*.py docs/man/build.py
 
 format: $(VENV)/installed ## rewrite the sources as ruff format wants them
 	$(BIN)/ruff check --fix .
@@ -61,7 +61,7 @@ bench: $(VENV)/installed ## measure, each case as a ratio to a yardstick of the 
 test-vm: $(VENV)/installed ## run the tests in a virtual machine: make test-vm KERNEL=path/to/bzImage
 	tests/vm/run $(KERNEL)
 
-man: $(VENV)/installed ## the man pages and a commented configuration, into build/doc
+man: $(VENV)/installed ## the man pages, a commented configuration and completions, into build/doc
 	$(BIN)/python docs/man/build.py build/doc
 
 # The same sources give the same bytes: the time in them is the last commit's, or $SOURCE_DATE_EPOCH.
@@ -74,6 +74,16 @@ dist: $(VENV)/installed ## wheels and sdists of the three distributions, into di
 			|| exit; \
 	done
 	$(BIN)/twine check --strict dist/*
+
+# The packages for amd64 or arm64, whichever this machine is. Wheels come from PyPI; debian/constraints.txt
+# has their versions.
+deb: ## the packages for Debian 12 and 13, Ubuntu 22.04 and 24.04, into build/deb
+	rm -rf build/deb
+	mkdir -p build/deb/aufsd
+	git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C build/deb/aufsd
+	cd build/deb/aufsd && PIP_CACHE_DIR=$${PIP_CACHE_DIR:-$$HOME/.cache/pip} dpkg-buildpackage -b -us -uc
+	rm -rf build/deb/aufsd
+	@ls -sh build/deb/*.deb
 
 # --- Installing. PREFIX is where things go, DESTDIR a root to put in front of that. The programs are
 # one directory of Python packages that touches no other, and two launchers. A packager who installs
@@ -102,7 +112,7 @@ install: $(VENV)/installed install-files ## put the programs and all below in pl
 		echo '    systemd-sysusers && systemctl daemon-reload'; \
 		echo '    systemctl enable --now aufsd.socket aufsd-monitor.socket aufsd.service'; }
 
-install-files: man ## only the units, man pages and monitoring: DESTDIR= PREFIX= AUFSD=path of the program
+install-files: man ## only the units, man pages, completions and monitoring: DESTDIR= PREFIX= AUFSD=path of the program
 	install -d $(foreach directory,systemd/system sysusers.d tmpfiles.d modules-load.d,\
 		'$(DESTDIR)$(SYSTEMD)/$(directory)') '$(DESTDIR)$(SHARE)'
 	for unit in systemd/*.in systemd/monitoring/*.in; do \
@@ -120,6 +130,9 @@ install-files: man ## only the units, man pages and monitoring: DESTDIR= PREFIX=
 	for page in build/doc/*.[158]; do \
 		install -D -m 644 "$$page" "$(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}" || exit; \
 	done
+	install -D -m 644 build/doc/aufsctl.bash '$(DESTDIR)$(PREFIX)/share/bash-completion/completions/aufsctl'
+	install -D -m 644 build/doc/aufsctl.zsh '$(DESTDIR)$(PREFIX)/share/zsh/site-functions/_aufsctl'
+	install -D -m 644 build/doc/aufsctl.fish '$(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/aufsctl.fish'
 
 clean: ## remove what these commands made
 	rm -rf $(VENV) build dist

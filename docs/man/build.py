@@ -1,4 +1,4 @@
-"""Makes the man pages and the commented sample configuration: build.py DIRECTORY.
+"""Makes the man pages, the commented sample configuration and completions: build.py DIRECTORY.
 
 Their prose is in the *.in files beside this one. What the program itself says of its keys, options,
 commands and methods is put in for the words in @, so that it is written down once.
@@ -13,6 +13,7 @@ from typing import get_args
 
 import click
 import msgspec
+from click.shell_completion import get_completion_class
 
 from aufsd import __version__, config
 from aufsd.__main__ import command_line
@@ -154,6 +155,13 @@ def sample() -> Iterator[str]:
         yield f"#{key.name} = {literal(key.default)}"
 
 
+def completion(shell: str) -> str:
+    """The script that has a shell complete the words of aufsctl."""
+    made = get_completion_class(shell)
+    assert made is not None
+    return made(every_verb(), {}, "aufsctl", "_AUFSCTL_COMPLETE").source()
+
+
 def build(directory: Path) -> None:
     """Write all into a directory."""
     words: dict[str, dict[str, Iterator[str]]] = {
@@ -174,6 +182,8 @@ def build(directory: Path) -> None:
             text = text.replace(f"@{word}@", value)
         (directory / page).write_text(text)
     (directory / "aufsd.toml").write_text("\n".join(sample()) + "\n")
+    for shell in ("bash", "zsh", "fish"):
+        (directory / f"aufsctl.{shell}").write_text(completion(shell))
 
 
 if __name__ == "__main__":

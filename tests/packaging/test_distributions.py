@@ -57,6 +57,7 @@ def test_the_three_versions_are_one() -> None:
     assert aufsd_client.__version__ == aufsd_docker.__version__ == VERSION
     changelog = (CHECKOUT / "CHANGELOG.md").read_text()
     assert f"\n## [{VERSION}]" in changelog
+    assert (CHECKOUT / "debian/changelog").read_text().startswith(f"aufsd ({VERSION}-")
 
 
 def test_two_builds_give_the_same_bytes(built: Path, tmp_path: Path) -> None:
