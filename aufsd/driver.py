@@ -1,7 +1,7 @@
-"""What each operation of the graph driver means; reads like the table in api.md.
+"""The operations of the graph driver, one method for each row of the table in api.md.
 
-Ids and labels that arrive here are parsed. Every method either does all of what it says or raises
-one of aufsd_client.errors and has done nothing; what cancellation leaves is said where it differs.
+Ids and labels are parsed already. A method either does all of what it says, or raises one of
+aufsd_client.errors and has done nothing. A cancelled one has done nothing too, unless it says so.
 """
 
 import time
@@ -50,9 +50,9 @@ from aufsd_client.errors import (
 log = structlog.get_logger(__name__)
 
 API = 1
-# rows of a `list` that are made in one go
+# rows of a `list` between two checkpoints
 _PIECE = 250
-# not "checkpoint": clients take it for all of its methods, and `squash` is missing
+# "checkpoint" is missing: clients would take it to include `squash`
 FEATURES = (
     "batches",
     "created",
@@ -69,7 +69,7 @@ FEATURES = (
 
 @dataclass(slots=True)
 class Driver:
-    """The operations over one store. Owns nothing: `open_driver` puts the rooms together."""
+    """The operations over one store. It owns nothing; `open_driver` makes what it uses."""
 
     store: Store
     backend: Backend
@@ -95,15 +95,15 @@ class Driver:
     # --- questions that touch memory only -----------------------------------------------------
 
     def version(self) -> results.Version:
-        """What this daemon is, and which API it speaks."""
+        """The version of the daemon and of the API."""
         return results.Version(__version__, API, self.backend.name, list(FEATURES))
 
     def status(self) -> results.Status:
-        """Docker's four rows, and more of what an operator asks first."""
+        """Docker's four rows, and more for an operator."""
         return self.overview.status()
 
     def health(self) -> results.Health:
-        """What a monitoring script polls."""
+        """The health checks, for a monitoring script."""
         return self.overview.health()
 
     def metrics(self) -> results.Metrics:
@@ -115,7 +115,7 @@ class Driver:
         return results.Exists(self.store.exists(id))
 
     async def layers(self, *, after: str, limit: int, prefix: str = "") -> results.Layers:
-        """The layers by id, one page; made in pieces, so that no other call waits for all of it."""
+        """One page of the layers, by id. Other calls run between pieces of it."""
         ids, more = listing.page(self.store, after=after, limit=limit, prefix=prefix)
         rows: list[results.LayerRow] = []
         depths: dict[LayerId, int] = {}
@@ -139,7 +139,7 @@ class Driver:
         mount_label: str,
         storage_opt: Mapping[str, str],
     ) -> results.Created:
-        """Make an empty layer on top of `parent`. All or nothing, and durable."""
+        """Make an empty layer on top of `parent`. It is durable when this returns."""
         for key in storage_opt:
             if key not in self.backend.storage_options:
                 raise InvalidParams(f"{self.backend.name} has no storage option {key!r}")
@@ -162,7 +162,7 @@ class Driver:
         return results.Created(warnings)
 
     async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
-        """Remove a layer that nothing stands on and nobody references."""
+        """Remove a layer without children; with `force`, even if it has references."""
         try:
             async with self.active.removing(id, force=force):
                 self.chains.forget(id)
@@ -173,7 +173,7 @@ class Driver:
             assert isinstance(references, int)
             return results.Removed(False, "in-use", references)
         except LayerNotFound:
-            # removed by somebody else while this call waited
+            # another call has removed it while this one waited
             return results.Removed(False, "not-found")
         for failure in left:
             log.warning("content of a removed layer is still in its place", error=str(failure))
@@ -186,8 +186,9 @@ class Driver:
         try:
             dialect = await self.disk.run(self.chains.dialect, id)
         except (LayerDamaged, FileNotFoundError):
-            # or removed meanwhile: asked again with nobody at it, and whoever comes waits. To a
-            # claim for reading an apply would be refused, for a question that changes nothing.
+            # It may be damaged, or be removed or replaced at this moment. Ask again within a
+            # transition, which other calls wait for. A claim for reading would make an apply fail
+            # with LayerInUse, only because of this question.
             table = self.active.table
             await table.claim(id, self.store.require)
             try:
@@ -217,9 +218,9 @@ class Driver:
         name: str = "",
         read_only: bool = False,
     ) -> results.Got | Coroutine[Any, Any, results.Got]:
-        """Count one reference, and mount on the first; under a name once and no more.
+        """Count one reference, and mount on the first. A name counts once at most.
 
-        The answer at once if there is only to count, else a coroutine that has it.
+        Returns the answer if it only counts, else a coroutine for it.
         """
         reference = _reference(peer, hold, name)
         before, view = self.active.table.entries.get(id), peer.view
@@ -247,16 +248,16 @@ class Driver:
             references=len(entry.references),
             mounted=entry.mounted,
             read_only=entry.read_only,
-            # whoever counts one more puts it at the end
+            # a counted reference is the last one
             new=entry.references[-1] is reference,
         )
 
     def put(
         self, id: LayerId, *, peer: Peer, name: str = ""
     ) -> results.Put | Coroutine[Any, Any, results.Put]:
-        """Drop one reference, that of the name if one is given, and unmount after the last.
+        """Drop one reference, that of `name` if given, and unmount after the last.
 
-        The answer at once while other references are left, else a coroutine that has it.
+        Returns the answer if other references are left, else a coroutine for it.
         """
         entry = self.active.put_now(id, pid=peer.pid, name=name)
         if entry is not None:
@@ -270,13 +271,13 @@ class Driver:
             await self.holder_lookup.add_to(error)
             raise
         if entry is None:
-            # what somebody else mounted there stays
+            # a mount that aufsd did not make stays
             mounted = self.store.exists(id) and self.active.is_mount_point(id)
             return results.Put(0, mounted, dropped)
         return results.Put(len(entry.references), entry.mounted, dropped)
 
     async def cleanup(self) -> results.Cleanup:
-        """Unmount every mount of the store, whatever its count."""
+        """Unmount every mount of the store, even with references."""
         done, failed = await self.active.cleanup()
         rows = []
         for id, failure in failed.items():
@@ -291,7 +292,7 @@ class Driver:
         return results.Cleanup(list(done), rows)
 
     async def holders(self, id: LayerId) -> results.Holders:
-        """Who keeps the layer's mount busy."""
+        """The processes that keep the layer's mount busy."""
         self.store.require(id)
         target = self.store.layout.mount_point(id)
         busy = id in self.active.table.busy()
@@ -302,7 +303,10 @@ class Driver:
     async def diff(
         self, id: LayerId, *, parent: LayerId | None, out: int, digest: bool
     ) -> results.Streamed:
-        """Write what the layer changed to `out`, which stays the caller's. Cancelled: cut short."""
+        """Write what the layer changed, as a tar, to `out`, which the caller owns.
+
+        Cancelled: the tar is cut short.
+        """
         async with self._compared(id, parent) as (chain, against):
             return await self.jobs.diff(chain, out, against=against, digest=digest)
 
@@ -312,7 +316,7 @@ class Driver:
             return results.Size(await self.jobs.diff_size(chain, against=against))
 
     async def usage(self, id: LayerId) -> results.Usage:
-        """What the layer's own content takes up. Cancelled: nothing was counted."""
+        """Bytes and inodes of the layer's own content."""
         async with self._compared(id, None) as (chain, against):
             counted = await self.disk.run(seals.read_usage, self.store, id)
             if counted is None:
@@ -321,7 +325,7 @@ class Driver:
         return results.Usage(counted.size, counted.inodes)
 
     async def seal(self, id: LayerId) -> results.Usage:
-        """Have the layer's content on the disk, and never changed again. Cancelled: as it was."""
+        """Sync the layer's content to disk, and refuse every later change of it."""
         async with self.holder_lookup, self.active.table.unused(id):
             counted = await self.disk.run(seals.read_usage, self.store, id)
             if counted is None:
@@ -337,7 +341,7 @@ class Driver:
     async def changes(
         self, id: LayerId, *, parent: LayerId | None, after: str, limit: int
     ) -> results.Changes:
-        """What the layer changed, path by path, one page."""
+        """One page of the paths that the layer changed."""
         async with self._compared(id, parent) as (chain, against):
             below = chain[1:] if against is None else against
             return await self.jobs.changes(chain, against=below, after=after, limit=limit)
@@ -345,7 +349,7 @@ class Driver:
     async def apply_diff(
         self, id: LayerId, *, parent: LayerId | None, source: int, digest: bool
     ) -> results.Streamed:
-        """Unpack a tar into the layer. All or nothing; cancelled: the layer is as it was."""
+        """Unpack a tar into the layer."""
         self._require_parent(id, parent)
         async with self.holder_lookup, self.active.table.changing(id):
             seals.require_unsealed(self.store, id)
@@ -353,12 +357,12 @@ class Driver:
             return await self.content.apply(id, source, digest=digest)
 
     async def checkpoint(self, id: LayerId, *, below: LayerId) -> results.Checkpointed:
-        """What `id` holds becomes the layer `below`; `id` goes on with nothing, on top of it."""
+        """Move what `id` holds into a new layer `below`, and put `id`, now empty, on top of it."""
         async with self.holder_lookup:
             return await self.checkpoints.checkpoint(id, below)
 
     async def rollback(self, id: LayerId, *, to: LayerId | None) -> results.RolledBack:
-        """Throw away what `id` holds and, with `to`, put it on that layer instead."""
+        """Throw away what `id` holds. With `to`, that layer becomes its parent."""
         async with self.holder_lookup:
             return await self.checkpoints.rollback(id, to)
 
@@ -369,7 +373,7 @@ class Driver:
             return results.Converted(await self.upkeep.convert(id, to))
 
     async def check(self, *, id: LayerId | None, deep: bool, repair: bool) -> results.Check:
-        """Hold layers/, diff/, mnt/ and the kernel against each other."""
+        """Compare layers/, diff/, mnt/ and the kernel's mounts; `deep`: the content too."""
         store, table = self.store, self.active.table
         found = await checks.consistency(store, table, self.disk, id=id, repair=repair)
         if deep:
@@ -382,7 +386,11 @@ class Driver:
     async def _compared(
         self, id: LayerId, parent: LayerId | None
     ) -> AsyncIterator[tuple[tuple[Branch, ...], tuple[Branch, ...] | None]]:
-        """The two chains of a comparison, claimed for reading; None for the layer's own parent."""
+        """Claim the chain of `id` and the chain to compare it with, for reading.
+
+        The second is None if the layer is compared with its own parent, and its directory already
+        is the change.
+        """
 
         def which() -> tuple[tuple[LayerId, ...], ...]:
             chain = self.store.chain(id)
@@ -394,7 +402,7 @@ class Driver:
             return (chain, below) if below else (chain,)
 
         async with self.active.table.reading(which) as chains:
-            # what mounted unions still keep outside of their writable branches (aufs: pseudo-links)
+            # aufs keeps pseudo-links of a mounted union outside of the branch
             for one in {id: None for chain in chains for id in chain}:
                 await self.active.flush(one)
             own, *against = [await self.disk.run(self.chains.branches, each) for each in chains]

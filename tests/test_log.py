@@ -132,7 +132,7 @@ def test_what_is_held_is_not_lost_when_the_log_is_set_up_anew() -> None:
     writer = log.configure(json=True, fd=theirs)
     logger = structlog.get_logger("x")
     written = 0
-    while not writer.held:
+    while not writer.unwritten:
         logger.info("line", number=written)
         written += 1
     log.configure("debug", json=True, fd=theirs).flush()

@@ -1,10 +1,10 @@
-"""What a `get` gives: the one place where a layer's content is given out.
+"""The steps of a `get`: the only place where a layer's content is given to a caller.
 
-Whoever is given a layer may write into it, unless other layers stand on it, it is sealed, or it was
-asked for read-only. So before the first
-reference counts, what an apply recorded of the content is taken back, and a subvolume of btrfs is
-thawed or frozen. All of it happens in the transition of that one id, which create, apply, remove
-and convert of the same id wait for, and which waits for them; the chain is read when that is held.
+A caller may write into the layer, unless it has children, is sealed, or was asked for read-only. So
+before the first reference is counted, the fingerprint that an apply recorded is deleted, and a
+btrfs subvolume is made writable or read-only. All of this happens within a transition of the id,
+which create, apply, remove and convert of the same id wait for. The chain is read after the
+transition has begun.
 """
 
 import os
@@ -26,13 +26,13 @@ from aufsd_client.errors import MountFailed, PermissionDenied
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Works on the rooms, owns none."""
+    """The parts that a `get` uses; it owns none."""
 
     mounts: Mounts
     chains: Chains
     content: Content
     disk: Disk
-    # mount tables of other namespaces
+    # reads mount tables of other mount namespaces
     scans: Scans = field(default_factory=lambda: Scans(2))
 
     async def get(
@@ -44,13 +44,13 @@ class Access:
         view: View | None = None,
         read_only: bool = False,
     ) -> Entry:
-        """Count one reference, and give the layer out on the first; the entry as it is then.
+        """Count one reference, and give the layer out on the first. The entry after that.
 
-        `view`: what who asks sees of our mounts. Raises LayerNotFound, LayerDamaged, LabelConflict,
-        ModeConflict, MountFailed, ConversionNeeded, LayerInUse (a branch in another dialect that a
-        mount of another backend stands on), PermissionDenied (who asks does not see it), and what
-        Identity.verify raises. Cancelled or failed: the count is as before, and nothing is left
-        mounted.
+        `view`: the mounts that the caller sees. Raises LayerNotFound, LayerDamaged, LabelConflict,
+        ModeConflict, MountFailed, ConversionNeeded, and what Identity.verify raises. Raises
+        LayerInUse if a branch has to be converted and a mount of another backend has it, and
+        PermissionDenied if the caller does not see the mount. Cancelled or failed: the count is as
+        before, and nothing is left mounted.
         """
         entry = await self._count(id, reference, label, read_only=read_only)
         if view is not None and not view.is_near(anew=True):
@@ -60,9 +60,9 @@ class Access:
     async def _require_seen(
         self, id: LayerId, entry: Entry, reference: Reference, view: View
     ) -> None:
-        """Take the reference back if who asked for it would find another directory at the path.
+        """Drop the reference again if the caller finds another directory at the path.
 
-        Whether a mount reaches another namespace is seen when it is there, and not before.
+        Whether a mount propagates to the caller's namespace is known only after it was made.
         """
         layout, seen = self.mounts.store.layout, False
         path = layout.mount_point(id) if entry.mounted else layout.content(id)
@@ -101,28 +101,30 @@ class Access:
                     break
             await waiting.wait()
         try:
-            return await self._give_out(chain, reference, label, asked=read_only)
+            return await self._give_out(chain, reference, label, asked_read_only=read_only)
         finally:
             table.end(id)
 
     async def _give_out(
-        self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, asked: bool
+        self, chain: tuple[LayerId, ...], reference: Reference, label: str, *, asked_read_only: bool
     ) -> Entry:
-        """Give out a layer whose transition the caller holds, and count.
+        """Give out the first layer of a chain, and count. The caller has begun its transition.
 
-        `asked`: read-only is what is asked for.
+        `asked_read_only`: the call asks for read-only.
         """
         id, store = chain[0], self.mounts.store
-        # no child comes while the transition is held, for create waits for that
-        read_only = asked or is_frozen(store, id)
+        # no child is made during the transition: `create` waits for its end
+        read_only = asked_read_only or is_frozen(store, id)
         store.identity.verify(writing=not read_only)
         if not self.content.needs_mount(chain, read_only=read_only):
             await self.disk.run(require_directory, store.layout.content(id), id)
             await self.content.prepare_to_give(id, read_only=read_only)
             return self.mounts.count_content(
-                id, reference, read_only=read_only, asked_read_only=asked
+                id, reference, read_only=read_only, asked_read_only=asked_read_only
             )
-        return await self._mount(chain, reference, label, read_only=read_only, asked=asked)
+        return await self._mount(
+            chain, reference, label, read_only=read_only, asked_read_only=asked_read_only
+        )
 
     async def _mount(
         self,
@@ -131,25 +133,25 @@ class Access:
         label: str,
         *,
         read_only: bool,
-        asked: bool,
+        asked_read_only: bool,
     ) -> Entry:
         id, mounts = chain[0], self.mounts
-        # one alone is no union: its content is shown, and has no label of its own
+        # a single layer is bind-mounted: there is no union, and no label of its own
         alone = len(chain) == 1
         backend = BIND if alone else mounts.backend.name
         label = "" if alone else label
         async with mounts.mounting(
-            id, label=label, read_only=read_only, backend=backend, asked_read_only=asked
+            id, label=label, read_only=read_only, backend=backend, asked_read_only=asked_read_only
         ) as entry:
             opaque = frozenset() if alone else await self.chains.prepare(chain)
             for parent in filter(mounts.table.entries.__contains__, chain[1:]):
-                # one that is mounted writable: what it changed shows here under all its names
+                # if it is mounted writable, its new hard links have to show here
                 await mounts.flush(parent)
             await self.content.prepare_to_give(id, read_only=read_only)
             try:
                 return await mounts.mount(id, entry, reference, opaque=opaque)
             except MountFailed:
                 for branch in chain:
-                    # raises the reason, if it is that a branch is gone
+                    # raises LayerDamaged if a branch is gone, which is then the reason
                     await self.disk.run(self.chains.dialect, branch)
                 raise

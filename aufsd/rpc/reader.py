@@ -14,7 +14,7 @@ import trio
 
 from aufsd.rpc.poller import Poller
 from aufsd.rpc.ready import Queued, ReadyQueue
-from aufsd.service.log import together
+from aufsd.service.log import written_together
 
 # in one tick; then the other tasks of the daemon run
 _LINES_PER_TICK = 32
@@ -145,7 +145,7 @@ class Reader:
     def _run_tick(self, until: float = float("inf")) -> None:
         """Begin the calls of one tick, and answer them."""
         # their lines of the log are written in one piece
-        with together():
+        with written_together():
             with self._tick:
                 for _ in range(_LINES_PER_TICK):
                     if not self._ready or time.perf_counter() > until:

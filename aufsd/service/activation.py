@@ -10,9 +10,9 @@ _FIRST = 3
 def inherited(names: Collection[str]) -> dict[str, socket.socket]:
     """Listening Unix sockets by name (FileDescriptorName=); the caller owns them.
 
-    None is the usual case. The variables are taken out of the environment, so that no child takes
-    them for its own. Raises OSError for a descriptor that is something else or has another name:
-    that is a mistake in a unit, and to listen elsewhere instead would hide it.
+    Usually there are none. The variables are taken out of the environment, so that no child takes
+    them for its own. Raises OSError for a descriptor that is no such socket or has another name.
+    That is a mistake in a unit; to listen elsewhere instead would hide it.
     """
     ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     count = os.environ.pop("LISTEN_FDS", "")

@@ -1,7 +1,7 @@
-"""Metrics over TCP for a Prometheus on this host: as much of HTTP/1.1 as a scrape needs.
+"""Metrics over HTTP for a Prometheus on this host: as much of HTTP/1.1 as a scrape needs.
 
-One request a connection, GET and HEAD of /metrics, nothing else. Every user of the host can
-connect, as to the monitoring socket, and sees what everybody sees there.
+One request per connection, GET or HEAD of /metrics. Every user of the host can connect, and reads
+no more than on the monitor socket, which is open to everybody too.
 """
 
 import errno
@@ -15,7 +15,7 @@ import trio
 from aufsd import results
 from aufsd.tasks import Task
 
-# at a time; more wait in the kernel's queue
+# at a time; others wait in the kernel's queue
 _CONNECTIONS = 8
 _REQUEST = 8192  # bytes of a request at most
 _WITHIN = 5.0  # seconds for one connection
@@ -29,7 +29,7 @@ def bind(address: str, port: int) -> socket.socket:
     try:
         sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            # the port of a daemon that ended a moment ago is still held by its last connections
+            # closed connections of the last daemon still use the port for a while
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((address, port))
             sock.listen(_CONNECTIONS)
@@ -43,7 +43,7 @@ def bind(address: str, port: int) -> socket.socket:
 
 
 async def serve(sock: socket.socket, render: Callable[[], results.Metrics], task: Task) -> None:
-    """Answer scrapes until cancelled; closes the socket then. `task` is told what goes wrong."""
+    """Answer scrapes until cancelled, then close the socket. `task` records failures."""
     slots = trio.Semaphore(_CONNECTIONS)
     with trio.socket.from_stdlib_socket(sock) as listener:
         async with trio.open_nursery() as nursery:
@@ -64,7 +64,7 @@ async def _passing(accept: Callable[[], Awaitable[None]]) -> None:
     try:
         await accept()
     except OSError as error:
-        # anything else is of the one connection that is gone again (accept(2))
+        # any other error is about a connection that is gone again (accept(2))
         if error.errno in _EXHAUSTED:
             raise
 
@@ -76,7 +76,7 @@ async def _converse(
     task: Task,
 ) -> None:
     try:
-        # until the next scrape that goes well
+        # a failure is reported until the next good scrape
         await task.tried(partial(_exchange, stream, render), "scrape")
     finally:
         slots.release()
@@ -94,14 +94,14 @@ async def _exchange(stream: trio.SocketStream, render: Callable[[], results.Metr
                     await stream.send_all(_response("500 Internal Server Error", text))
                     raise
                 await stream.send_all(answer)
-                # a close with something unread would take the answer away (tcp(7): RST)
+                # a close with unread data would reset the connection (tcp(7)), and lose the answer
                 await stream.send_eof()
                 while await stream.receive_some(_REQUEST):
                     pass
 
 
 async def _head(stream: trio.SocketStream) -> bytes:
-    """A request up to its empty line, or as much as will be read of it; b"" if none came."""
+    """The head of a request, up to its empty line or _REQUEST bytes; b"" if none came."""
     head = b""
     while b"\r\n\r\n" not in head and len(head) < _REQUEST:
         data = await stream.receive_some(_REQUEST)

@@ -1,4 +1,4 @@
-"""What metrics reads from the rooms when it is asked: the store, the table, the jobs, the edge."""
+"""The metrics that are read when asked for: store, table, archive jobs, connections, process."""
 
 import os
 import platform
@@ -22,7 +22,7 @@ from aufsd.store.recovery import ACTIONS, Recovered
 Source = Callable[[], Iterator[Family]]
 
 _STATUS = {"ok": 0, "degraded": 1, "failing": 2}
-# there from the start, each at 0; a kind that is not here appears with its first job
+# kinds with a series at 0 from the start; another kind gets one with its first job
 _JOBS = ("diff", "apply_diff", "diff_size", "usage", "changes", "clone", "convert")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -49,7 +49,7 @@ def store(layers: Store, overview: Overview, recovered: list[Recovered]) -> Sour
     """What is on disk, and how well all is."""
 
     def collect() -> Iterator[Family]:
-        # some things are put right after the start, in the background
+        # more may be repaired after the start, in the background
         actions = Counter(step.action for step in recovered)
         done = by("action", {action: actions[action] for action in ACTIONS})
         yield gauge("aufsd_layers", "Layers in the store", len(layers.parent))
@@ -63,7 +63,7 @@ def store(layers: Store, overview: Overview, recovered: list[Recovered]) -> Sour
         try:
             found = os.statvfs(layers.layout.root)
         except OSError:
-            pass  # the check named space says why
+            pass  # the health check "space" says why
         else:
             block = found.f_frsize
             yield gauge("aufsd_store_size_bytes", "Space of the store", found.f_blocks * block)
@@ -84,7 +84,7 @@ def mounts(active: Mounts) -> Source:
     """The table, and the thread that mounts."""
 
     def collect() -> Iterator[Family]:
-        # a thousand mounts are common: one pass, and nothing in it that is not needed
+        # one pass, as short as can be: a thousand mounts are common
         mounted = {active.backend.name: 0}
         manual = busy = 0
         processes = []
@@ -164,7 +164,7 @@ def archives(jobs: Jobs) -> Source:
 
 
 class Statistics(Protocol):
-    """What aufsd.rpc.admission.Statistics has; that room is above this one."""
+    """aufsd.rpc.admission.Statistics, which this module must not import: it is above it."""
 
     @property
     def connections(self) -> int: ...

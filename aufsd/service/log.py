@@ -1,7 +1,8 @@
 """Logging: structlog to standard error, one line an event, JSON unless a person looks on.
 
-A log that nobody reads must not stop the daemon: nothing here waits for standard error. Lines that
-do not go out are held up to a limit, beyond it they are counted and dropped, and the count is told.
+A log that nobody reads must not stop the daemon, so nothing here waits for standard error. Lines
+that it does not take are kept, up to a limit. Beyond the limit lines are dropped and counted; the
+log says how many as soon as it can.
 """
 
 import os
@@ -19,11 +20,11 @@ import structlog
 Level = Literal["debug", "info", "warning", "error"]
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 
-# bytes that are held while standard error takes nothing
-_HELD = 1 << 20
-# what poll(2) promises: a pipe that is writable takes so much without waiting (pipe(7), PIPE_BUF)
+# bytes kept while standard error takes nothing
+_UNWRITTEN_MAX = 1 << 20
+# a pipe that poll(2) reports as writable takes so much without waiting (pipe(7), PIPE_BUF)
 _WRITE = 4096
-# a RateLimit that knows so many keys forgets those that have all their lines
+# with so many keys, a RateLimit forgets those that are not limited now
 _KEYS = 1000
 # sd-daemon(3)
 _PRIORITY = {
@@ -36,62 +37,62 @@ _PRIORITY = {
 
 
 class Writer:
-    """Writes lines to a descriptor that is not its own, and never waits for it.
+    """Writes lines to a descriptor that it does not own, and never waits for it.
 
-    As a context manager: what is written within goes out together at its end.
+    As a context manager, it writes all lines of the block in one piece at the end.
     """
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._poll = select.poll()
         self._poll.register(fd, select.POLLOUT)
-        self._held = bytearray()
-        self._together = False
+        self._unwritten = bytearray()
+        self._buffering = False
         self.dropped = 0
 
     def __enter__(self) -> None:
-        self._together = True
+        self._buffering = True
 
     def __exit__(self, *_: object) -> None:
-        self._together = False
+        self._buffering = False
         self.flush()
 
     def write(self, line: bytes) -> None:
-        """Write the line, or hold it for later, or drop it."""
-        if len(self._held) + len(line) > _HELD:
+        """Write the line now or later, or drop it."""
+        if len(self._unwritten) + len(line) > _UNWRITTEN_MAX:
             self.dropped += 1
         else:
-            self._held += line
-            self._held += b"\n"
-        if not self._together:
+            self._unwritten += line
+            self._unwritten += b"\n"
+        if not self._buffering:
             self.flush()
 
     @property
-    def held(self) -> int:
-        """How many bytes are held for later."""
-        return len(self._held)
+    def unwritten(self) -> int:
+        """Bytes that are not written yet."""
+        return len(self._unwritten)
 
     def flush(self) -> None:
-        """Write what is held, as far as that needs no waiting."""
-        while self._held and self._poll.poll(0):
+        """Write what is not written yet, as far as that needs no waiting."""
+        while self._unwritten and self._poll.poll(0):
             try:
-                del self._held[: os.write(self.fd, self._held[:_WRITE])]
+                del self._unwritten[: os.write(self.fd, self._unwritten[:_WRITE])]
             except BlockingIOError:
                 return
             except OSError:
-                # standard error is gone, and there is nowhere to say so
-                self._held.clear()
+                # standard error is gone, and nowhere is left to report it
+                self._unwritten.clear()
                 return
-        if self.dropped and not self._held:
-            self._held += b'{"event": "log lines were dropped", "count": %d}\n' % self.dropped
+        if self.dropped and not self._unwritten:
+            self._unwritten += b'{"event": "log lines were dropped", "count": %d}\n' % self.dropped
             self.dropped = 0
             self.flush()
 
 
 class _Sink:
-    """Where the lines of all loggers go, and which.
+    """The level and the writer of all loggers.
 
-    structlog has each logger keep what it was made with: a second `configure` changes it here.
+    A logger of structlog keeps what it was made with. So a second `configure` changes this object.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,7 @@ class _Sink:
         self._prefix = ""
 
     def now(self) -> str:
-        """The time as RFC 3339 has it; its seconds are written out once a second."""
+        """The time as in RFC 3339. The part up to the seconds is formatted once a second."""
         now = time.time()
         if self._second != (second := int(now)):
             self._second = second
@@ -117,7 +118,7 @@ class _Sink:
 
 _sink = _Sink()
 _processors: list[Any] = []
-# those of them that make an event a line
+# those of them that render an event as a line
 _renderers: list[Any] = []
 
 
@@ -134,11 +135,11 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
         _processors[:] = [_stamp, *_renderers]
     else:
         _renderers[:] = [_render_json, _mark_priority] if _is_journal(fd) else [_render_json]
-        # text, and not structlog's structured form, which would carry the values of local variables
+        # as text: structlog's structured form has the values of local variables
         _processors[:] = [_stamp, structlog.processors.format_exc_info, *_renderers]
     structlog.configure(
         processors=_processors,
-        # the level is looked at in `_stamp`
+        # `_stamp` checks the level
         wrapper_class=structlog.make_filtering_bound_logger("debug"),
         logger_factory=lambda *_: _sink,
         cache_logger_on_first_use=True,
@@ -147,10 +148,10 @@ def configure(level: Level = "info", *, json: bool | None = None, fd: int = 2) -
 
 
 def emit(level: Level, event: str, fields: Mapping[str, object]) -> None:
-    """Write a line, without an exception, as a logger of structlog does, by the same processors.
+    """Write a line by the processors of structlog, without a traceback.
 
-    For the one line that every call has: structlog's own way to its processors costs as much as
-    all that they do.
+    This is for the line of every call. structlog takes as long to reach its processors as they take
+    themselves.
     """
     if _LEVELS[level] < _sink.level:
         return
@@ -160,26 +161,26 @@ def emit(level: Level, event: str, fields: Mapping[str, object]) -> None:
     _sink.writer.write(found)
 
 
-def together() -> AbstractContextManager[None]:
-    """Have what is logged within a block without an await written in one piece, at its end."""
+def written_together() -> AbstractContextManager[None]:
+    """Write all that a block logs in one piece, at its end. The block has no await."""
     return _sink.writer
 
 
 class RateLimit:
-    """Which lines of a kind are written: `burst` at once, then `rate` a second, for each key.
+    """Limits lines by key: `burst` lines at once, then `rate` lines a second, for each key.
 
-    What is left out is counted, for `take_left_out`. `now` is in seconds, of any clock.
+    Lines beyond the limit are counted for `take_left_out`. `now` is in seconds, of any clock.
     """
 
     def __init__(self, burst: int, rate: float) -> None:
         self._burst = burst
         self._rate = rate
-        # key -> lines that may be written, and when that was so; any other key has them all
+        # key -> lines left, and at what time; a key that is missing has all of them
         self._left: dict[int, tuple[float, float]] = {}
         self._left_out: Counter[int] = Counter()
 
     def allows(self, key: int, now: float) -> bool:
-        """Whether a line of this key is to be written now."""
+        """Whether a line of this key may be written now."""
         left, since = self._left.get(key, (float(self._burst), now))
         left = min(self._burst, left + (now - since) * self._rate)
         if left < 1:
@@ -191,7 +192,7 @@ class RateLimit:
         return True
 
     def take_left_out(self) -> Mapping[int, int]:
-        """How many lines of each key were not written since this was asked last."""
+        """How many lines of each key were left out since the last call."""
         found, self._left_out = self._left_out, Counter()
         return found
 
@@ -204,7 +205,7 @@ class RateLimit:
 def _stamp(_: object, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     if _LEVELS[method] < _sink.level:
         raise structlog.DropEvent
-    # dict: a later "event" keeps the place of the first
+    # "event" here fixes its place; its value comes from the dict behind it
     return {"timestamp": _sink.now(), "level": method, "event": "", **event}
 
 

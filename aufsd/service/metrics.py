@@ -1,12 +1,11 @@
-"""Prometheus metrics: counted where calls end, or read from the rooms when they are asked for.
+"""Prometheus metrics. Calls are counted when they end; all else is read when metrics are asked for.
 
-No layer id is ever a label: a store has as many ids as it likes, a time series costs memory.
-Rendering reads memory, /proc and one statvfs; it takes no lock. The table's lock has no metric: it
-is held for blocks without an await, so nobody ever waits for it (table.py). What there is to wait
-for is the mount thread, and that has its times.
+No layer id is a label: each time series costs memory, and the number of ids has no limit.
+Rendering reads memory, /proc and one statvfs, and takes no lock. The table's lock has no metric,
+because nobody ever waits for it (table.py). Calls wait for the mount thread, which has metrics.
 
-The text is written here and not by prometheus_client, which needs 3.6 ms for it where all methods
-have been called; a poll is to cost less than one. The tests read it with that package's parser.
+prometheus_client would take 3.6 ms for the text when all methods have been called; a poll should
+take less than 1 ms. So the text is written here, and the tests read it with that package's parser.
 """
 
 import time
@@ -24,7 +23,7 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 # seconds: a counted get takes tens of microseconds, a debootstrap root seconds
 _BUCKETS: Final = (0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 30.0, 120.0)
 
-# so many texts are made at once, and then one a second
+# texts rendered at once, before the limit of one a second
 _FRESH = 30
 
 
@@ -49,13 +48,13 @@ def counter(name: str, text: str, samples: float | Mapping[str, float]) -> Famil
 
 
 def labels(**values: str) -> str:
-    """Labels as they stand behind a metric's name."""
+    """Labels, in the form that follows a metric's name."""
     pairs = (f'{name}="{_escape(value)}"' for name, value in values.items())
     return f"{{{','.join(pairs)}}}"
 
 
 def by(label: str, counts: Mapping[str, float]) -> dict[str, float]:
-    """Samples that one label tells apart."""
+    """Samples that differ in one label."""
     return {labels(**{label: value}): count for value, count in counts.items()}
 
 
@@ -86,7 +85,7 @@ def _histogram(method: str) -> _Histogram:
 
 
 class Metrics:
-    """`observe` is called when a call ends; what is watched is read at `render`."""
+    """`observe` counts a call that has ended. `render` reads the watched sources."""
 
     def __init__(self) -> None:
         self._calls: Counter[tuple[str, str]] = Counter()
@@ -105,13 +104,13 @@ class Metrics:
         histogram.seconds += seconds
 
     def watch(self, *sources: Callable[[], Iterable[Family]]) -> None:
-        """Have these read at every `render`."""
+        """Read these sources at every `render`."""
         self._sources += sources
 
     def render(self) -> results.Metrics:
         """The text exposition.
 
-        Whoever asks much more often than a poller does has the last one again, up to a second old.
+        Who asks more often than a poller does gets the last one again, up to a second old.
         """
         now = time.monotonic()
         if self._last is None or self._fresh.allows(0, now):
@@ -124,7 +123,8 @@ class Metrics:
             for (method, outcome), count in self._calls.items()
         }
         yield from _family(counter("aufsd_calls_total", "Calls answered", calls))
-        # there from the start, as a series of an outcome is not: increase() needs a value before
+        # These two are there from the start, at 0. Prometheus's increase() needs an earlier value,
+        # which the series of an outcome does not have.
         for name, text, outcome in (
             ("aufsd_incidents_total", "Calls that failed unexpectedly", "InternalError"),
             ("aufsd_calls_overloaded_total", "Calls beyond a limit", "Overloaded"),
@@ -140,7 +140,7 @@ class Metrics:
             try:
                 families = list(source())
             except OSError:
-                # no descriptor is left for /proc, say: the rest is worth more for that
+                # no descriptor is left for /proc, for example; the rest is still worth having
                 unread += 1
                 continue
             for family in families:

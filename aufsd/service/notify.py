@@ -11,26 +11,26 @@ import trio
 
 from aufsd.tasks import Task
 
-# the status text is told anew at least so often
+# at most, between two reports of the status text
 _PAUSE = 10.0  # seconds
 
 
 class Notifier:
-    """Tells the service manager. `watchdog`: the interval that it expects, in seconds, or None.
+    """Sends messages to the service manager. `watchdog`: its watchdog interval in seconds, or None.
 
-    Takes its variables out of the environment, so that no child speaks for the daemon. Its socket
-    is made at once, so that it can speak when no descriptor is left; it stays open for good.
+    It takes its variables out of the environment, so that no child speaks for the daemon. It opens
+    its socket at once and keeps it, so that it can send when no descriptor is left.
     """
 
     def __init__(self) -> None:
         address = os.environ.pop("NOTIFY_SOCKET", "")
-        # a leading @ stands for the abstract namespace's zero byte
+        # a leading @ means the zero byte of an abstract address
         self._address = "\0" + address[1:] if address.startswith("@") else address
         own = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         interval = os.environ.pop("WATCHDOG_USEC", "")
         digits = interval.isascii() and interval.isdigit()
         self.watchdog = int(interval) / 1e6 if own and digits and int(interval) else None
-        # the last state of the service, while it has not arrived
+        # the last state of the service, until it could be sent
         self._unsent: list[str] = []
         self._peer: socket.socket | None = None
         if self._address:
@@ -43,9 +43,9 @@ class Notifier:
         return self._peer is not None
 
     def tell(self, *lines: str) -> None:
-        """Send assignments such as READY=1, and what could not be sent before.
+        """Send assignments such as READY=1, with what could not be sent before.
 
-        A manager that takes nothing must not stop the daemon: it is told by the next message.
+        Never raises and never waits: what the manager does not take is sent with the next message.
         """
         with suppress(OSError):
             self.send(*lines)
@@ -59,7 +59,7 @@ class Notifier:
         try:
             self._peer.sendto(text.encode("utf-8", "replace").replace(b"\0", b"?"), self._address)
         except OSError as error:
-            # the status and the watchdog are told again anyway
+            # status and watchdog are sent again in any case
             self._unsent = states or self._unsent
             raise OSError(error.errno, error.strerror, self._address) from None
         self._unsent = []
@@ -73,7 +73,7 @@ class Notifier:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Say nothing any more."""
+        """Close the socket; nothing is sent any more."""
         if self._peer is not None:
             self._peer.close()
             self._peer = None
@@ -85,10 +85,10 @@ async def report(
     state: Callable[[], str],
     task: Task,
 ) -> None:
-    """Keep the status text true, and feed the watchdog for as long as `answers` returns in time.
+    """Report the status text, and feed the watchdog as long as `answers` returns in time.
 
-    A daemon that cannot do its work is not fed, and the manager restarts it: mounts outlive that.
-    Endless; returns at once where nobody listens.
+    If the mount thread hangs, the watchdog is not fed and the manager restarts the daemon; mounts
+    outlive that. Endless; returns at once without a service manager.
     """
     if notifier.listening:
         within = notifier.watchdog / 2 if notifier.watchdog else _PAUSE
@@ -110,7 +110,7 @@ async def _report_once(
         else:
             notifier.send("WATCHDOG=1", f"STATUS={state()}")
     except (FileNotFoundError, ConnectionRefusedError):
-        # who started us has heard READY and gone; one that wants a watchdog fed has not
+        # the manager has gone after READY, which is fine unless it wants its watchdog fed
         if notifier.watchdog:
             raise
     if not waiting.cancelled_caught:
