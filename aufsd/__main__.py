@@ -5,6 +5,7 @@ Exit status of `serve`: 0 stopped, 2 configuration, 3 the store was refused, 4 n
 """
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -54,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(error), 1)
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return _say(f"{where}{error.strerror or error}", 1)
+        more = "; raise LimitNOFILE= (ulimit -Hn)" if error.errno == errno.EMFILE else ""
+        return _say(f"{where}{error.strerror or error}{more}", 1)
     return status
 
 

@@ -55,6 +55,7 @@ class Daemon:
         """Start it and wait for READY=1."""
         self.started += 1
         address = str(self.directory / f"notify{self.started}")
+        Path(address).unlink(missing_ok=True)
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
             ready.bind(address)
             ready.settimeout(0.1)

@@ -2,10 +2,11 @@
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -17,7 +18,9 @@ from aufsd.union import causes
 from aufsd.union.backend import Backend, Verdict
 from aufsd.union.choice import PROBES, UNTRIED, choose, survey
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
+from tests.btrfs import btrfs_at
 from tests.fuse_server import serving
+from tests.small import filled
 from tests.tiers import OFF
 
 pytestmark = pytest.mark.mounts
@@ -249,6 +252,64 @@ def test_the_trial_is_left_out_only_where_the_file_system_is_the_one_on_record(
     found = UNTRIED["btrfs"](Layout("/proc"), "trusted")
     assert isinstance(found, Verdict)
     assert found.incompatible
+
+
+@pytest.mark.btrfs
+def test_on_a_full_btrfs_it_serves_untried_too(tmp_path: Path) -> None:
+    with btrfs_at(tmp_path) as disk:
+        layout = Layout(str(disk))
+        assert choose("btrfs", "", layout).backend.name == "btrfs"
+        with filled(disk):
+            # what is no data has room longer
+            names = (disk / f"{number}-{'x' * 200}" for number in range(1 << 20))
+            with pytest.raises(OSError, match="No space"):
+                sum(name.write_bytes(b"x" * 1024) for name in names)
+            choice = choose("auto", "btrfs", layout)
+    assert choice.backend.name == "btrfs"
+
+
+@contextmanager
+def descriptors(free: int) -> Iterator[None]:
+    """Inside, so many more descriptors can be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with ExitStack() as opened:
+        # what is free below the highest in use
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        null = os.open("/dev/null", os.O_RDONLY)
+        opened.callback(os.close, null)
+        while (fd := os.dup(null)) < highest:
+            opened.callback(os.close, fd)
+        opened.callback(os.close, fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(fd, highest) + 1 + free, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "btrfs"])
+def test_without_descriptors_no_other_backend_takes_the_place_of_the_one_on_record(
+    name: str, tmp_path: Path
+) -> None:
+    """Also aufs where there is none: that modprobe cannot be run says nothing of the kernel."""
+    if OFF.get("fuse") and name == "fuse-overlayfs":
+        pytest.skip(f"{name} is not here")
+    served = set()
+    for free in range(12):
+        with descriptors(free):
+            try:
+                choice = choose("auto", name, Layout(str(tmp_path)))
+            except OSError as error:
+                if error.errno != errno.EMFILE:
+                    raise
+                continue
+            except BackendUnsupported as error:
+                # the kernel was asked, and said that it has none
+                if name == "aufs" and "modprobe aufs failed" in error.message:
+                    break
+                raise
+        served.add(choice.backend.name)
+    assert served == {name}
 
 
 @pytest.mark.parametrize("passing", [True, False])

@@ -84,7 +84,11 @@ class StateDir:
 
     def read(self, name: str) -> bytes:
         """What a file holds. Raises OSError, FileNotFoundError among it."""
-        fd = os.open(name, _FILE, dir_fd=self.fd)
+        try:
+            fd = os.open(name, _FILE, dir_fd=self.fd)
+        except OSError as error:
+            error.filename = self.file(name)
+            raise
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise OSError(errno.EINVAL, "this is no file", self.file(name))

@@ -10,7 +10,7 @@ import secrets
 import stat
 import subprocess
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from aufsd.kernel import syscalls
 
@@ -111,12 +111,22 @@ def filesystems() -> frozenset[str]:
         return frozenset(line.split("\t")[1].strip() for line in file if "\t" in line)
 
 
-def missing_filesystem(name: str) -> str:
-    """Why the kernel has no file system of this type, after asking for its module; "" if it has."""
+class Missing(NamedTuple):
+    """Why the kernel has no file system of a type; `unasked`: its module could not be asked for."""
+
+    why: str
+    unasked: bool = False
+
+
+def missing_filesystem(name: str) -> Missing | None:
+    """Why the kernel has no file system of this type, after asking for its module; None: it has."""
     if name in filesystems():
-        return ""
-    tried = load_module(name)
-    return "" if name in filesystems() else tried or "the module has another type"
+        return None
+    try:
+        tried = load_module(name)
+    except OSError as error:
+        return Missing(f"modprobe {name} could not be run: {error.strerror}", unasked=True)
+    return None if name in filesystems() else Missing(tried or "the module has another type")
 
 
 def in_user_namespace() -> bool:
@@ -138,15 +148,20 @@ def has_selinux() -> bool:
 
 
 def load_module(name: str) -> str:
-    """Have modprobe(8) load a module; "" or why it did not, in words."""
+    """Have modprobe(8) load a module; "" or why it did not, in words.
+
+    Raises OSError if the program is there and could not be run: the host may lack memory or time.
+    """
     if os.geteuid() != 0 or in_user_namespace():
         return "a module can be loaded by the host's root only"
     try:
         done = subprocess.run(
             ["modprobe", "--", name], capture_output=True, text=True, timeout=30, check=False
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (FileNotFoundError, PermissionError) as error:
         return f"modprobe {name} could not be run: {error}"
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
         return f"modprobe {name} failed: {said}"

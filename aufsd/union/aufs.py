@@ -23,7 +23,7 @@ from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall, plan_aufs
 from aufsd.union.causes import refused
 from aufsd.union.scratch import scratch_dirs
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 MAGIC: Final = syscalls.AUFS_SUPER_MAGIC
 # include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_BR, union aufs_brinfo); with a null pointer it
@@ -75,7 +75,7 @@ class Aufs:
     def mount(self, union: Union) -> None:
         """As Backend.mount. EBUSY: another live union, maybe a detached one, writes its branch."""
         calls = self.plan(union)
-        with runner.explained(union.id, calls[0], self.log):
+        with runner.prepared(union.id, calls[0], self.log):
             os.makedirs(union.work, 0o700, exist_ok=True)
             with suppress(FileNotFoundError):
                 # unlinked by aufs as soon as it is open; there only if the machine stopped then
@@ -152,7 +152,7 @@ def probe(layout: Layout) -> Aufs | Verdict:
     Raises OSError if the store cannot be written at all.
     """
     if missing := host.missing_filesystem("aufs"):
-        return Verdict(f"this kernel has no aufs ({missing})")
+        return Verdict(f"this kernel has no aufs ({missing.why})", passing=missing.unasked)
     # dirperm1 came late to aufs; the store decides, and not the file system of $TMPDIR
     for options in (("dio", "dirperm1"), ("dio",), ()):
         try:
@@ -161,15 +161,16 @@ def probe(layout: Layout) -> Aufs | Verdict:
             failed = error
             if error.data["errno"] != "EINVAL":
                 break
-        except OSError as error:
+        except (NoSpace, OSError) as error:
             return refused("aufs", layout.root, error)
     return refused("aufs", layout.root, failed)
 
 
 def untried(layout: Layout, _: XattrNamespace) -> Aufs | Verdict:
     """As `probe`, without a trial: for a store that this has served before."""
-    if missing := host.missing_filesystem("aufs"):
-        return Verdict(f"this kernel has no aufs ({missing})")
+    # a mount asks for the module too
+    if (missing := host.missing_filesystem("aufs")) and not missing.unasked:
+        return Verdict(f"this kernel has no aufs ({missing.why})")
     facts = (("dirperm1", "true"),)
     return Aufs(("dio", "dirperm1"), layout.probes, open_log(), facts=facts)
 

@@ -17,6 +17,7 @@ from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.layout import Layout
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall
+from aufsd.union.causes import PASSING
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import InvalidParams, MountFailed
 
@@ -92,7 +93,9 @@ def probe(layout: Layout) -> Btrfs | Verdict:
         with scratch_dirs(layout.probes) as at:
             _try_out(at)
     except OSError as error:
-        return Verdict(f"subvolumes do not work as they should: {error}", incompatible=True)
+        passing = error.errno in PASSING
+        reason = f"subvolumes do not work as they should: {error}"
+        return Verdict(reason, incompatible=not passing, passing=passing)
     return Btrfs((("mounts", "none: a layer is a snapshot of its parent"),))
 
 

@@ -9,7 +9,7 @@ from typing import Final
 from aufsd.kernel import probe, syscalls
 from aufsd.union.backend import Verdict
 from aufsd.union.branches import MountCall
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 # what a full, failing or busy host gives, whatever it can do at other times
 PASSING: Final = frozenset(
@@ -82,11 +82,13 @@ def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
         yield f"the directory {path} lies on {reason}"
 
 
-def refused(fstype: str, store: str, error: OSError | MountFailed) -> Verdict:
+def refused(fstype: str, store: str, error: OSError | MountFailed | NoSpace) -> Verdict:
     """The verdict on a store on which a trial union could not be mounted, or did not work."""
     unfit = _UNFIT.get((fstype, syscalls.statfs_type(store)))
     if unfit:
         return Verdict(f"the store lies on {unfit}", incompatible=True)
+    if isinstance(error, NoSpace):
+        return Verdict(f"a trial mount failed: {error.message}", passing=True)
     if isinstance(error, MountFailed):
         name = error.data["errno"]
         by_host = name in ("EPERM", "EACCES", "ENODEV", "ENOSYS")

@@ -6,6 +6,7 @@ next one asks first whether that still lives. A union nobody noted is found by o
 word in the kernel's log, after the fact and before anybody is given the mount.
 """
 
+import errno
 import os
 from contextlib import suppress
 from typing import Final
@@ -19,13 +20,18 @@ from aufsd.union import runner
 from aufsd.union.backend import Union
 from aufsd.union.branches import plan_overlay
 from aufsd.union.scratch import scratch_dirs
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 log = structlog.get_logger(__name__)
 
 SYSFS: Final = "/sys/fs/aufs"
 # ovl_report_in_use() in fs/overlayfs/super.c
 _IN_USE: Final = ("upperdir is in-use", "workdir is in-use")
+
+
+# of every host, and none of a store's
+_TMPFS: Final = ("/dev/shm", "/run")
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def note(work: str, *words: str | int) -> None:
@@ -80,11 +86,27 @@ def in_use(union: Union) -> MountFailed:
 def is_upper_in_use(upper: str, scratch: str, namespace: XattrNamespace) -> bool:
     """Whether a live overlay mount, seen by us or not, writes to `upper`: asked by a trial.
 
+    The trial is made in `scratch`, or where that is full on a tmpfs. Raises OSError if it cannot be
+    made anywhere.
+
     With index=on the kernel refuses a lower directory that is another mount's upper (EBUSY; Linux
     4.13, ovl_is_inuse()). The trial's own upper is a new directory in `scratch`, so nothing is
     written near the layer. A trial that fails in another way tells nothing, nor does one in a user
     namespace, where overlayfs goes without an index (ovl_can_decode_fh()).
     """
+    for place in (scratch, *_TMPFS):
+        try:
+            return _is_refused(upper, place, namespace)
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            left = error
+        except NoSpace as error:
+            left = OSError(errno.ENOSPC, error.message, place)
+    raise left
+
+
+def _is_refused(upper: str, scratch: str, namespace: XattrNamespace) -> bool:
     with scratch_dirs(scratch, "upper", "work", "merged") as at:
         call = plan_overlay(
             f"{at}/merged",

@@ -38,7 +38,7 @@ from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
 from aufsd.union.causes import PASSING, refused
 from aufsd.union.helper import Helper
 from aufsd.union.scratch import scratch_dirs
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 log = structlog.get_logger(__name__)
 
@@ -110,7 +110,7 @@ class Fuse:
     def mount(self, union: Union) -> None:
         """As Backend.mount. EBUSY: the helper of a union of this layer still runs."""
         kernel, served = self.plan(union)
-        with runner.explained(union.id, served, self.log):
+        with runner.prepared(union.id, served, self.log):
             if helper.is_alive(union.work):
                 raise exclusive.in_use(union)
             if not union.read_only:
@@ -162,9 +162,12 @@ class Fuse:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         helper.wait(pid, process(pid)[1], _END_WITHIN)
-        why = helper.said(union.work) or f"{self.program} did not answer"
+        said = helper.said(union.work)
         helper.forget(union.work)
-        raise runner.failure(union.id, served, OSError(errno.EINVAL, why), self.log)
+        # one that says nothing was not given the time to
+        why = said or f"{self.program} did not answer"
+        error = OSError(errno.EINVAL if said else errno.ETIMEDOUT, why)
+        raise runner.failure(union.id, served, error, self.log)
 
     def flush(self, target: str) -> None:
         """As Backend.flush: the kernel keeps written pages of a FUSE mount for a while."""
@@ -249,7 +252,7 @@ def probe(layout: Layout) -> Fuse | Verdict:
     found = replace(found, namespace=ground.xattrs)
     try:
         _try_out(found)
-    except (MountFailed, OSError) as error:
+    except (MountFailed, NoSpace, OSError) as error:
         return refused("fuse", layout.probes, error)
     return found
 
@@ -259,12 +262,17 @@ def untried(layout: Layout, namespace: XattrNamespace) -> Fuse | Verdict:
     program = shutil.which(NAME, path=f"{os.environ.get('PATH', '')}:/usr/bin:/usr/local/bin")
     if program is None:
         return Verdict(f"the program {NAME} is not installed")
-    version = _version(program)
+    try:
+        version = _version(program)
+    except OSError:
+        # the host lacks memory or descriptors: what was told of it at other times holds
+        version = _OLDEST
     shown = ".".join(map(str, version)) or "unknown"
     if version < _OLDEST:
         return Verdict(f"{program} has the version {shown}; it has to be 1.5 or later")
     if "fuse" not in host.filesystems():
-        host.load_module("fuse")
+        with suppress(OSError):
+            host.load_module("fuse")
     try:
         os.close(os.open(_DEVICE, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -415,12 +423,16 @@ def _opened(opened: ExitStack, path: str, flags: int) -> int:
 
 
 def _version(program: str) -> tuple[int, ...]:
-    """The version that the program says it has; () if it says none."""
+    """The version that the program says it has; () if it says none. OSError: it did not run now."""
     try:
         done = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=10, check=False
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except subprocess.TimeoutExpired as error:
+        raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from error
+    except OSError as error:
+        if error.errno in PASSING:
+            raise
         return ()
     found = re.search(r"fuse-overlayfs: version (\d+)\.(\d+)", done.stdout)
     return (int(found[1]), int(found[2])) if found else ()

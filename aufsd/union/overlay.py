@@ -23,7 +23,7 @@ from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
 from aufsd.union.causes import refused
 from aufsd.union.scratch import scratch_dirs
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 MAGIC: Final = syscalls.OVERLAYFS_SUPER_MAGIC
 # each with the module parameter that shows that the kernel knows it
@@ -92,7 +92,7 @@ class Overlay:
         calls = self.plan(union)
         if union.read_only:
             return runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
-        with runner.explained(union.id, calls[0], self.log):
+        with runner.prepared(union.id, calls[0], self.log):
             exclusive.refuse_if_written(union, self.scratch, self.namespace)
             _clean_work(union.work)
         runner.run(union.id, calls, stands=self.is_mounted, log=self.log)
@@ -147,7 +147,7 @@ def probe(layout: Layout) -> Overlay | Verdict:
     Raises OSError if the store cannot be written at all.
     """
     if missing := host.missing_filesystem("overlay"):
-        return Verdict(f"this kernel has no overlayfs ({missing})")
+        return Verdict(f"this kernel has no overlayfs ({missing.why})", passing=missing.unasked)
     os.makedirs(layout.probes, 0o700, exist_ok=True)
     ground = host.ground(layout.probes)
     if not ground.xattrs:
@@ -167,7 +167,7 @@ def probe(layout: Layout) -> Overlay | Verdict:
     found = Overlay(ground.xattrs, options, empty, layout.probes, open_log())
     try:
         told = _try_out(found)
-    except (MountFailed, OSError) as error:
+    except (MountFailed, NoSpace, OSError) as error:
         return refused("overlay", layout.probes, error)
     facts = (("overlay_options", ",".join(options)), ("upper_in_use", "told" if told else "unseen"))
     return replace(found, facts=facts)
@@ -175,8 +175,9 @@ def probe(layout: Layout) -> Overlay | Verdict:
 
 def untried(layout: Layout, namespace: XattrNamespace) -> Overlay | Verdict:
     """As `probe`, without a trial: for a store that this has served before."""
-    if missing := host.missing_filesystem("overlay"):
-        return Verdict(f"this kernel has no overlayfs ({missing})")
+    # a mount asks for the module too
+    if (missing := host.missing_filesystem("overlay")) and not missing.unasked:
+        return Verdict(f"this kernel has no overlayfs ({missing.why})")
     options = (*_known_options(), *exclusive.user_xattr(namespace))
     facts = (("overlay_options", ",".join(options)), ("upper_in_use", "unseen"))
     empty = f"{layout.private}/empty"

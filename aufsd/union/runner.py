@@ -17,9 +17,11 @@ from typing import Final
 
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.log import KernelLog
+from aufsd.store.ids import LayerId
+from aufsd.store.space import is_full, no_space
 from aufsd.union.branches import DATA_MAX, MountCall
 from aufsd.union.causes import likely_cause
-from aufsd_client.errors import MountFailed
+from aufsd_client.errors import MountFailed, NoSpace
 
 _BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # of a mount that is gone as soon as it is made: somebody unmounts it by hand, or in a loop
@@ -105,8 +107,22 @@ def explained(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
         raise failure(id, call, error, log) from error
 
 
-def failure(id: str, call: MountCall, error: OSError, log: KernelLog) -> MountFailed:
+@contextmanager
+def prepared(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
+    """The same for what is done in the store before the mount: it may be full, NoSpace."""
+    with explained(id, call, log):
+        try:
+            yield
+        except OSError as error:
+            raise no_space(error, LayerId(id)) or error from error
+
+
+def failure(id: str, call: MountCall, error: OSError, log: KernelLog) -> MountFailed | NoSpace:
     """The error that explains why this call failed."""
+    # the kernel makes directories too, and says ENOSPC of other things
+    full = no_space(error, LayerId(id)) if any(map(is_full, call.dirs[:1])) else None
+    if full is not None:
+        return full
     lines = log.since()[-10:]
     cause = likely_cause(call, error, lines)
     name = errno.errorcode.get(error.errno or 0, str(error.errno))

@@ -9,11 +9,12 @@ import pytest
 
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.log import KernelLog
-from aufsd.union import runner
+from aufsd.union import exclusive, runner
 from aufsd.union.branches import DATA_MAX, MountCall, longest
 from aufsd.union.overlay import Overlay
 from aufsd_client.errors import MountFailed
-from tests.conformance.layers import Layers, tree
+from tests.conformance.layers import Layers, open_layers, tree
+from tests.small import full, small
 
 pytestmark = pytest.mark.mounts
 
@@ -90,6 +91,21 @@ def test_a_branch_in_use_is_found_before_it_is_mounted_again(layers: Layers) -> 
     layers.backend.unmount(union.target)
     blind.mount(again)
     assert blind.is_mounted(again.target)
+
+
+def test_a_branch_in_use_is_found_on_a_full_disk_too(tmp_path: Path) -> None:
+    """The number of the last union's device may be another's by now: a trial tells."""
+    with (
+        small(tmp_path / "disk") as disk,
+        open_layers("overlay", f"{disk}/store") as layers,
+    ):
+        layers.need_exclusive()
+        union = layers.mount(layers.add(), layers.add())
+        scratch, namespace = layers.layout.probes, layers.backend.namespace
+        with full(disk):
+            assert exclusive.is_upper_in_use(union.top, scratch, namespace)
+            layers.unmount(union)
+            assert not exclusive.is_upper_in_use(union.top, scratch, namespace)
 
 
 @pytest.mark.parametrize(("times", "stands"), [(2, True), (3, False)])

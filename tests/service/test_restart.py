@@ -94,7 +94,7 @@ def test_a_second_daemon_and_another_store_leave_the_counts_alone(
 ) -> None:
     """moby#22763: whoever gives a second daemon a root and sockets of its own forgets the rest."""
     other = ("--socket", f"{tmp_path}/b.sock", "--monitor-socket", f"{tmp_path}/n.sock")
-    second = Daemon(tmp_path, tmp_path / "second", started=50)
+    second = Daemon(tmp_path, tmp_path / "second")
     status, said = second.refused(*other)
     assert status == 3
     assert said.startswith(f"aufsd: the daemon that serves {mounted.root} keeps its table of ")

@@ -110,6 +110,24 @@ def test_a_lock_that_a_predecessor_holds_is_waited_for_under_a_service_manager(
         assert process.wait(READY_WITHIN) == 0
 
 
+@pytest.mark.mounts
+def test_with_few_descriptors_a_start_says_so_in_one_sentence_and_changes_nothing(
+    served: Daemon, tmp_path: Path
+) -> None:
+    assert served.stop() == 0
+    for most in (7, 10, 13, 16, 19):
+        few = Daemon(tmp_path, served.root, prefix=("prlimit", f"--nofile={most}:{most}"))
+        status, said = few.refused()
+        assert (status, "Traceback" in said) == (1, False)
+        *lines, last = said.splitlines()
+        assert all(line.startswith("{") for line in lines)
+        assert last.startswith("aufsd: ")
+        assert last.endswith("Too many open files; raise LimitNOFILE= (ulimit -Hn)")
+    served.start()
+    with served.client() as client:
+        assert client.health().status == "ok"
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
