@@ -88,11 +88,15 @@ def _look(top: int, dialect: Dialect, below: Directories, namespace: str, found:
                 here.later(name)
             elif dialect is not Dialect.AUFS and marks.deleted_name(name) is not None:
                 found.add("mixed-dialects", here, name, " is an aufs whiteout")
-            elif _is_node(entry):
-                if dialect is not Dialect.OVERLAY:
+            elif dialect is not Dialect.NONE and _is_node(entry):
+                if dialect is Dialect.AUFS:
                     found.add("mixed-dialects", here, name, " is an overlay whiteout")
                 elif here.depth and _alone(alone, here, below):
                     found.add("listed-whiteout", here, name, _LISTED)
+            if dialect is Dialect.NONE:
+                # no union reads a snapshot: what says something to overlayfs is content, as where
+                # somebody's own overlay has its branches in the layer
+                continue
             try:
                 xattrs = set(os.listxattr(name, follow_symlinks=False))
             except FileNotFoundError:

@@ -161,6 +161,19 @@ async def test_a_deep_layer_is_checked_with_few_descriptors(jobs: Jobs, memory: 
     assert max(len(each.detail) for each in found) < 5000
 
 
+async def test_in_a_snapshot_the_marks_of_an_overlay_are_content(jobs: Jobs, memory: Path) -> None:
+    inner = memory / "store/diff/a/var/lib/docker/overlay2/b/diff"
+    inner.mkdir(parents=True)
+    os.mknod(inner / "gone", stat.S_IFCHR, os.makedev(0, 0))
+    os.setxattr(inner, f"{NAMESPACE}.overlay.opaque", b"y")
+    os.setxattr(inner, f"{NAMESPACE}.overlay.redirect", b"/x")
+    assert await jobs.look_into((Branch("a", Dialect.NONE),)) == ()
+    (inner / ".wh.gone").touch()
+    (found,) = await jobs.look_into((Branch("a", Dialect.NONE),))
+    # in a tar that would say what it says to aufs
+    assert (found.problem, "aufs" in found.detail) == ("mixed-dialects", True)
+
+
 def test_one_layer_that_cannot_be_read_is_no_reason_not_to_look_at_the_next(memory: Path) -> None:
     root = memory / "store"
     for id in ("a", "b"):
