@@ -41,7 +41,7 @@ def _layer(store: Store, entry: Entry | None, id: LayerId, depth: int) -> result
         parent=store.parent.get(id) or "",
         depth=depth,
         references=len(entry.references) if entry else 0,
-        mounted=bool(entry and entry.mounted),
+        mounted=bool(entry and entry.stands),
         created=store.created.get(id, 0.0),
         sealed=id in store.sealed,
     )
@@ -74,7 +74,7 @@ def _mount(layout: Layout, id: LayerId, entry: Entry) -> results.MountRow:
         path=path(layout, id, mounted=entry.mounted),
         backend=entry.backend,
         references=len(entry.references),
-        mounted=entry.mounted,
+        mounted=entry.stands,
         read_only=entry.read_only,
         label=entry.label,
         since=entry.since,
@@ -108,7 +108,7 @@ def metadata(
         "backend": backend,
         "dialect": dialect,
         "references": str(len(entry.references) if entry else 0),
-        "mounted": _yes(bool(entry and entry.mounted)),
+        "mounted": _yes(bool(entry and entry.stands)),
         "sealed": _yes(id in store.sealed),
         "created": f"{store.created.get(id, 0.0):.6f}",
     }

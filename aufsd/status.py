@@ -32,7 +32,7 @@ class Overview:
         """Docker's rows first (moby aufs.go, Status), then more."""
         facts = dict(self.backend.facts)
         entries = self.active.table.entries
-        mounted = sum(1 for entry in entries.values() if entry.mounted)
+        mounted = sum(1 for entry in entries.values() if entry.stands)
         references = sum(len(entry.references) for entry in entries.values())
         layers = len(self.store.parent)
         health = self.health()

@@ -21,16 +21,20 @@ ME = Peer(os.getpid(), 0, 0, "test", 1)
 
 
 @asynccontextmanager
-async def opened(tmp_path: Path) -> AsyncIterator[Driver]:
-    """The driver as the daemon has it, with `base` and `top` on it; nothing stays mounted."""
+async def opened(tmp_path: Path, *, made: bool = False) -> AsyncIterator[Driver]:
+    """The driver as the daemon has it, with `base` and `top` on it; nothing stays mounted.
+
+    `made`: the layers are there from the last time.
+    """
     root, state = tmp_path / "store", tmp_path / "run"
     config = Config(root=str(root), state_dir=str(state), backend="overlay")
     store = open_root(config)
     try:
         async with open_driver(store, config, Metrics(), Tasks()) as driver:
-            await create(driver, BASE, None)
-            await create(driver, TOP, BASE)
-            await apply(driver, tmp_path, b"old")
+            if not made:
+                await create(driver, BASE, None)
+                await create(driver, TOP, BASE)
+                await apply(driver, tmp_path, b"old")
             try:
                 yield driver
             finally:

@@ -26,6 +26,7 @@ from aufsd.kernel.mountinfo import Changes
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 from aufsd.store.seals import is_frozen
+from aufsd.tasks import Task
 from aufsd.threads import MountThread, Scans
 from aufsd.union.backend import Backend, NotFlushed
 from aufsd_client.errors import (
@@ -57,6 +58,8 @@ class Mounts:
     table: Table
     nursery: trio.Nursery
     helpers: HelperWatch
+    # what again.py could not mount again
+    remounts: Task
     thread: MountThread = field(default_factory=MountThread)
     # looks through all processes for the holders of a mount
     scans: Scans = field(default_factory=Scans)
@@ -125,7 +128,7 @@ class Mounts:
         """
         table = self.table
         before = table.entries.get(id)
-        if before is not None:
+        if before is not None and before.stands:
             self.counters.vanished_mounts += 1
             log.warning("mount vanished", id=id, references=len(before.references))
         entry = refs.mounting(

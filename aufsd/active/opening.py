@@ -12,7 +12,8 @@ import trio
 
 from aufsd.active import observed
 from aufsd.active.mounts import Mounts
-from aufsd.active.refs import Entry
+from aufsd.active.refs import BIND, Entry
+from aufsd.active.remount import make_up
 from aufsd.active.replay import Finding, replay, settle
 from aufsd.active.table import Table
 from aufsd.active.watch import HelperWatch
@@ -74,7 +75,8 @@ async def open_mounts(
     async with trio.open_nursery() as nursery:
         watches = tasks.add("watches", "the end of each process that counts is noticed")
         helpers = HelperWatch(backend, table, nursery, watches)
-        mounts = Mounts(table.store, backend, table, nursery, helpers)
+        remounts = tasks.add("remounts", "no mount is taken away and not made again")
+        mounts = Mounts(table.store, backend, table, nursery, helpers, remounts)
         found = await mounts.thread.run(replay, table, recorded, backend)
         _tell(mounts, found.findings)
         for id in list(table.entries):
@@ -84,6 +86,9 @@ async def open_mounts(
             settling.failed(id, error)
             again = partial(_settle, mounts, id, recorded.get(id), table.entries.get(id))
             nursery.start_soon(settling.until_done, again, id)
+        for id, entry in table.entries.items():
+            if entry.unmounted and entry.backend in (backend.name, BIND):
+                nursery.start_soon(make_up, mounts, id)
         retries = tasks.add("retries", "unmounts that stayed busy are tried again")
         nursery.start_soon(retries.repeat, mounts.retry_busy)
         try:

@@ -62,6 +62,8 @@ class Entry(Struct, frozen=True):
     `asked_read_only`: the first `get` asked for read-only, and the layer may be writable otherwise.
     `mount` identifies the mount. It is None until the mount stands, and in entries that an older
     aufsd wrote.
+    `unmounted`: the mount was taken away for a moment and could not be made again yet. Its
+    references stand.
     """
 
     state: State
@@ -73,6 +75,12 @@ class Entry(Struct, frozen=True):
     backend: str = ""
     mount: Identity | None = None
     asked_read_only: bool = False
+    unmounted: bool = False
+
+    @property
+    def stands(self) -> bool:
+        """Whether its mount is there, as far as is known."""
+        return self.mounted and not self.unmounted
 
 
 class OnGet(Enum):
@@ -146,8 +154,10 @@ def replacing(entry: Entry) -> Entry:
 
 
 def mounted_again(entry: Entry, mount: Identity | None, *, read_only: bool) -> Entry:
-    """A mount of it stands again; `mount` None: it has to be made by the next `get`."""
-    return replace(entry, state=State.ACTIVE, mount=mount, read_only=read_only)
+    """A mount of it stands again; `mount` None: it could not be made, and still has to be."""
+    return replace(
+        entry, state=State.ACTIVE, mount=mount, read_only=read_only, unmounted=mount is None
+    )
 
 
 def counts(entry: Entry, reference: Reference) -> bool:

@@ -1,34 +1,37 @@
 """Unmounts a layer for a moment and mounts it again. References and path stay the same.
 
 The journal records it before the first system call. If the daemon is killed in between, the next
-start mounts the layer again.
+start mounts the layer again. What cannot be mounted again is tried until it can.
 """
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 import structlog
+import trio
 from msgspec import to_builtins
 
 from aufsd.active import in_use, observed, performing, refs
 from aufsd.active.mounts import Mounts
-from aufsd.active.refs import Entry
+from aufsd.active.refs import Entry, State
 from aufsd.kernel import copies
 from aufsd.kernel import holders as kernel_holders
 from aufsd.kernel.mountinfo import Identity
 from aufsd.results import Holders
 from aufsd.store.ids import LayerId
+from aufsd.tasks import SOONEST
 from aufsd.union import exclusive, helper
 from aufsd.union.backend import Union
-from aufsd_client.errors import MountFailed, UnmountBusy
+from aufsd_client.errors import AufsdError, MountFailed, UnmountBusy
 
 log = structlog.get_logger(__name__)
 
 
 async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
-    """Unmount a layer, for `mount` to mount it again. The caller has begun its transition.
+    """Unmount a layer whose transition the caller holds, for `mount` to mount again.
 
-    Returns the entry, which stays in the table. None: the layer was not mounted, or had no
-    reference and is not to be mounted again. Raises UnmountBusy, NoSpace: it is mounted as before.
+    Its entry, which stays in the table; None if it is not mounted, or no reference is left and it
+    is gone for good. Raises UnmountBusy, NoSpace: it is mounted as before.
     """
     table = mounts.table
     entry = table.entries.get(id)
@@ -43,9 +46,13 @@ async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
         await in_use.unmount(
             id, target, once, mounts.thread, mounts.scans, retrying=mounts.retrying
         )
-    except BaseException:
-        table.enter(id, entry)
-        table.record(id)
+    except BaseException as error:
+        # what comes after the system call may have failed, with the mount gone
+        if not entry.references or entry.mount is None or observed.is_on_top(target, entry):
+            table.enter(id, entry)
+            table.record(id)
+        else:
+            await restore(mounts, id, error)
         raise
     mounts.counters.unmounts += 1
     mounts.busy_errnos.pop(id, None)
@@ -57,10 +64,11 @@ async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
     return moving
 
 
-async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None:
-    """Mount again what `unmount` unmounted, over the chain that the index has now.
+async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId] | None) -> None:
+    """Mount again what `unmount` took away, over the chain as it is in the index now.
 
-    Raises MountFailed, TooManyLayers: nothing is mounted, and the entry is as before.
+    `opaque` as in Table.union. Raises MountFailed, TooManyLayers, OSError: then nothing is mounted,
+    and the entry is as before.
     """
     table = mounts.table
     entry = table.entries[id]
@@ -75,20 +83,86 @@ async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId]) -> None
     table.record(id)
 
 
-def leave_to_next_get(mounts: Mounts, id: LayerId) -> None:
-    """Give up mounting it now. Its references stay, and the next `get` mounts it."""
+async def restore(
+    mounts: Mounts,
+    id: LayerId,
+    why: BaseException,
+    *,
+    first: Callable[[], Awaitable[object]] | None = None,
+) -> bool:
+    """Mount again what was mounted before; whether it is. If not, that is tried in the background.
+
+    `why` is what went wrong until now, for the log. `first` has to be done before a mount can be.
+    """
+    entry = mounts.table.entries.get(id)
+    try:
+        if first is not None:
+            await first()
+        if entry is not None and entry.state is State.MOUNTING:
+            await mount(mounts, id, None)
+            log.warning("a mount was made again after an error", id=id, error=str(why))
+    except (AufsdError, OSError, RuntimeError) as error:
+        _owe(mounts, id, error, first)
+        return False
+    return True
+
+
+def _owe(
+    mounts: Mounts,
+    id: LayerId,
+    error: Exception,
+    first: Callable[[], Awaitable[object]] | None = None,
+) -> None:
+    """It cannot be mounted now: its references stand, and it is tried again until it is."""
     table = mounts.table
-    entry = table.entries[id]
-    log.warning("a mount could not be made again; the next get does", id=id)
-    table.enter(id, refs.mounted_again(entry, None, read_only=entry.read_only))
-    table.record(id)
+    entry = table.entries.get(id)
+    if entry is not None and entry.state is State.MOUNTING:
+        table.enter(id, refs.mounted_again(entry, None, read_only=entry.read_only))
+        table.record(id)
+    mounts.remounts.failed(id, error)
+    mounts.nursery.start_soon(make_up, mounts, id, first)
+
+
+async def make_up(
+    mounts: Mounts, id: LayerId, first: Callable[[], Awaitable[object]] | None = None
+) -> None:
+    """Mount, as soon as that can be done, a layer whose entry says `unmounted`."""
+    # it has just failed
+    await trio.sleep(SOONEST)
+    await mounts.remounts.until_done(partial(_made_up, mounts, id, first), id)
+
+
+async def _made_up(
+    mounts: Mounts, id: LayerId, first: Callable[[], Awaitable[object]] | None
+) -> None:
+    table = mounts.table
+    while True:
+        with table.locked():
+            entry = table.entries.get(id)
+            if first is None and (entry is None or not entry.unmounted):
+                # it was put, or a `get` has mounted it
+                return
+            chain = mounts.store.chain(id)
+            waiting = table.in_transition(*chain)
+            if waiting is None:
+                table.begin(id)
+                break
+        await waiting.wait()
+    try:
+        if first is not None:
+            await first()
+        if entry is not None and entry.unmounted:
+            await mount(mounts, id, None)
+            log.info("a mount was made again", id=id)
+    finally:
+        table.end(id)
 
 
 async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
-    """Raise UnmountBusy if the union is still alive after its unmount, and may write its branch.
+    """Raise UnmountBusy if the union that was unmounted lives on, and may write its branch.
 
-    Then it has a copy, most likely in another mount namespace. The layer is mounted again from that
-    copy, because no other union can have the branch while this one lives.
+    It has a copy, in another mount namespace most likely. From that it is mounted again, as
+    nothing else can be while it lives.
     """
     union = mounts.table.union(id, entry)
     mount = await mounts.thread.run(_brought_back, mounts, union, entry)
@@ -109,7 +183,7 @@ async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
 
 
 def _brought_back(mounts: Mounts, union: Union, entry: Entry) -> Identity | bool | None:
-    """The mount made from a copy; False if that failed; None if no union is alive."""
+    """The mount that was made of a copy; False if none could be; None if no union lives on."""
     if not helper.is_alive(union.work):
         try:
             exclusive.refuse_if_written(union, mounts.store.layout.probes, mounts.backend.namespace)

@@ -92,9 +92,11 @@ def settle(
         if entry is not None:
             entry = refs.busy(entry)
             findings += _ended(id, recorded)
-        elif recorded.state is State.MOUNTING:
+        elif recorded.state is State.MOUNTING or recorded.unmounted:
             entry = _made_again(table, backend, id, recorded, rows)
-            findings.append(Finding(id, "remounted", "was about to be mounted again: it is now"))
+            done = "could not be yet" if entry.unmounted else "it is now"
+            text = f"was about to be mounted again: {done}"
+            findings.append(Finding(id, "remounted", text))
         else:
             dropped = len(recorded.references)
             text = f"no longer mounted, {dropped} references dropped"
@@ -114,7 +116,7 @@ def _made_again(
     if made is not None:
         return refs.mounted_again(entry, made.mount, read_only=made.read_only)
     mount, read_only = None, entry.read_only
-    # if the backend is another one, or the mount fails, the next `get` mounts it
+    # if the mount fails it is tried again; if the backend is another one, the next `get` mounts it
     if entry.backend in (backend.name, refs.BIND) and not rows:
         with suppress(AufsdError, OSError, Occupied):
             union = table.union(id, entry)

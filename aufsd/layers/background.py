@@ -16,7 +16,7 @@ from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.store.recovery import Recovered
+from aufsd.store.recovery import Recovered, discard_trials
 from aufsd.store.seals import forget_usage
 from aufsd.tasks import AutoResetEvent, Tasks
 from aufsd.threads import Disk
@@ -56,6 +56,7 @@ class Upkeep:
         # in another store it is not ours to delete
         self.store.identity.verify()
         left = await self._finish_removals()
+        await self.disk.run(discard_trials, self.store)
         undeleted = await self.disk.run(self.store.erase_removed)
         self.store.undeleted = len(undeleted)
         left += [one.error() for one in undeleted.values()]

@@ -49,9 +49,14 @@ class Chains:
         if below in self._roots:
             self._roots[id] = self._roots.pop(below)
 
-    def emptied(self, id: LayerId) -> None:
-        """A layer holds nothing now, in our dialect."""
-        self._roots[id] = False
+    def emptied(self, id: LayerId) -> bool:
+        """A prepared layer holds nothing now, in our dialect; whether its `/` was opaque."""
+        opaque, self._roots[id] = self._roots[id], False
+        return opaque
+
+    def filled_again(self, id: LayerId, *, opaque: bool) -> None:
+        """It holds what it did before."""
+        self._roots[id] = opaque
 
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
         """Bring every branch of a chain that is about to be mounted into the backend's dialect.

@@ -2,11 +2,12 @@
 
 What a layer holds of its own is renamed out of it (store/replacing.py) with the layer unmounted; a
 mount that has references is made again within the call. From the unmount on nothing is cancelled:
-it is done, or taken back, and the references stand either way.
+it is done, or taken back, and the references stand either way. What needs a descriptor or room is
+made before the unmount, or held in reserve.
 """
 
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,16 +17,19 @@ import trio
 from aufsd import results
 from aufsd.active import remount
 from aufsd.active.mounts import Mounts
-from aufsd.active.refs import BIND, State
+from aufsd.active.refs import BIND
+from aufsd.archive import errnos
+from aufsd.kernel.spare import Spare
 from aufsd.layers.branches import Chains
 from aufsd.store import dialect as dialects
 from aufsd.store import replacing, seals
 from aufsd.store.dialect import HOUSEKEEPING
 from aufsd.store.ids import LayerId
+from aufsd.store.replacing import Prepared
+from aufsd.store.space import no_space
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd_client.errors import (
-    AufsdError,
     BackendUnsupported,
     InvalidParams,
     LayerExists,
@@ -36,6 +40,9 @@ from aufsd_client.errors import (
 )
 
 log = structlog.get_logger(__name__)
+
+# what a mount opens besides its branches; a helper is a process that is started, too
+_MORE_DESCRIPTORS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,26 +82,26 @@ class Checkpoints:
                 with trio.CancelScope(shield=True):
                     await self._checkpoint(id, below)
             except BaseException:
-                self.chains.forget(below)
-                store.forget(below)
+                if store.parent[id] != below:
+                    self.chains.forget(below)
+                    store.forget(below)
                 raise
         entry = self.mounts.table.entries.get(id)
         return results.Checkpointed(below, False, len(entry.references) if entry else 0, [])
 
     async def _checkpoint(self, id: LayerId, below: LayerId) -> None:
         store, dialect = self.mounts.store, self.mounts.backend.dialect
-        commit = partial(replacing.checkpoint_on_disk, store, id, below, dialect)
 
         def enter() -> None:
             replacing.checkpoint_in_index(store, id, below)
             self.chains.moved(id, below)
 
-        async def back() -> None:
-            await self.disk.run(replacing.take_back, store, id, below)
+        def leave() -> None:
             replacing.checkpoint_out_of_index(store, id, below)
             self.chains.moved_back(id, below)
 
-        await self._replace(id, commit, enter, back)
+        prepare = partial(replacing.prepare_checkpoint, store, id, below, dialect)
+        await self._replace(id, prepare, enter, leave)
 
     async def rollback(self, id: LayerId, to: LayerId | None) -> results.RolledBack:
         """Throw away what `id` holds of its own and, with `to`, put it on that layer instead.
@@ -133,19 +140,20 @@ class Checkpoints:
         self, id: LayerId, before: LayerId | None, parents: tuple[LayerId, ...]
     ) -> None:
         store, dialect = self.mounts.store, self.mounts.backend.dialect
-        commit = partial(replacing.rollback_on_disk, store, id, parents, dialect)
+        opaque = False
 
         def enter() -> None:
+            nonlocal opaque
             replacing.restand(store, id, parents[0] if parents else None)
-            self.chains.emptied(id)
+            opaque = self.chains.emptied(id)
 
-        async def back() -> None:
-            await self.disk.run(replacing.take_back, store, id, None)
+        def leave() -> None:
             replacing.restand(store, id, before)
             store.unrecorded.discard(id)
-            self.chains.forget(id)
+            self.chains.filled_again(id, opaque=opaque)
 
-        await self._replace(id, commit, enter, back)
+        prepare = partial(replacing.prepare_rollback, store, id, parents, dialect)
+        await self._replace(id, prepare, enter, leave)
         await self.disk.run(replacing.discard_rolled_back, store, id)
 
     # --- what both share ----------------------------------------------------------------------
@@ -188,43 +196,85 @@ class Checkpoints:
     async def _replace(
         self,
         id: LayerId,
-        commit: Callable[[], None],
+        prepare: Callable[[], Prepared],
         enter: Callable[[], None],
-        back: Callable[[], Awaitable[None]],
+        leave: Callable[[], None],
     ) -> None:
-        """Unmount, commit, mount again; if the last fails, all is taken back."""
+        """Prepare, unmount, commit, mount again; what fails on the way is taken back.
+
+        `enter` says in the index what the commit did, `leave` that it is taken back. Raises what
+        the API has for it; OSError for a fault of this program.
+        """
+        try:
+            ready, spare = await self.disk.run(self._prepare, id, prepare)
+            try:
+                await self._exchange(id, ready, spare, enter, leave)
+            finally:
+                spare.release()
+                ready.close()
+        except OSError as error:
+            self.deletion_due.set()
+            raise no_space(error, id) or errnos.answer(error, id=id) or error from error
+
+    def _prepare(self, id: LayerId, prepare: Callable[[], Prepared]) -> tuple[Prepared, Spare]:
+        """All that can fail for want of room or descriptors, and the layer is still mounted."""
+        # one for each branch, where they are given by number
+        mounted = id in self.mounts.table.entries
+        spare = Spare(len(self.mounts.store.chain(id)) + _MORE_DESCRIPTORS if mounted else 0)
+        try:
+            return prepare(), spare
+        except BaseException:
+            spare.release()
+            raise
+
+    async def _exchange(
+        self,
+        id: LayerId,
+        ready: Prepared,
+        spare: Spare,
+        enter: Callable[[], None],
+        leave: Callable[[], None],
+    ) -> None:
         before = self.mounts.table.entries.get(id)
-        held = await remount.unmount(self.mounts, id)
+        try:
+            taken = await remount.unmount(self.mounts, id)
+        except BaseException:
+            await self._take_back(ready)
+            raise
+        entered = False
         try:
             if before is not None:
                 await remount.refuse_if_alive(self.mounts, id, before)
-            await self.disk.run(commit)
+            await self.disk.run(replacing.commit, ready)
             enter()
-            if held is not None:
-                try:
-                    await self._put_up(id)
-                except BaseException:
-                    await back()
-                    raise
-        except BaseException:
+            entered = True
+            if taken is not None:
+                spare.release()
+                opaque = await self.chains.prepare(self.mounts.store.chain(id))
+                await remount.mount(self.mounts, id, opaque)
+        except BaseException as error:
+            spare.release()
             self.deletion_due.set()
-            if held is not None:
-                await self._restore(id)
+            first = None
+            if await self._take_back(ready):
+                if entered:
+                    leave()
+            else:
+                # then it is as it would be after a restart: done
+                first = partial(self.disk.run, replacing.finish, self.mounts.store, ready.move)
+                if not entered:
+                    enter()
+            if await remount.restore(self.mounts, id, error, first=first) and first is not None:
+                return
             raise
 
-    async def _put_up(self, id: LayerId) -> None:
-        opaque = await self.chains.prepare(self.mounts.store.chain(id))
-        await remount.mount(self.mounts, id, opaque)
-
-    async def _restore(self, id: LayerId) -> None:
-        """Mount what was mounted before, or leave that to the next `get`."""
-        if self.mounts.table.entries[id].state is State.ACTIVE:
-            return  # it is there, from a copy
+    async def _take_back(self, ready: Prepared) -> bool:
         try:
-            await self._put_up(id)
-        except (AufsdError, OSError) as error:
-            log.warning("mounting a layer again failed", id=id, error=str(error))
-            remount.leave_to_next_get(self.mounts, id)
+            await self.disk.run(replacing.take_back, ready)
+        except (OSError, RuntimeError) as error:
+            log.warning("a layer is between two states", id=ready.move.id, error=str(error))
+            return False
+        return True
 
     def _holds_something(self, id: LayerId) -> bool:
         store = self.mounts.store

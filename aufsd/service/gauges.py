@@ -89,7 +89,7 @@ def mounts(active: Mounts) -> Source:
         manual = busy = 0
         processes = []
         for entry in active.table.entries.values():
-            if entry.mounted:
+            if entry.stands:
                 mounted[entry.backend] = mounted.get(entry.backend, 0) + 1
                 if not entry.references and entry.state is State.ACTIVE:
                     busy += 1
@@ -99,7 +99,7 @@ def mounts(active: Mounts) -> Source:
                 else:
                     manual += 1
         references = by("hold", {"manual": manual, "process": len(processes)})
-        yield gauge("aufsd_mounts", "Mounted active", by("backend", mounted))
+        yield gauge("aufsd_mounts", "Mounted unions", by("backend", mounted))
         yield gauge("aufsd_references", "References", references)
         yield gauge("aufsd_holders", "Processes that hold references", len(set(processes)))
         yield gauge("aufsd_mounts_busy", "Mounts that stay busy without a reference", busy)

@@ -20,13 +20,20 @@ def copy_attributes(source: str, target: str) -> None:
     found = os.lstat(source)
     os.chown(target, found.st_uid, found.st_gid)
     for name in os.listxattr(source, follow_symlinks=False):
-        # trusted.* and user.aufsd.* are the store's own; a security label is set by the system
-        if not name.startswith(("trusted.", "user.aufsd.", "security.selinux", "user.overlay.")):
+        if is_copied(name):
             with contextlib.suppress(OSError):
                 value = os.getxattr(source, name, follow_symlinks=False)
                 os.setxattr(target, name, value, follow_symlinks=False)
     os.chmod(target, stat.S_IMODE(found.st_mode))
     os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+
+def is_copied(name: str) -> bool:
+    """Whether an xattr of a directory goes to one that is made like it.
+
+    trusted.* and user.aufsd.* are the store's own; a security label is set by the system.
+    """
+    return not name.startswith(("trusted.", "user.aufsd.", "security.selinux", "user.overlay."))
 
 
 def fsync(path: str) -> None:

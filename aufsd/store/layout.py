@@ -2,8 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 from aufsd.store.ids import LayerId
+
+# in `probes`, before the name: what a trial could not delete
+TRIAL_LEFT: Final = "left:"
 
 
 @dataclass(frozen=True, slots=True)

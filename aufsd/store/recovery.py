@@ -15,6 +15,7 @@ from typing import Literal, get_args
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
+from aufsd.store.layout import TRIAL_LEFT
 
 Action = Literal["finished", "undone", "failed"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -64,6 +65,14 @@ def _trials(store: Store) -> Iterator[Recovered]:
     for name in names:
         store.discard(f"{probes}/{name}")
         yield Recovered("undone", "trial mount", name)
+
+
+def discard_trials(store: Store) -> None:
+    """Have what trial mounts could not delete deleted with the rest. Raises OSError."""
+    probes = store.layout.probes
+    for name in os.listdir(probes):
+        if name.startswith(TRIAL_LEFT):
+            store.discard(f"{probes}/{name}")
 
 
 def _replacements(store: Store) -> Iterator[Recovered]:

@@ -5,9 +5,12 @@ a roll back it goes, and the layer may come to stand on another one. Nothing is 
 and parents files are renamed, in this order, and a marker says that it is being done. The marker is
 the parents file that the layer will have.
 
-    prepared   marker and fresh content in staging
+    prepared   marker and fresh content in staging, while the layer may still be mounted
     commit     diff/ID is renamed out
     after      fresh content becomes diff/ID; layers/ID is renamed out; the marker becomes layers/ID
+
+What needs room on the disk, or a descriptor, is made by the first step, so that little can fail
+once the layer is unmounted.
 
 While the marker is there, the content that is out says on which side of the commit a crash was.
 Taking it back goes the same steps backwards, so a crash in that finds nothing new. A start does
@@ -21,8 +24,9 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from aufsd.kernel import syscalls
+from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import dialect as dialects
-from aufsd.store.content import copy_attributes, fsync
+from aufsd.store.content import copy_attributes, fsync, is_copied
 from aufsd.store.dialect import Dialect
 from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
@@ -30,7 +34,6 @@ from aufsd.store.index import parent_mark, read_parents
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
 from aufsd.store.seals import OPEN, SEALED
-from aufsd.store.space import no_space
 from aufsd_client.errors import LayerExists
 
 Kind = Literal["checkpoint", "rollback"]
@@ -82,11 +85,33 @@ class Move:
         return f"{self.layout.staging}/{_RECORD}{self.id}"
 
 
-def checkpoint_on_disk(store: Store, id: LayerId, below: LayerId, dialect: Dialect) -> None:
-    """Make what a layer holds the sealed layer `below`, which it then stands on.
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A replacement that is ready for its commit; closed when that is done, or taken back.
 
-    `below` is in the index already, on the parent of `id`. All or nothing, durable by the policy.
-    LayerExists if something lies where `below` would, NoSpace, OSError: nothing was done.
+    `like` is the directory whose attributes the fresh content has; "" for those of a base layer.
+    `changed` is its st_ctime_ns when they were copied.
+    """
+
+    store: Store
+    move: Move
+    like: str
+    changed: int
+    fresh_fd: int
+    diff_fd: int
+    layers_fd: int
+
+    def close(self) -> None:
+        """Let its descriptors go."""
+        for fd in (self.fresh_fd, self.diff_fd, self.layers_fd):
+            os.close(fd)
+
+
+def prepare_checkpoint(store: Store, id: LayerId, below: LayerId, dialect: Dialect) -> Prepared:
+    """What is to make the content of a layer the sealed layer `below`, which it then stands on.
+
+    `below` is in the index already, on the parent of `id`. LayerExists if something lies where
+    `below` would, OSError: nothing was done.
     """
     layout = store.layout
     for path in (layout.parents_file(below), layout.content(below)):
@@ -97,25 +122,62 @@ def checkpoint_on_disk(store: Store, id: LayerId, below: LayerId, dialect: Diale
     if os.path.lexists(layout.removal(below)):
         store.finish_removal(below)
     parents = (below, *store.chain(below)[1:])
-    _replace(store, Move(layout, id, below), parents, dialect, layout.content(id))
-    store.created[below] = os.lstat(layout.parents_file(below)).st_mtime
+    return _prepare(store, Move(layout, id, below), parents, dialect, layout.content(id))
 
 
-def rollback_on_disk(
+def prepare_rollback(
     store: Store, id: LayerId, parents: Sequence[LayerId], dialect: Dialect
-) -> None:
-    """Empty a layer, and put it on these parents. All or nothing, durable by the policy.
+) -> Prepared:
+    """What is to empty a layer, and to put it on these parents. OSError: nothing was done.
 
-    What was thrown away stays in staging until `discard_rolled_back`. NoSpace, OSError: nothing was
-    done.
+    What is thrown away stays in staging until `discard_rolled_back`.
     """
     like = store.layout.content(parents[0]) if parents else ""
-    _replace(store, Move(store.layout, id, None), parents, dialect, like)
+    return _prepare(store, Move(store.layout, id, None), parents, dialect, like)
 
 
-def take_back(store: Store, id: LayerId, below: LayerId | None) -> None:
-    """Undo a checkpoint, or with None a roll back, that was just made. Raises OSError."""
-    _take_back(store, Move(store.layout, id, below))
+def commit(ready: Prepared) -> None:
+    """Do what was prepared: all or nothing, durable by the policy. Opens nothing.
+
+    OSError: nothing was done, or if not even that could be had, it is in between (`is_between`).
+    """
+    store, move = ready.store, ready.move
+    try:
+        _freshen(ready)
+        _commit(move)
+        if store.sync != "none":
+            os.fsync(ready.diff_fd)
+            os.fsync(ready.layers_fd)
+    except BaseException:
+        take_back(ready)
+        raise
+    if move.below is not None:
+        made = os.lstat(store.layout.parents_file(move.below))
+        store.created[move.below] = made.st_mtime
+
+
+def take_back(ready: Prepared) -> None:
+    """Undo what was prepared, or even done. Opens nothing. OSError: it is in between, as it was."""
+    _take_back(ready.store, ready.move)
+    if ready.store.sync != "none":
+        os.fsync(ready.layers_fd)
+        os.fsync(ready.diff_fd)
+
+
+def is_between(move: Move) -> bool:
+    """Whether a replacement was begun and is not done: `finish` does the rest of it."""
+    return os.path.lexists(move.marker) and os.path.lexists(move.content)
+
+
+def finish(store: Store, move: Move) -> None:
+    """Do the rest of what could neither be done nor taken back. OSError: it is as it was."""
+    if is_between(move):
+        _commit(move)
+    if store.sync != "none":
+        fsync(move.layout.diff)
+        fsync(move.layout.layers)
+    if move.below is not None:
+        store.created[move.below] = os.lstat(move.layout.parents_file(move.below)).st_mtime
 
 
 def discard_rolled_back(store: Store, id: LayerId) -> None:
@@ -153,25 +215,37 @@ def restand(store: Store, id: LayerId, parent: LayerId | None) -> None:
     store.unrecorded.add(id)
 
 
-def _replace(
+def _prepare(
     store: Store, move: Move, parents: Sequence[LayerId], dialect: Dialect, like: str
-) -> None:
-    layout, id = store.layout, move.id
+) -> Prepared:
+    layout, opened = store.layout, list[int]()
     mount_point = None if move.below is None else layout.mount_point(move.below)
     try:
-        try:
-            if mount_point is not None:
-                _make_directory(mount_point, store)
-            _stage(store, move, parents, dialect, like)
-            _commit(move)
-            if store.sync != "none":
-                fsync(layout.diff)
-                fsync(layout.layers)
-        except BaseException:
-            _take_back(store, move)
-            raise
-    except OSError as error:
-        raise no_space(error, id) or error from error
+        if mount_point is not None:
+            _make_directory(mount_point, store)
+        changed = os.lstat(like).st_ctime_ns if like else 0
+        _stage(store, move, parents, dialect, like)
+        for path in (move.fresh, layout.diff, layout.layers):
+            opened.append(os.open(path, DIRECTORY))
+        return Prepared(store, move, like, changed, *opened)
+    except BaseException:
+        for fd in opened:
+            os.close(fd)
+        _take_back(store, move)
+        raise
+
+
+def _freshen(ready: Prepared) -> None:
+    """Give the fresh content the attributes that its model has got since it was prepared."""
+    if not ready.like or os.lstat(ready.like).st_ctime_ns == ready.changed:
+        return
+    fresh = ready.move.fresh
+    for name in os.listxattr(fresh):
+        if is_copied(name):
+            os.removexattr(fresh, name)
+    copy_attributes(ready.like, fresh)
+    if ready.store.sync != "none":
+        os.fsync(ready.fresh_fd)
 
 
 def _make_directory(path: str, store: Store) -> None:
@@ -233,9 +307,6 @@ def _take_back(store: Store, move: Move) -> None:
         if os.path.lexists(layout.content(id)):
             _rename(layout.content(id), move.fresh)
         _rename(move.content, layout.content(id))
-        if store.sync != "none":
-            fsync(layout.layers)
-            fsync(layout.diff)
     # a marker that stays is of something that did not begin
     for path in (move.fresh, move.marker):
         store.discard_staged(path)

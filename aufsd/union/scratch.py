@@ -3,9 +3,14 @@
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import structlog
 
 from aufsd.store.erase import erase_at
+from aufsd.store.layout import TRIAL_LEFT
+
+log = structlog.get_logger(__name__)
 
 
 @contextmanager
@@ -18,6 +23,15 @@ def scratch_dirs(parent: str, *names: str) -> Iterator[str]:
             os.makedirs(f"{at}/{name}")
         yield at
     finally:
-        left = erase_at(at)
-        if left is not None:
-            raise left.error()
+        # the trial has told what it was for, whether or not this can be done
+        if not (_deleted(at) or _deleted(at)):
+            log.warning("what a trial mount used could not be deleted yet", path=at)
+            with suppress(OSError):
+                os.rename(at, f"{parent}/{TRIAL_LEFT}{os.path.basename(at)}")
+
+
+def _deleted(path: str) -> bool:
+    try:
+        return erase_at(path) is None
+    except OSError:
+        return False

@@ -4,10 +4,13 @@ An operation is held to: as before, or as after the last step; one that does two
 them whole, may be found between them.
 """
 
+import os
+import shutil
 import socket
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from aufsd_client import Client
 from aufsd_client.wire import (
@@ -154,6 +157,21 @@ def _put(client: Client, id: str) -> object:
 KEPT = "-kept"
 
 
+def _first_kept(client: Client, id: str) -> object:
+    return client.checkpoint(id, f"{id}-first")
+
+
+def _write(client: Client, id: str) -> object:
+    """Change it through its mount."""
+    path = Path(client.get_metadata(id).metadata["path"])
+    shutil.rmtree(path / "etc")
+    (path / "new").write_text("new")
+    os.chmod(path / "d", 0o700)
+    for changed in (path / "new", path):
+        os.utime(changed, (1_500_000_000, 1_500_000_000))
+    return None
+
+
 def _checkpoint(client: Client, id: str) -> object:
     return client.checkpoint(id, id + KEPT)
 
@@ -168,9 +186,11 @@ def _rollback_to(client: Client, id: str) -> object:
 
 SCENARIOS = (
     Scenario("checkpoint", (_create, _first), _checkpoint),
+    Scenario("checkpoint of a mounted layer", (_create, _first, _get, _get), _checkpoint),
+    Scenario("second checkpoint", (_create, _get, _first_kept, _write), _checkpoint),
+    Scenario("checkpoint after a put", (_create, _get, _first_kept, _write, _put), _checkpoint),
     Scenario("rollback", (_create, _first), _rollback),
-    # Not yet of a mounted layer: an EMFILE between unmount and mount leaves it unmounted, with its
-    # references, until the next `get`.
+    Scenario("rollback of a mounted layer", (_create, _first, _get), _rollback),
     Scenario("rollback to another", (_create, _first, _get), _rollback_to),
     Scenario("create", (), _create),
     Scenario("remove", (_create, _first), _remove),
