@@ -30,10 +30,11 @@ from aufsd.kernel import probe
 from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
-from aufsd.layers.checkpoints import Checkpoints
+from aufsd.layers.checkpoints import Checkpoints, DirectoryCheckpoints
 from aufsd.layers.content import Content
 from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
+from aufsd.layers.subvolumes import SnapshotCheckpoints
 from aufsd.root import Opened, open_patiently
 from aufsd.rpc import listeners, server
 from aufsd.rpc.calls import Kind
@@ -93,9 +94,12 @@ async def open_driver(
             upkeep = Upkeep(store, table, jobs, disk, opened.recovered, tasks)
             chains = Chains(store, backend, table, disk, upkeep, config.convert)
             content: Content
+            checkpoints: Checkpoints
             if backend.snapshots:
+                checkpoints = SnapshotCheckpoints(active, jobs, disk, upkeep.deletion_due)
                 content = Snapshots(store, jobs, disk, table, upkeep.deletion_due, config.selinux)
             else:
+                checkpoints = DirectoryCheckpoints(active, chains, disk, upkeep.deletion_due)
                 content = Directories(
                     store, backend, table, jobs, disk, chains, upkeep.deletion_due
                 )
@@ -110,7 +114,7 @@ async def open_driver(
                 access=Access(active, chains, content, disk),
                 chains=chains,
                 content=content,
-                checkpoints=Checkpoints(active, chains, disk, upkeep.deletion_due),
+                checkpoints=checkpoints,
                 deletion_due=upkeep.deletion_due,
                 upkeep=upkeep,
                 holder_lookup=HolderLookup(store.layout, active.scans),

@@ -28,9 +28,9 @@ def relabel(label: str) -> int:
     """
     value = label.encode()
     # a tree whose top has no label need not be asked name by name
-    some = _label_of("/") is not None
+    some = label_of("/") is not None
     changed = 0
-    if not some or _label_of("/") != value:
+    if not some or label_of("/") != value:
         changed += _set("/", value)
     top = os.open("/", DIRECTORY)
     try:
@@ -42,7 +42,7 @@ def relabel(label: str) -> int:
                     if entry.is_dir(follow_symlinks=False):
                         # as they are found: those that were made together lie together
                         here.later(name)
-                    if not some or _label_of(name) != value:
+                    if not some or label_of(name) != value:
                         changed += _set(name, value)
     finally:
         os.close(top)
@@ -54,7 +54,8 @@ def _set(name: str, value: bytes) -> int:
     return 1
 
 
-def _label_of(path: str) -> bytes | None:
+def label_of(path: str) -> bytes | None:
+    """The label of a file, a symlink not followed; None if it has none."""
     try:
         # a kernel with SELinux ends it with a NUL
         return os.getxattr(path, XATTR, follow_symlinks=False).rstrip(b"\0")

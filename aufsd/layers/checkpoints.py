@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import structlog
 import trio
@@ -30,7 +31,6 @@ from aufsd.store.space import no_space
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd_client.errors import (
-    BackendUnsupported,
     InvalidParams,
     LayerExists,
     LayerHasChildren,
@@ -45,9 +45,97 @@ log = structlog.get_logger(__name__)
 _MORE_DESCRIPTORS = 16
 
 
+def refuse_checkpoint(mounts: Mounts, id: LayerId, below: LayerId) -> None:
+    """Raise unless what `id` holds may become the layer `below`. From memory."""
+    store, backend = mounts.store, mounts.backend
+    if store.exists(below):
+        raise LayerExists(f"layer {below} exists already", id=below)
+    _refuse(mounts, id, "checkpoint")
+    most, length = backend.max_branches, len(store.chain(id)) + 1
+    if length > most:
+        raise TooManyLayers(
+            f"layer {id} would be the {length}th of its chain; {backend.name} takes {most} here",
+            id=id,
+            limit=most,
+        )
+
+
+def refuse_rollback(mounts: Mounts, id: LayerId, to: LayerId | None) -> None:
+    """Raise unless what `id` holds may go, and `id` may stand on `to`. From memory."""
+    store = mounts.store
+    if to is not None:
+        if not store.exists(to):
+            raise ParentNotFound(f"there is no layer {to}", id=id, parent=to)
+        store.require(to)
+        if id in store.chain(to):
+            raise InvalidParams(f"layer {to} stands on {id}, which cannot stand on it too", id=id)
+    _refuse(mounts, id, "rollback")
+
+
+def _refuse(mounts: Mounts, id: LayerId, verb: str) -> None:
+    """Raise unless what the layer holds may be taken out of it. From memory."""
+    store, backend, entry = mounts.store, mounts.backend, mounts.table.entries.get(id)
+    seals.require_unsealed(store, id)
+    children = sorted(store.children_of(id))
+    if children:
+        raise LayerHasChildren(
+            f"other layers stand on {id}, so it changes no more: it is frozen already; "
+            f"make a layer on it, and {verb} that",
+            id=id,
+            children=children[:20],
+        )
+    # a snapshot stays where it is
+    if entry is None or backend.snapshots:
+        return
+    if not entry.mounted or entry.backend == BIND:
+        raise LayerInUse(
+            f"layer {id} has no parents and is in use: those who use it have the path of its "
+            f"content, which would change; make a layer on it, and {verb} that",
+            id=id,
+            references=len(entry.references),
+            layers=[id],
+            holders=[],
+        )
+    if entry.backend != backend.name:
+        raise LayerInUse(
+            f"layer {id} is still mounted by {entry.backend}, which served this store before; "
+            "put it first",
+            id=id,
+            references=len(entry.references),
+            layers=[id],
+            holders=[],
+        )
+
+
+def refused(error: OSError, id: LayerId) -> Exception:
+    """What a caller is told of an error of the store's file system; itself if it is a fault."""
+    return no_space(error, id) or errnos.answer(error, id=id) or error
+
+
+class Checkpoints(Protocol):
+    """What a store does with the own content of its layers, by the sort of content that it has."""
+
+    async def checkpoint(self, id: LayerId, below: LayerId) -> results.Checkpointed:
+        """What `id` holds becomes the sealed layer `below`, and `id` goes on with nothing on it.
+
+        All or nothing. Raises LayerExists, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy,
+        TooManyLayers, NoSpace.
+        """
+
+    async def rollback(self, id: LayerId, to: LayerId | None) -> results.RolledBack:
+        """Throw away what `id` holds of its own and, with `to`, put it on that layer instead.
+
+        All or nothing. Raises ParentNotFound, LayerHasChildren, LayerInUse, LayerSealed,
+        UnmountBusy, NoSpace, and InvalidParams if `to` stands on `id`.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Checkpoints:
-    """Works on the rooms, owns none. `deletion_due` is set when there is content to delete."""
+class DirectoryCheckpoints:
+    """Of layers that are directories. Works on the rooms, owns none.
+
+    `deletion_due` is set when there is content to delete.
+    """
 
     mounts: Mounts
     chains: Chains
@@ -55,26 +143,9 @@ class Checkpoints:
     deletion_due: AutoResetEvent
 
     async def checkpoint(self, id: LayerId, below: LayerId) -> results.Checkpointed:
-        """What `id` holds becomes the sealed layer `below`, and `id` goes on with nothing on it.
-
-        All or nothing; cancelled before the unmount: nothing was done, after it: done. Raises
-        LayerExists, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, TooManyLayers, NoSpace.
-        """
+        """As Checkpoints. Cancelled before the unmount: nothing was done, after it: done."""
         store = self.mounts.store
-
-        def refuse() -> None:
-            if store.exists(below):
-                raise LayerExists(f"layer {below} exists already", id=below)
-            self._refuse(id, "checkpoint")
-            most, length = self.mounts.backend.max_branches, len(store.chain(id)) + 1
-            if length > most:
-                raise TooManyLayers(
-                    f"layer {id} would be the {length}th of its chain; {self.mounts.backend.name} "
-                    f"takes {most} here",
-                    id=id,
-                    limit=most,
-                )
-
+        refuse = partial(refuse_checkpoint, self.mounts, id, below)
         async with self.mounts.table.replacing((id, below), refuse):
             store.register(below, store.parent[id])
             try:
@@ -104,25 +175,9 @@ class Checkpoints:
         await self._replace(id, prepare, enter, leave)
 
     async def rollback(self, id: LayerId, to: LayerId | None) -> results.RolledBack:
-        """Throw away what `id` holds of its own and, with `to`, put it on that layer instead.
-
-        All or nothing; cancelled before the unmount: nothing was done, after it: done. Raises
-        ParentNotFound, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, NoSpace, and
-        InvalidParams if `to` stands on `id`.
-        """
+        """As Checkpoints. Cancelled before the unmount: nothing was done, after it: done."""
         store = self.mounts.store
-
-        def refuse() -> None:
-            if to is not None:
-                if not store.exists(to):
-                    raise ParentNotFound(f"there is no layer {to}", id=id, parent=to)
-                store.require(to)
-                if id in store.chain(to):
-                    raise InvalidParams(
-                        f"layer {to} stands on {id}, which cannot stand on it too", id=id
-                    )
-            self._refuse(id, "rollback")
-
+        refuse = partial(refuse_rollback, self.mounts, id, to)
         ids = (id,) if to is None or to == id else (id, to)
         async with self.mounts.table.replacing(ids, refuse):
             before = store.parent[id]
@@ -158,41 +213,6 @@ class Checkpoints:
 
     # --- what both share ----------------------------------------------------------------------
 
-    def _refuse(self, id: LayerId, verb: str) -> None:
-        """Raise unless what the layer holds may be taken out of it. From memory."""
-        store, entry = self.mounts.store, self.mounts.table.entries.get(id)
-        if self.mounts.backend.snapshots:
-            raise BackendUnsupported(f"{self.mounts.backend.name} has no {verb} yet")
-        seals.require_unsealed(store, id)
-        children = sorted(store.children_of(id))
-        if children:
-            raise LayerHasChildren(
-                f"other layers stand on {id}, so it changes no more: it is frozen already; "
-                f"make a layer on it, and {verb} that",
-                id=id,
-                children=children[:20],
-            )
-        if entry is None:
-            return
-        if not entry.mounted or entry.backend == BIND:
-            raise LayerInUse(
-                f"layer {id} has no parents and is in use: those who use it have the path of its "
-                f"content, which would change; make a layer on it, and {verb} that",
-                id=id,
-                references=len(entry.references),
-                layers=[id],
-                holders=[],
-            )
-        if entry.backend != self.mounts.backend.name:
-            raise LayerInUse(
-                f"layer {id} is still mounted by {entry.backend}, which served this store before; "
-                "put it first",
-                id=id,
-                references=len(entry.references),
-                layers=[id],
-                holders=[],
-            )
-
     async def _replace(
         self,
         id: LayerId,
@@ -214,7 +234,7 @@ class Checkpoints:
                 ready.close()
         except OSError as error:
             self.deletion_due.set()
-            raise no_space(error, id) or errnos.answer(error, id=id) or error from error
+            raise refused(error, id) from error
 
     def _prepare(self, id: LayerId, prepare: Callable[[], Prepared]) -> tuple[Prepared, Spare]:
         """All that can fail for want of room or descriptors, and the layer is still mounted."""
@@ -240,6 +260,7 @@ class Checkpoints:
             taken = await remount.unmount(self.mounts, id)
         except BaseException:
             await self._take_back(ready)
+            self.deletion_due.set()
             raise
         entered = False
         try:

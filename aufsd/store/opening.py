@@ -9,6 +9,7 @@ import time
 from typing import Final
 
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
+from aufsd.store import subvolumes
 from aufsd.store.content import fsync
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.format import Format, Sync, new_id, read_format, write_format
@@ -84,7 +85,7 @@ def open_store(
         if known is None and sync != "none":
             fsync(root)
             fsync(os.path.dirname(root))
-        resumed = list(resume(layout))
+        resumed = [*resume(layout), *subvolumes.resume(layout, xattr_namespace)]
         index = read_index(layout, xattr_namespace)
         identity = identify(layout)
     except BaseException:

@@ -113,6 +113,14 @@ def prepare_checkpoint(store: Store, id: LayerId, below: LayerId, dialect: Diale
     `below` is in the index already, on the parent of `id`. LayerExists if something lies where
     `below` would, OSError: nothing was done.
     """
+    require_free(store, below)
+    parents = (below, *store.chain(below)[1:])
+    move = Move(store.layout, id, below)
+    return _prepare(store, move, parents, dialect, store.layout.content(id))
+
+
+def require_free(store: Store, below: LayerId) -> None:
+    """Raise LayerExists if something lies where a new layer would come to be."""
     layout = store.layout
     for path in (layout.parents_file(below), layout.content(below)):
         if os.path.lexists(path):
@@ -121,8 +129,6 @@ def prepare_checkpoint(store: Store, id: LayerId, below: LayerId, dialect: Diale
             )
     if os.path.lexists(layout.removal(below)):
         store.finish_removal(below)
-    parents = (below, *store.chain(below)[1:])
-    return _prepare(store, Move(layout, id, below), parents, dialect, layout.content(id))
 
 
 def prepare_rollback(
@@ -218,20 +224,37 @@ def restand(store: Store, id: LayerId, parent: LayerId | None) -> None:
 def _prepare(
     store: Store, move: Move, parents: Sequence[LayerId], dialect: Dialect, like: str
 ) -> Prepared:
-    layout, opened = store.layout, list[int]()
-    mount_point = None if move.below is None else layout.mount_point(move.below)
     try:
-        if mount_point is not None:
-            _make_directory(mount_point, store)
+        if move.below is not None:
+            make_mount_point(store, move.below)
         changed = os.lstat(like).st_ctime_ns if like else 0
-        _stage(store, move, parents, dialect, like)
+        _stage(store, move, parents[0] if parents else None, dialect, like)
+        return prepare_staged(store, move, parents, like, changed)
+    except BaseException:
+        _take_back(store, move)
+        raise
+
+
+def prepare_staged(
+    store: Store, move: Move, parents: Sequence[LayerId], like: str = "", changed: int = 0
+) -> Prepared:
+    """The rest of it, once the fresh content is in staging. OSError: that, and a marker, stay."""
+    layout, opened = store.layout, list[int]()
+    made = os.lstat(layout.parents_file(move.id))
+    write_durably(move.marker, "".join(f"{parent}\n" for parent in parents), store.sync)
+    # it says when the layer was made
+    os.utime(move.marker, ns=(made.st_atime_ns, made.st_mtime_ns))
+    try:
         for path in (move.fresh, layout.diff, layout.layers):
             opened.append(os.open(path, DIRECTORY))
+        if store.sync != "none":
+            os.fsync(opened[0])
+            for path in (layout.mnt, layout.staging):
+                fsync(path)
         return Prepared(store, move, like, changed, *opened)
     except BaseException:
         for fd in opened:
             os.close(fd)
-        _take_back(store, move)
         raise
 
 
@@ -248,16 +271,16 @@ def _freshen(ready: Prepared) -> None:
         os.fsync(ready.fresh_fd)
 
 
-def _make_directory(path: str, store: Store) -> None:
+def make_mount_point(store: Store, id: LayerId) -> None:
+    """Have the directory in mnt/ of a new layer. Raises OSError."""
+    path = store.layout.mount_point(id)
     with suppress(FileExistsError):
         os.mkdir(path, 0o755)
     os.chown(path, store.uid, store.gid)
     os.chmod(path, 0o755)
 
 
-def _stage(
-    store: Store, move: Move, parents: Sequence[LayerId], dialect: Dialect, like: str
-) -> None:
+def _stage(store: Store, move: Move, parent: LayerId | None, dialect: Dialect, like: str) -> None:
     namespace = store.xattr_namespace
     os.mkdir(move.fresh, 0o700)
     if like:
@@ -265,16 +288,9 @@ def _stage(
     else:
         os.chown(move.fresh, store.uid, store.gid)
         os.chmod(move.fresh, 0o755)
-    marks = parent_mark(parents[0] if parents else None, namespace)
+    marks = parent_mark(parent, namespace)
     for name, value in {**dialects.xattrs(dialect, namespace), **marks}.items():
         os.setxattr(move.fresh, name, value)
-    made = os.lstat(store.layout.parents_file(move.id))
-    write_durably(move.marker, "".join(f"{parent}\n" for parent in parents), store.sync)
-    # it says when the layer was made
-    os.utime(move.marker, ns=(made.st_atime_ns, made.st_mtime_ns))
-    if store.sync != "none":
-        for path in (move.fresh, store.layout.mnt, store.layout.staging):
-            fsync(path)
 
 
 def _commit(move: Move) -> None:

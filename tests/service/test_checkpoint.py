@@ -1,4 +1,4 @@
-"""Checkpoint and roll back through the daemon, on every backend that unions layers."""
+"""Checkpoint and roll back through the daemon, on every backend."""
 
 import os
 import stat
@@ -14,17 +14,22 @@ from tests.daemon import Daemon, daemon
 
 pytestmark = pytest.mark.service
 
-BACKENDS = (
+UNIONS = (
     "overlay",
     pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
     pytest.param("aufs", marks=pytest.mark.aufs),
 )
+BACKENDS = (*UNIONS, pytest.param("btrfs", marks=pytest.mark.btrfs))
+on_unions = pytest.mark.parametrize("served", UNIONS, indirect=True)
 
 
 @pytest.fixture(params=BACKENDS)
 def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
     """A daemon of each backend, with `top` on `base`."""
-    with daemon(tmp_path, "--backend", str(request.param)) as made:
+    root = tmp_path / "store"
+    if request.param == "btrfs":
+        root = request.getfixturevalue("on_btrfs") / "store"
+    with daemon(tmp_path, "--backend", str(request.param), root=root) as made:
         with made.client() as client:
             client.create("base")
             files = {"gone": b"g", "kept": b"k" * 5000, "d": None, "d/old": b"o"}
@@ -67,6 +72,7 @@ def shown(client: Client, id: str) -> dict[str, object]:
 # --- checkpoint -----------------------------------------------------------------------------------
 
 
+@on_unions
 def test_a_checkpoint_of_a_mounted_layer_keeps_path_references_and_view(
     served: Daemon, client: Client
 ) -> None:
@@ -180,6 +186,7 @@ def test_what_was_thrown_away_is_deleted(served: Daemon, client: Client) -> None
 # --- refused --------------------------------------------------------------------------------------
 
 
+@on_unions
 def test_what_is_open_is_refused_and_stays_mounted(served: Daemon, client: Client) -> None:
     path = client.get("top").path
     Path(path, "f").write_text("f")
@@ -198,6 +205,7 @@ def test_what_is_open_is_refused_and_stays_mounted(served: Daemon, client: Clien
     assert Path(path, "f").read_text() == "f"
 
 
+@on_unions
 def test_a_copy_in_another_namespace_keeps_a_layer_as_it_is(served: Daemon, client: Client) -> None:
     path = client.get("top").path
     Path(path, "f").write_text("f")
@@ -219,6 +227,7 @@ def test_a_copy_in_another_namespace_keeps_a_layer_as_it_is(served: Daemon, clie
     client.checkpoint("top", "yes")
 
 
+@on_unions
 def test_what_cannot_be_is_refused_with_nothing_done(served: Daemon, client: Client) -> None:
     def call(kind: type[errors.AufsdError], method: str, **params: object) -> errors.AufsdError:
         with pytest.raises(kind) as refused:
