@@ -1,7 +1,8 @@
-"""The configuration: a TOML file, and a flag of `aufsd serve` for every key of it.
+"""The configuration: a TOML file, and a flag of `aufsd serve` for each of its keys.
 
-One Struct says both: its fields are the keys, their comments in `HELP` the flags' help. An unknown
-key or a bad value is one sentence and exit status 2, before anything is touched.
+Both are made from one Struct: its fields are the keys, and `HELP` has the help of each flag. An
+unknown key or a bad value ends the command with one sentence and exit status 2, before it does
+anything.
 """
 
 import argparse
@@ -25,12 +26,12 @@ DEFAULT_FILE = "/etc/aufsd/aufsd.toml"
 # of a file, and of a value in a message
 _FILE_MAX = 1 << 20  # bytes
 _SHOWN = 60  # characters
-# of any number: what C has for it
+# the largest integer: a long of C
 _MOST = (1 << 63) - 1
 
 
 class ConfigError(Exception):
-    """A configuration that cannot be used; the text is the sentence for the operator."""
+    """A configuration that cannot be used. Its text is for the operator."""
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,7 +102,7 @@ HELP = {
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every key; none has a default, so that what was given can be told apart."""
+    """Add a flag for every key. No flag has a default, so `load` sees which were given."""
     for field in msgspec.structs.fields(Config):
         shown = "" if field.default in ((), ("*",), False) else f" (default: {field.default})"
         kind: dict[str, Any] = {"help": HELP[field.name] + shown, "default": argparse.SUPPRESS}
@@ -116,7 +117,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def metavar(field: msgspec.structs.FieldInfo) -> str:
-    """What a key's flag takes, as a word for its help."""
+    """The word for a flag's value in its help."""
     if choices := get_args(field.type):
         names = [choice for choice in choices if isinstance(choice, str)]
         return "|".join(names) or ("CONTAINER:HOST:SIZE" if "maps" in field.name else "NAME")
@@ -128,8 +129,8 @@ def metavar(field: msgspec.structs.FieldInfo) -> str:
 def load(file: str | None, flags: Mapping[str, Any], base: str | None = None) -> Config:
     """The file's keys, overridden by flags. `file` None: the default one, if it exists.
 
-    Relative paths are those of the directory `base`, None for the present one: a daemon has left
-    the directory that it was started in when it reads its file again. Raises ConfigError.
+    Relative paths start at the directory `base`; None: the present one. A daemon changes to `/`, so
+    for a reload it gives the directory that it was started in. Raises ConfigError.
     """
     path = _absolute(file or DEFAULT_FILE, base)
     keys = _read(path) if file is not None or os.path.exists(path) else {}
@@ -162,7 +163,7 @@ def _absolute(path: str, base: str | None) -> str:
 
 
 def _read(path: str) -> dict[str, Any]:
-    """The keys of a file. It is read within the event loop, so it may be nothing that waits."""
+    """The keys of a file. It must be a regular file, because the event loop waits for the read."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
@@ -187,7 +188,7 @@ def _read(path: str) -> dict[str, Any]:
 
 
 def _converted(given: str, name: str, value: object, base: str | None) -> Any:
-    """The value of a key, checked as far as it can be by itself. `given` is how it was written.
+    """The value of a key, checked by itself. `given` is how it was written.
 
     Raises ConfigError.
     """
@@ -222,7 +223,7 @@ def _converted(given: str, name: str, value: object, base: str | None) -> Any:
 
 
 def _expected(field: msgspec.structs.FieldInfo) -> str:
-    """What a key takes, as one would write it."""
+    """The values that a key takes, in words."""
     if "maps" in field.name:
         return f"a list of tables such as {example(field)}"
     if "users" in field.name:
@@ -244,7 +245,7 @@ def example(field: msgspec.structs.FieldInfo) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value as it was written; "" for one that would not fit into a sentence."""
+    """A value as it was written; "" if it is too long for a message."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
@@ -260,8 +261,8 @@ def _path(path: str, base: str | None) -> str:
 
 
 def number(text: str, most: int) -> int | None:
-    """A number in decimal digits, at most `most`; None if it is none."""
-    # isdigit() takes "²" too, and int() more than the digits of this alphabet
+    """A number from decimal digits; None if it is none, or above `most`."""
+    # isdigit() accepts "²", and int() the digits of other scripts
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(most))):
         return None
     found = int(text)
@@ -315,7 +316,7 @@ def metrics_address(config: Config) -> tuple[str, int] | None:
 
 
 def _address(text: str) -> tuple[str, int] | None:
-    # loopback only: whoever can connect may read, and there is neither TLS nor a password
+    # loopback only: whoever can connect can read; there is no TLS and no password
     if text == "off":
         return None
     host, _, port = text.rpartition(":")
@@ -342,7 +343,7 @@ def allowed(names: Sequence[str]) -> tuple[frozenset[int], frozenset[int]] | Non
     gids: set[int] = set()
     for name in names:
         bare = name.removeprefix("@")
-        # the last one is no id, but "none" to chown(2) and its kin
+        # the largest value means "none" to chown(2)
         id = number(bare, (1 << 32) - 2)
         try:
             if name.startswith("@"):

@@ -1,7 +1,7 @@
-"""The daemon's life: the rooms put together, served, drained, and taken apart again.
+"""The daemon: starts, serves, reloads, drains and stops.
 
 Start: lock the store, recover, choose a backend, replay the table, listen, READY. Removed content
-is deleted after READY. Stop: take no new calls, let running ones end, leave mounts as they are.
+is deleted after READY. Stop: take no new calls, let running calls end, leave all mounts.
 """
 
 import os
@@ -129,18 +129,18 @@ async def open_driver(
 
 
 def serve(config: Config, reload: Callable[[], Config]) -> int:
-    """Run the daemon until it is told to stop; its exit status. `reload` reads the file again.
+    """Run the daemon until it is told to stop. Its exit status. `reload` reads the file again.
 
     Raises what `open_patiently` does, OSError for sockets that cannot be had, and KeyboardInterrupt
     for a SIGINT while the store is opened.
     """
-    # one that comes before it can be heard waits (a reload, a terminal that is closed)
+    # a SIGHUP waits until it can be handled
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     logging.configure(config.log_level, json=_json(config))
-    # descriptors of the caller's working directory and umask must not decide anything
+    # the caller's umask and working directory must not matter
     os.umask(0o022)
-    # The soft limit is 1024 for the sake of select(2), which nothing here calls; every connection,
-    # job and process that holds a reference has descriptors (systemd.exec(5), LimitNOFILE=)
+    # Every connection, job and process with references takes descriptors. The soft limit of 1024 is
+    # there for select(2), which nothing here calls (systemd.exec(5), LimitNOFILE=).
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     os.chdir("/")
@@ -150,14 +150,14 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
         try:
             trio.run(_run, opened, config, reload, notifier)
         except Exception as error:
-            # out of nurseries errors come in groups, which are nothing to say to an operator
+            # a nursery raises a group; the operator is told its first error
             first = next(leaves(error))
             if isinstance(first, AufsdError | OSError):
                 raise first from None
             log.critical("a fault of aufsd has ended it", exc_info=error)
             return 1
         finally:
-            # it is told to stop already, and there is nothing left to hasten
+            # the daemon is stopping already
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             opened.close()
@@ -167,13 +167,14 @@ def serve(config: Config, reload: Callable[[], Config]) -> int:
 async def _run(
     opened: Opened, config: Config, reload: Callable[[], Config], notifier: Notifier
 ) -> None:
-    """Hear signals from before the first task begins until after the last has ended."""
+    """Receive signals from before the first task until after the last."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as received:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
         try:
             await _serve(opened, config, reload, notifier, received)
         finally:
-            # until `serve` has them ignored the handlers of before are back, and one would raise
+            # the old handlers are back, one of which raises; block until `serve` ignores the
+            # signals
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
 
 
@@ -230,12 +231,12 @@ async def _serve(
 
 @dataclass(slots=True)
 class State:
-    """What the service manager is told: its text is a line for `systemctl status`."""
+    """The state for the service manager; `str` gives the line of `systemctl status`."""
 
     driver: Driver
     running: Server
     shutdown: trio.Event
-    # what an operator has to know beside it
+    # for the operator, after a reload
     note: str = ""
 
     def __str__(self) -> str:
@@ -252,7 +253,7 @@ class State:
         return "; ".join(parts)
 
 
-# the keys whose new values count at once
+# keys whose new values count at once
 RELOADED = frozenset(
     {
         *("max_connections", "max_connections_per_uid", "max_calls_per_uid", "max_jobs_per_uid"),
@@ -263,7 +264,7 @@ RELOADED = frozenset(
 
 @dataclass(slots=True)
 class Signals:
-    """What a signal has the daemon do. `config` is what it was started with."""
+    """Handles signals. `config` is what the daemon was started with."""
 
     config: Config
     reload: Callable[[], Config]
@@ -283,13 +284,13 @@ class Signals:
                 self.state.shutdown.set()
 
     def _reload(self, task: Task) -> None:
-        """Take the file as it is now, or stay with what holds and say why."""
+        """Take the file's new settings, or keep the old ones and report why."""
         self.state.note = ""
         try:
             found = self.reload()
             settings = _settings(found)
         except Exception as error:
-            # a file is an operator's: no fault in it, nor in us while we read it, ends the daemon
+            # whatever is wrong with the file, or with our reading of it, the daemon goes on
             expected = isinstance(error, ConfigError)
             log.error(
                 "configuration is not reloaded",
@@ -332,7 +333,7 @@ def _listen(config: Config) -> list[Listener]:
             try:
                 found.append(listeners.bind(path, monitor=monitor))
             except OSError as error:
-                # bind(2) and connect(2) name none
+                # bind(2) and connect(2) do not name the path
                 error.filename = error.filename or path
                 for listener in found:
                     listener.close()

@@ -1,4 +1,4 @@
-"""What `list` and `mounts` answer: from memory, nothing is asked of disk or kernel."""
+"""The answers of `list`, `mounts` and `get_metadata`, made from memory."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from aufsd.store.layout import Layout
 
 
 def page(store: Store, *, after: str, limit: int, prefix: str = "") -> tuple[list[LayerId], str]:
-    """The ids of one page of `list`, damaged layers included; and the cursor to the next."""
+    """The ids of one page of `list`, with damaged layers, and the cursor to the next page."""
     found = (id for id in (*store.parent, *store.damaged) if id > after)
     ids = sorted(id for id in found if id.startswith(prefix)) if prefix else sorted(found)
     shown = ids[:limit]
@@ -25,8 +25,7 @@ def layers(
 ) -> list[results.LayerRow]:
     """The rows of these layers, without those that are gone.
 
-    `depths` is kept from one piece of a page to the next: each parent is looked at once for all
-    that stand on it.
+    `depths` is kept from one call to the next, so that the depth of each parent is counted once.
     """
     return [
         _layer(store, entries.get(id), id, _depth(store, id, depths))
@@ -48,7 +47,7 @@ def _layer(store: Store, entry: Entry | None, id: LayerId, depth: int) -> result
 
 
 def _depth(store: Store, id: LayerId, known: dict[LayerId, int]) -> int:
-    """How many layers the chain has; 0 for a damaged one."""
+    """The number of layers in the chain; 0 for a damaged layer."""
     if id in store.damaged:
         return 0
     above: LayerId | None = id
@@ -94,7 +93,7 @@ def metadata(
     backend: str,
     dialect: str,
 ) -> results.Metadata:
-    """Where everything of the first layer of a chain is, as strings.
+    """The answer of `get_metadata` for the first layer of a chain.
 
     `needs_mount`: whether a `get` mounts it.
     """
@@ -123,5 +122,5 @@ def _yes(true: bool) -> str:
 
 
 def path(layout: Layout, id: LayerId, *, mounted: bool) -> str:
-    """Where a layer's root file system is: its mount, or its content if it is never mounted."""
+    """The path of a layer's root file system: its mount point, or its content directory."""
     return layout.mount_point(id) if mounted else layout.content(id)

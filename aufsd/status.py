@@ -1,4 +1,4 @@
-"""What the daemon says of itself: `status` and `health`. From memory and statfs(2); no walk."""
+"""The answers of `status` and `health`, from memory and statfs(2)."""
 
 import os
 import platform
@@ -11,13 +11,13 @@ from aufsd.store.layers import Store
 from aufsd.tasks import Tasks
 from aufsd.union.backend import Backend
 
-# below this share of free blocks or inodes the store is degraded; without any it is failing
+# with a smaller share of free blocks or inodes the store is degraded; with none it is failing
 _LOW = 0.05
 
 
 @dataclass(slots=True)
 class Overview:
-    """Looks at the rooms, owns none. `backing` is the kind of file system under the store."""
+    """Reads the state of the store. `backing` is the file system that the store is on."""
 
     store: Store
     backend: Backend
@@ -25,11 +25,11 @@ class Overview:
     jobs: Jobs
     backing: str
     tasks: Tasks
-    # what start-up could not put right, in words; `health` shows it until the next start
+    # what the start could not repair, in words; `health` shows it until the next start
     notes: list[str] = field(default_factory=list)
 
     def status(self) -> results.Status:
-        """Docker's rows first (moby aufs.go, Status), then more."""
+        """Docker's rows (moby aufs.go, Status), then more."""
         facts = dict(self.backend.facts)
         entries = self.active.table.entries
         mounted = sum(1 for entry in entries.values() if entry.stands)
@@ -63,7 +63,7 @@ class Overview:
         )
 
     def health(self) -> results.Health:
-        """One line a concern; the whole is as bad as the worst."""
+        """All checks. The whole has the status of the worst."""
         checks = [
             self._identity(),
             self._space(),

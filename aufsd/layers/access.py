@@ -118,7 +118,7 @@ class Access:
         store.identity.verify(writing=not read_only)
         if not self.content.needs_mount(chain, read_only=read_only):
             await self.disk.run(require_directory, store.layout.content(id), id)
-            await self.content.prepare_to_give(id, read_only=read_only)
+            await self.content.before_giving_out(id, read_only=read_only)
             return self.mounts.count_content(
                 id, reference, read_only=read_only, asked_read_only=asked_read_only
             )
@@ -147,7 +147,7 @@ class Access:
             for parent in filter(mounts.table.entries.__contains__, chain[1:]):
                 # if it is mounted writable, its new hard links have to show here
                 await mounts.flush(parent)
-            await self.content.prepare_to_give(id, read_only=read_only)
+            await self.content.before_giving_out(id, read_only=read_only)
             try:
                 return await mounts.mount(id, entry, reference, opaque=opaque)
             except MountFailed:

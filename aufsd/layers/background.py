@@ -1,6 +1,6 @@
-"""What goes on in the background: removed content is deleted, what was cut off is finished.
+"""Background work: deletes removed content, and finishes interrupted conversions.
 
-Nothing here is waited for by a call. What fails is tried again (aufsd/tasks.py).
+No call waits for it. What fails is tried again (aufsd/tasks.py).
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Upkeep:
-    """Works on the rooms, owns none. `recovered` is where what was finished is told."""
+    """The background work of a store. `recovered` collects what it has repaired."""
 
     store: Store
     table: Table
@@ -35,13 +35,13 @@ class Upkeep:
     disk: Disk
     recovered: list[Recovered]
     tasks: Tasks
-    # layers with a conversion that is half done
+    # layers whose conversion was interrupted
     half_converted: set[LayerId] = field(default_factory=set)
     deletion_due: AutoResetEvent = field(default_factory=AutoResetEvent)
     _conversion: AutoResetEvent = field(default_factory=AutoResetEvent)
 
     async def run(self) -> None:
-        """Do what there is to do, at start and whenever it is asked for. Endless."""
+        """Work at the start, and whenever an event is set. Endless."""
         removals = self.tasks.add("removals", "all removed content is deleted")
         conversions = self.tasks.add("conversions", "no conversion is left half done")
         self.deletion_due.set()
@@ -53,7 +53,7 @@ class Upkeep:
     # --- deletion -----------------------------------------------------------------------------
 
     async def _delete(self) -> None:
-        # in another store it is not ours to delete
+        # if another store is mounted there meanwhile, nothing of it may be deleted
         self.store.identity.verify()
         left = await self._finish_removals()
         await self.disk.run(discard_trials, self.store)
@@ -64,7 +64,7 @@ class Upkeep:
             raise ExceptionGroup("removed content could not be deleted", left)
 
     async def _finish_removals(self) -> list[OSError]:
-        """Move away what is left of layers whose removal was committed."""
+        """Move away the rest of layers whose removal was committed but interrupted."""
         left: list[OSError] = []
         try:
             half = await self.disk.run(self.store.half_removed)
@@ -73,7 +73,7 @@ class Upkeep:
         for id in half:
             await self.table.claim(id)
             try:
-                # made anew, it is not ours to take away
+                # a new layer may have this id by now
                 if not self.store.exists(id):
                     left += await self.disk.run(self.store.finish_removal, id)
             finally:
@@ -85,9 +85,9 @@ class Upkeep:
     async def convert(self, id: LayerId, to: Dialect) -> bool:
         """Convert a layer that the caller has claimed; False if it was in that dialect already.
 
-        Raises what Jobs.convert raises. Failed or cancelled: the layer is brought back to what it
-        was; where not even that can be done it stays half converted, which every reader
-        understands, and is finished in the background.
+        Raises what Jobs.convert raises. Failed or cancelled: the layer is converted back. If that
+        fails too, it stays half converted: every reader understands such a layer, and the
+        conversion is finished in the background.
         """
         self.store.identity.verify()
         before = await self.disk.run(self.store.dialect, id)
@@ -101,7 +101,7 @@ class Upkeep:
             raise
 
     def _parents(self, id: LayerId) -> tuple[Branch, ...] | None:
-        """What a layer stands on; None if one of them cannot be read."""
+        """The parents of a layer; None if one of them cannot be read."""
         try:
             return tuple(Branch(one, self.store.dialect(one)) for one in self.store.chain(id)[1:])
         except (AufsdError, OSError):
@@ -110,8 +110,8 @@ class Upkeep:
     async def _bring_back(self, id: LayerId, before: Dialect) -> None:
         try:
             half = await self.disk.run(self._interrupted, id)
-            # with no mark it may be whole and not known to last, or not begun: converting back
-            # is right for the one and nothing for the other
+            # Without the mark of a conversion, it was not begun, or is done but perhaps not on
+            # disk. Converting back does nothing in the first case, and is right in the second.
             if half is not None or await self.disk.run(self.store.dialect, id) is not before:
                 await self.jobs.convert(id, before, await self.disk.run(self._parents, id))
         except (AufsdError, OSError) as error:
@@ -129,7 +129,7 @@ class Upkeep:
             try:
                 await self._finish_conversion(id)
             except (AufsdError, OSError) as error:
-                # in use, most likely: then it is read correctly, and was finished for a mount
+                # most likely it is in use; it is read correctly all the same
                 failures.append(error)
             else:
                 self.half_converted.discard(id)
@@ -156,5 +156,5 @@ class Upkeep:
                 if self._interrupted(id) is not None:
                     found.add(id)
             except OSError:
-                continue  # removed meanwhile, or damaged: `check` tells
+                continue  # removed meanwhile, or damaged, which `check` reports
         return found

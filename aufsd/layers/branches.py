@@ -1,4 +1,4 @@
-"""A chain in the backend's dialect before it is mounted, and its branches as archives see them."""
+"""Converts a chain to the backend's dialect before a mount, and lists its branches for archives."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -22,7 +22,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(slots=True)
 class Chains:
-    """Remembers what was once looked at: whoever changes it has to say so to `forget`."""
+    """Remembers layers that it has looked at. Call `forget` before such a layer is changed."""
 
     store: Store
     backend: Backend
@@ -30,21 +30,21 @@ class Chains:
     disk: Disk
     upkeep: Upkeep
     policy: Literal["auto", "never"]
-    # layers that are in the backend's dialect; whether their `/` is opaque
+    # layer in the backend's dialect -> whether its root is opaque
     _roots: dict[LayerId, bool] = field(default_factory=dict)
 
     def forget(self, id: LayerId) -> None:
-        """The layer is about to be written in another dialect, or to go."""
+        """Forget a layer before its dialect changes, or it is removed."""
         self._roots.pop(id, None)
 
     def moved(self, id: LayerId, below: LayerId) -> None:
-        """What a layer held is that of `below` now, and it holds nothing, in our dialect."""
+        """The content of a layer has moved to `below`, and the layer is empty."""
         if id in self._roots:
             self._roots[below] = self._roots[id]
         self._roots[id] = False
 
     def moved_back(self, id: LayerId, below: LayerId) -> None:
-        """The same backwards."""
+        """The content of `below` has moved back."""
         self.forget(id)
         if below in self._roots:
             self._roots[id] = self._roots.pop(below)
@@ -59,11 +59,11 @@ class Chains:
         self._roots[id] = opaque
 
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:
-        """Bring every branch of a chain that is about to be mounted into the backend's dialect.
+        """Convert every branch of a chain to the backend's dialect, before the chain is mounted.
 
-        The caller holds the transition of the first. A branch that is being read is waited for.
-        Returns those whose `/` is opaque. Raises ConversionNeeded, LayerDamaged; LayerInUse if
-        another backend than ours has the branch mounted (before a restart).
+        The caller has begun the transition of the first. Waits for jobs that read a branch. Returns
+        the branches with an opaque root. Raises ConversionNeeded, LayerDamaged. Raises LayerInUse
+        if a mount of another backend, made before a restart, has the branch.
         """
         unknown = tuple(id for id in chain if id not in self._roots)
         if unknown:
@@ -82,7 +82,7 @@ class Chains:
                 id=id,
                 command=command,
             )
-        # other layers that stand on it may be about to be mounted too: they wait here
+        # another chain with this branch may be about to be mounted too, and waits here
         if not owned:
             await self.table.claim(id)
         try:
@@ -103,17 +103,17 @@ class Chains:
     # --- in a thread --------------------------------------------------------------------------
 
     def dialect(self, id: LayerId) -> Dialect:
-        """How the layer's content says what is deleted; LayerDamaged if there is none."""
+        """The dialect of a layer's whiteouts. Raises LayerDamaged if the content is missing."""
         self.store.identity.verify(writing=False)
         return self.store.dialect(id)
 
     def branches(self, chain: tuple[LayerId, ...]) -> tuple[Branch, ...]:
-        """A chain for an archive job."""
+        """The branches of a chain, for an archive job."""
         self.store.identity.verify(writing=False)
         return tuple(Branch(id, self.store.dialect(id)) for id in chain)
 
     def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
-        """Which hold marks of another dialect: all of theirs, or some, since it was cut off."""
+        """The layers to convert, with their dialect; those of an interrupted conversion too."""
         content, namespace = self.store.layout.content, self.store.xattr_namespace
         wanted = self.backend.dialect
         return {

@@ -1,4 +1,4 @@
-"""The consistency of a served store: what looks wrong is looked at again with nobody at it."""
+"""The checks of a served store. What looks wrong is checked again while nobody changes it."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,17 +18,17 @@ from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, Limi
 async def consistency(
     store: Store, table: Table, disk: Disk, *, id: LayerId | None, repair: bool
 ) -> list[Problem]:
-    """Hold layers/, diff/, mnt/ and the kernel against each other; of one layer, or of all."""
+    """Compare layers/, diff/, mnt/ and the kernel's mounts, for one layer or for all."""
     store.identity.verify(writing=repair)
     found = await disk.run(
         store_check.check, store, id=id, repair=False, mounted=set(table.entries)
     )
-    # what was being changed looked wrong: asked again with nobody at it, and repaired only then
+    # a layer that is being changed may look wrong: check it again in a transition, and repair then
     suspects = sorted({each.id for each in found if each.id and each.problem != "stray-record"})
     whole = store_check.whole(store, repair=repair) if id is None else ()
     found = await disk.run(list[Problem], whole)
     for name in suspects:
-        # what has no layer's name is claimed all the same, and nobody else's
+        # a name that is no id is claimed too, which harms nobody
         await table.claim(LayerId(name))
         try:
             found += await disk.run(
@@ -46,9 +46,9 @@ async def consistency(
 async def content(
     store: Store, table: Table, disk: Disk, jobs: Jobs, ids: Sequence[LayerId]
 ) -> list[Problem]:
-    """Which of the layers hold marks that are none, and which aufs reads otherwise.
+    """Find names that look like whiteouts and are none, and layers that aufs reads differently.
 
-    Each is read in a process of its own. One that cannot be read ends no check.
+    Each layer is read in a process of its own. One that cannot be read becomes a problem too.
     """
     found: list[Problem] = []
 

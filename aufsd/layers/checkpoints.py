@@ -73,7 +73,7 @@ def refuse_rollback(mounts: Mounts, id: LayerId, to: LayerId | None) -> None:
 
 
 def _refuse(mounts: Mounts, id: LayerId, verb: str) -> None:
-    """Raise unless what the layer holds may be taken out of it. From memory."""
+    """Raise if the layer's content may not be replaced. Reads memory only."""
     store, backend, entry = mounts.store, mounts.backend, mounts.table.entries.get(id)
     seals.require_unsealed(store, id)
     children = sorted(store.children_of(id))

@@ -1,6 +1,6 @@
-"""Layers that are directories: each holds its own changes, and is mounted over its parents.
+"""Layers that are directories. Each holds its own changes, and is mounted over its parents.
 
-This is what Docker's aufs driver made, and what every backend but btrfs mounts.
+Docker's aufs driver made such layers. Every backend but btrfs mounts them.
 """
 
 import os
@@ -26,7 +26,7 @@ from aufsd_client.errors import LayerInUse
 
 @dataclass(frozen=True, slots=True)
 class Directories:
-    """See Content. `deletion_due` is set when there is content to delete in the background."""
+    """See Content. It sets `deletion_due` when there is content to delete in the background."""
 
     store: Store
     backend: Backend
@@ -39,14 +39,14 @@ class Directories:
     async def create(
         self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
     ) -> list[str]:
-        """As Content.create. A label is not kept; no backend of this kind has a limit of `size`."""
+        """As Content.create. Neither `label` nor `size` has an effect here."""
         xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
         await self.disk.run(self.store.create_on_disk, id, parents, xattrs)
         # moby b937aa8e69: the aufs driver takes a label at Get and not at Create
         return ["mount_label counts at get; create does not keep it"] if label else []
 
     async def apply(self, id: LayerId, source: int, *, digest: bool) -> results.Streamed:
-        """As Content.apply. Raises LayerInUse if a layer on this one depends on its content."""
+        """As Content.apply. Raises LayerInUse if a layer above depends on this one's content."""
         if settled := await self.disk.run(self.store.settled_on, id):
             raise LayerInUse(
                 f"layer {id} has to stay as it is: whiteouts of {settled[0]}, which stands on "
@@ -72,17 +72,17 @@ class Directories:
         return made.streamed
 
     def needs_mount(self, chain: tuple[LayerId, ...], *, read_only: bool) -> bool:
-        """As Content.needs_mount: all but a layer without parents that may be written to."""
+        """As Content.needs_mount: false only for a writable layer without parents."""
         return len(chain) > 1 or read_only
 
-    async def prepare_to_give(self, id: LayerId, *, read_only: bool) -> None:
-        """As Content.prepare_to_give: what an apply recorded of the content is taken back."""
-        # no thread where that is known to be done
+    async def before_giving_out(self, id: LayerId, *, read_only: bool) -> None:
+        """As Content.before_giving_out: the record of the last apply is deleted."""
+        # no thread if it is known to be deleted
         if not read_only and id not in self.store.unrecorded:
             await self.disk.run(self.store.unrecord, id)
 
     def compared_with(self, chain: tuple[LayerId, ...]) -> tuple[LayerId, ...]:
-        """As Content.compared_with: the directory is the change."""
+        """As Content.compared_with: nothing, because the directory is the change."""
         return ()
 
     async def check_content(self, ids: list[LayerId]) -> list[Problem]:
@@ -96,18 +96,18 @@ class Directories:
     # --- in a thread --------------------------------------------------------------------------
 
     def _stage(self, ids: tuple[LayerId, ...]) -> tuple[tuple[Branch, ...], bool, str]:
-        """For an archive into the first of a chain: the branches, whether it is empty, staging."""
+        """Stage an archive into a layer: the branches, whether it is empty, the staging."""
         chain = self.chains.branches(ids)
         empty = self._is_empty(ids[0])
         if empty:
-            # nothing to keep: written as the backend reads it, so that it never converts
+            # nothing to keep: written in the backend's dialect, so it is never converted
             chain = (Branch(ids[0], self.backend.dialect), *chain[1:])
         xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
         return chain, empty, self.store.stage(ids[0], xattrs)
 
     def _is_empty(self, id: LayerId) -> bool:
         content = self.store.layout.content(id)
-        # overlayfs's mark is an xattr, and hides what lies below all the same
+        # an opaque root hides what is below, though the directory is empty
         if dialects.has_opaque_xattr(content, self.store.xattr_namespace):
             return False
         with os.scandir(content) as entries:

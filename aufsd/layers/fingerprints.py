@@ -1,4 +1,4 @@
-"""What applies recorded of a served store's layers, held against their content by `check`."""
+"""Compares layers with the fingerprints that applies have recorded, for `check`."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -19,10 +19,10 @@ from aufsd_client.errors import InternalError, LayerDamaged, LayerNotFound, Limi
 async def compare(
     store: Store, table: Table, disk: Disk, jobs: Jobs, ids: Sequence[LayerId]
 ) -> list[Problem]:
-    """Which of these layers are not what their archives made of them, or cannot be read.
+    """The layers that have changed since their apply, or cannot be read.
 
-    Each is read in a process of its own, and claims nothing: what looks wrong is looked at again
-    with nobody changing it. One that is mounted writable meanwhile, or gone, is left out.
+    Each is read in a process of its own, without a claim. What looks wrong is read again under a
+    claim. A layer that is mounted writable or removed meanwhile is left out.
     """
     found = []
     for id in ids:
@@ -35,7 +35,7 @@ async def compare(
 
 
 async def _differs(store: Store, disk: Disk, jobs: Jobs, id: LayerId) -> Problem | None:
-    """What is wrong with one layer, by its record; None for nothing, and where there is none."""
+    """What is wrong with one layer; None for nothing, or if it has no record."""
     recorded, dialect = await disk.run(_look_up, store, id)
     if not recorded:
         return None
@@ -43,7 +43,7 @@ async def _differs(store: Store, disk: Disk, jobs: Jobs, id: LayerId) -> Problem
         differs = problem(id, recorded, await jobs.fingerprint(Branch(id, dialect)))
     except (InternalError, LimitExceeded) as error:
         differs = Problem(id, "unreadable", error.message, False)
-    # mounted by now, it may be written to
+    # if it was mounted meanwhile, the record is gone and writes are no fault
     return differs if differs and await disk.run(store.recorded, id) == recorded else None
 
 

@@ -1,6 +1,6 @@
-"""Layers that are snapshots of their parents: each holds all that it shows, and nothing is mounted.
+"""Layers that are snapshots of their parents. Each holds all that it shows; nothing is mounted.
 
-This is what Docker's btrfs driver made.
+Docker's btrfs driver made such layers.
 """
 
 from collections import Counter
@@ -30,17 +30,17 @@ from aufsd_client.errors import LayerHasChildren, LayerInUse, LimitExceeded
 
 log = structlog.get_logger(__name__)
 
-# as Docker's --security-opt says it, for one layer
+# mount labels that mean "no label"; the second is Docker's --security-opt
 NO_LABEL: Final = ("", "label:disable")
-# labels of one parent's children that are counted
+# labels counted for one parent
 _REMEMBERED: Final = 1000
 
 
 @dataclass(slots=True)
 class Snapshots:
-    """See Content. `deletion_due` is set when there is content to delete in the background.
+    """See Content. It sets `deletion_due` when there is content to delete in the background.
 
-    `selinux`: whether a mount label is put on what a new layer holds.
+    `selinux`: whether a new layer's content is labelled with its mount label.
     """
 
     store: Store
@@ -49,13 +49,13 @@ class Snapshots:
     table: Table
     deletion_due: AutoResetEvent
     selinux: bool
-    # how often a parent's children were labelled, one by one, with which label
+    # parent -> label -> how many children were labelled inode by inode
     _asked: dict[LayerId, Counter[str]] = field(default_factory=dict)
 
     async def create(
         self, id: LayerId, parents: tuple[LayerId, ...], *, label: str, size: int
     ) -> list[str]:
-        """As Content.create. The parent becomes read-only, unless somebody uses it."""
+        """As Content.create. The parent becomes read-only, unless it is in use."""
         parent = parents[0] if parents else None
         warnings = []
         if label not in NO_LABEL and not self.selinux:
@@ -63,7 +63,7 @@ class Snapshots:
             label = ""
         staged = ""
         try:
-            # the seed's change: a layer that stands on its own -init layer was labelled with that
+            # a layer on its own -init layer has the label already, with that snapshot
             if label in NO_LABEL or parent == f"{id}-init":
                 staged = await self.disk.run(self.store.stage_child, parent, size)
             else:
@@ -81,10 +81,11 @@ class Snapshots:
     async def _stage_labelled(
         self, id: LayerId, parent: LayerId | None, label: str, size: int
     ) -> str:
-        """As Store.stage_child, and everything has the label.
+        """As Store.stage_child, with the label on every inode.
 
-        What has the label that a parent's children ask for most is kept, once it comes again: most
-        labels are one container's alone. Of a parent that may be written to nothing is.
+        To label each inode is slow. So for each read-only parent one labelled snapshot is kept, and
+        further children with this label are cloned from it. It is kept when a label comes again
+        that has come most often: most labels belong to a single container and never come again.
         """
         store, staged, place = self.store, "", ""
         if parent is not None and parent not in self.table.entries:
@@ -94,9 +95,9 @@ class Snapshots:
         staged = await self.disk.run(store.stage_child, parent, size)
         try:
             await self.jobs.relabel(id, staged, label)
-            # a limit would be kept with it
+            # the kept snapshot would have the limit too
             if parent is not None and place and not size and self._comes_most(parent, label):
-                # the layer is whole without
+                # the layer is complete without it
                 with suppress(OSError):
                     await self.disk.run(labelled.keep, store, parent, staged, place)
         except BaseException:
@@ -105,7 +106,7 @@ class Snapshots:
         return staged
 
     def _comes_most(self, parent: LayerId, label: str) -> bool:
-        """Whether the label has come before, and more often than any other."""
+        """Whether the label has come before, and more often than every other."""
         asked = self._asked.setdefault(parent, Counter())
         if len(asked) >= _REMEMBERED:
             asked.clear()
@@ -114,23 +115,23 @@ class Snapshots:
         return count > 1 and all(n < count for other, n in asked.items() if other != label)
 
     def needs_mount(self, chain: tuple[LayerId, ...], *, read_only: bool) -> bool:
-        """As Content.needs_mount: none does."""
+        """As Content.needs_mount: never."""
         return False
 
-    async def prepare_to_give(self, id: LayerId, *, read_only: bool) -> None:
-        """As Content.prepare_to_give: the subvolume itself is made read-only, or writable.
+    async def before_giving_out(self, id: LayerId, *, read_only: bool) -> None:
+        """As Content.before_giving_out: the subvolume is made read-only, or writable.
 
-        What children changed is told by comparing them with their parent, so a parent has to stay
-        as it is.
+        A layer with children is read-only: the changes of a child are found by comparing it with
+        its parent.
         """
         await self.disk.run(contents.freeze, self._content(id), read_only)
         if not read_only:
             await self.disk.run(labelled.discard, self.store, id)
 
     async def apply(self, id: LayerId, source: int, *, digest: bool) -> results.Streamed:
-        """As Content.apply; whiteouts are carried out.
+        """As Content.apply. A whiteout deletes the name.
 
-        Raises LayerHasChildren too, and LayerInUse if subvolumes lie in the layer.
+        Raises LayerHasChildren too, and LayerInUse if the layer contains subvolumes.
         """
         children = sorted(self.store.children_of(id))
         if children:
@@ -157,15 +158,15 @@ class Snapshots:
         return msgspec.structs.replace(result, size=size)
 
     def compared_with(self, chain: tuple[LayerId, ...]) -> tuple[LayerId, ...]:
-        """As Content.compared_with: its parents, for a snapshot holds what they hold too."""
+        """As Content.compared_with: its parents, because it also holds what they hold."""
         return chain[1:]
 
     async def check_content(self, ids: list[LayerId]) -> list[Problem]:
-        """As Content.check_content: no apply records what it made of a snapshot."""
+        """As Content.check_content. No fingerprint is recorded for a snapshot."""
         return await check.content(self.store, self.table, self.disk, self.jobs, ids)
 
     async def _discard(self, staged: str) -> None:
-        """Have what was staged deleted; "" if staging failed, which puts its own part away."""
+        """Delete a staging. "" if there is none; a staging that fails deletes itself."""
         if staged:
             with trio.CancelScope(shield=True):
                 await self.disk.run(self.store.discard_staged, staged)
