@@ -368,7 +368,7 @@ class Connection:
             return
         if Unfinished.begins_with(line):
             self._unfinished = Unfinished(line)
-        self._runner.refuse(framing.explain(line, error))
+        self._runner.refuse(framing.explain(line, error), framing.salvaged(line))
 
     def _is_inside(self, line: bytes) -> bool:
         """Whether a line belongs to a value that began on an earlier one, and is answered if so."""

@@ -5,6 +5,7 @@ that it sends is carried out, because a line of an HTTP body, or a middle line o
 look like a call.
 """
 
+import json
 import re
 
 from aufsd.rpc import dispatch
@@ -13,13 +14,24 @@ from aufsd_client.errors import InvalidRequest, ParseError
 _NEWLINE = b"\n"
 # bytes of a value over several lines, after which its connection is refused
 _UNFINISHED = 4096
-# the methods of RFC 9110 and the preface of HTTP/2; a blank line may come first (RFC 9112, 2.2)
-_HTTP = re.compile(
-    rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) \S+ HTTP/\d(?:\.\d)?\r?"
+# The first line of an HTTP request, or of what has lines like it (RFC 9112, section 3), whatever
+# the method is called and however it is written; one of HTTP/0.9, which has no version; and a
+# header, which may be the first that we see. No JSON begins so. Blank lines may come first.
+_METHOD = re.compile(rb"[^\s{\[\"]\S{0,63}[ \t]+\S")
+_VERSION = re.compile(rb"[ \t][a-z]+/\d(?:\.\d)?$", re.IGNORECASE)
+_BARE = re.compile(
+    rb"(?:get|head|post|put|delete|connect|options|trace|patch)[ \t]+\S|[a-z][a-z0-9-]{0,63}:",
+    re.IGNORECASE,
 )
+# more than a version has
+_TAIL = 32
 _BOM = b"\xef\xbb\xbf"
 # JSON's white space but the newline (RFC 8259, section 2) may come before
 _FIRST = re.compile(rb"[^ \t\r]")
+# what a bracket is no bracket in; no string goes over several lines (RFC 8259, section 7)
+_STRING = re.compile(rb'"(?:[^"\\\n]|\\.)*"')
+# longer lines that are no JSON are not read again for their id
+_SALVAGED = 64 << 10
 
 
 class ReceiveBuffer:
@@ -75,8 +87,10 @@ class ReceiveBuffer:
 
 
 def is_http(line: bytes) -> bool:
-    """Whether a line is the first one of an HTTP request."""
-    return _HTTP.fullmatch(line) is not None
+    """Whether a line is the first one of an HTTP request, or a header of one."""
+    if _BARE.match(line):
+        return True
+    return bool(_METHOD.match(line) and _VERSION.search(line.rstrip()[-_TAIL:]))
 
 
 HTTP = InvalidRequest(
@@ -97,6 +111,25 @@ def explain(line: bytes, error: ParseError) -> ParseError:
             "nothing of this one is carried out"
         )
     return error
+
+
+def salvaged(line: bytes) -> object:
+    """An object with the id of a line that is JSON but for its encoding or a number; else None.
+
+    Such a line is refused, but the id is there to be read, and some clients wait for it for ever: a
+    byte order mark, bytes that are no UTF-8, half of a surrogate pair, a number that is too large.
+    """
+    if len(line) > _SALVAGED or b"{" not in line:
+        return None
+    text = line.removeprefix(_BOM).decode("utf-8", "replace")
+    try:
+        found = json.loads(text)
+        id = found["id"]
+        # as it was sent, and so that it can be said again
+        dispatch.decode(json.dumps(id, allow_nan=False, ensure_ascii=False).encode())
+    except (KeyError, TypeError, ValueError, RecursionError, ParseError):
+        return None
+    return {"id": id} if "\N{REPLACEMENT CHARACTER}" not in str(id) else None
 
 
 class Unfinished:
@@ -147,8 +180,12 @@ def _may_go_on(text: bytes) -> bool:
     try:
         dispatch.decode(text)
     except ParseError as error:
-        # msgspec's words for JSON that ends too early
-        return "truncated" in error.message
+        # msgspec's words for JSON that ends too early; it says so of half a surrogate pair too
+        if "truncated" in error.message:
+            rest = _STRING.sub(b"", text)
+            return b'"' not in rest and rest.count(b"{") + rest.count(b"[") > (
+                rest.count(b"}") + rest.count(b"]")
+            )
     return False
 
 

@@ -41,7 +41,13 @@ def test_a_line_beyond_the_limit_is_not_taken_out(end: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    "first", ["POST / HTTP/1.1\r\n", "GET /metrics HTTP/1.0\r\n", "\r\nPUT /x HTTP/1.1\n"]
+    "first",
+    [
+        *("POST / HTTP/1.1\r\n", "GET /metrics HTTP/1.0\r\n", "\r\nPUT /x HTTP/1.1\n"),
+        *("PROPFIND /x HTTP/1.1\r\n", "post / http/1.1\n", "POST  /a b HTTP/1.1 \r\n"),
+        *("X!#$%&'*+.^_`|~9 / HTTP/1.1\r\n", "POST /\r\n", "SETUP rtsp://x/y RTSP/1.0\r\n"),
+        *("Content-Type: application/json\r\n", f"GET /{'a' * 9000} HTTP/1.1\r\n"),
+    ],
 )
 async def test_no_line_of_an_http_request_is_carried_out(
     served: Served, connect: Connect, first: str
@@ -61,7 +67,7 @@ async def test_no_line_of_an_http_request_is_carried_out(
 @pytest.mark.parametrize(
     ("sent", "told"),
     [
-        (b"\xef\xbb\xbf" + line("ping"), "byte order mark"),
+        (b"\xef\xbb\xbf" + line("ping", None), "byte order mark"),
         (b"\n", "empty line"),
         (b" \r\n", "empty line"),
         (b"{\n", "does not end on its line"),
@@ -76,6 +82,39 @@ async def test_what_is_no_json_is_told_what_it_is(
     answer = await peer.receive()
     assert (code(answer), answer["id"]) == (-32700, None)
     assert told in answer["error"]["message"]
+    await peer.settle()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b'\xef\xbb\xbf{"jsonrpc":"2.0","method":"ping","id":%b}',
+        b'{"jsonrpc":"2.0","method":"exists","params":{"id":"\xff"},"id":%b}',
+        b'{"jsonrpc":"2.0","id":%b,"method":"exists","params":{"id":"\\ud800"}}',
+        b'{"jsonrpc":"2.0","id":%b,"method":"list","params":{"limit":1e400}}',
+    ],
+    ids=["BOM", "no UTF-8", "half a pair", "a number too large"],
+)
+@pytest.mark.parametrize("id", [7, "seven", 7.5, None])
+async def test_json_that_cannot_be_read_is_refused_with_its_id_where_that_can(
+    served: Served, connect: Connect, sent: bytes, id: object
+) -> None:
+    peer = connect(served.control)
+    await peer.send(sent % json.dumps(id).encode() + b"\n")
+    answer = await peer.receive()
+    assert (code(answer), answer["id"]) == (-32700, id)
+    assert "one line" not in answer["error"]["message"]
+    await peer.settle()
+
+
+@pytest.mark.parametrize("id", [b'"\xff"', b"1e400", b'"\\ud800"', b"[1]", b"NaN"])
+async def test_an_id_that_cannot_be_said_again_is_null(
+    served: Served, connect: Connect, id: bytes
+) -> None:
+    peer = connect(served.control)
+    await peer.send(b'\xef\xbb\xbf{"jsonrpc":"2.0","method":"ping","id":%b}\n' % id)
+    answer = await peer.receive()
+    assert (code(answer), answer["id"]) == (-32700, None)
     await peer.settle()
 
 
