@@ -13,7 +13,7 @@ class Meter:
 
     __slots__ = (
         *("_clock", "_next", "_report", "_unsaid"),
-        *("bytes", "entries", "waiting", "warned"),
+        *("bytes", "entries", "waiting_since", "warned"),
     )
 
     def __init__(
@@ -23,8 +23,8 @@ class Meter:
     ) -> None:
         self.bytes = 0
         self.entries = 0
-        # for the other end of the stream, and not for the disk
-        self.waiting = False
+        # by time.monotonic; for the other end of the stream, and not for the disk
+        self.waiting_since: float | None = None
         self.warned: list[str] = []
         self._unsaid = 0
         self._report = report

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import select
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -151,11 +152,11 @@ class Sink:
 
     def _waiting(self, call: Callable[..., int], *args: object) -> int:
         """What the call on our descriptor returns; if that is full, once it has room again."""
-        self._meter.waiting = True
+        self._meter.waiting_since = time.monotonic()
         try:
             return self._called(call, *args)
         finally:
-            self._meter.waiting = False
+            self._meter.waiting_since = None
 
     def _called(self, call: Callable[..., int], *args: object) -> int:
         while True:

@@ -11,6 +11,7 @@ import mmap
 import os
 import select
 import stat
+import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -286,11 +287,11 @@ class Source:
         return moved
 
     def _waiting(self, call: Callable[[], int], *, target: bool = False) -> int:
-        self._meter.waiting = True
+        self._meter.waiting_since = time.monotonic()
         try:
             return self._called(call, target=target)
         finally:
-            self._meter.waiting = False
+            self._meter.waiting_since = None
 
     def _called(self, call: Callable[[], int], *, target: bool) -> int:
         while True:

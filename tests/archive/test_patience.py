@@ -68,29 +68,60 @@ async def test_a_peer_that_moves_nothing_ends_the_job_and_another_has_its_place(
     assert len(await impatient.diff("full")) > len(BODY)
 
 
+class Clock:
+    """Goes on when told to. The looks are raised by hand: the timer would come after a day."""
+
+    def __init__(self) -> None:
+        self.meter = Meter(lambda size, entries: None)
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def look(self, after: float) -> float:
+        """Look after so many seconds; how long it is to the next look."""
+        self.now += after
+        signal.raise_signal(signal.SIGALRM)
+        return signal.getitimer(signal.ITIMER_REAL)[0]
+
+
+DAY = 86_400.0
+
+
 def test_one_that_moves_a_little_now_and_then_is_served() -> None:
-    """The looks are raised by hand here: the timer would come after a day."""
-    meter = Meter(lambda size, entries: None)
-    meter.waiting = True
-    with patience.limited(meter, 86_400.0):
+    clock = Clock()
+    with patience.limited(clock.meter, DAY, clock):
         for _ in range(10):
-            meter.bytes += 1
-            for _ in range(4):
-                signal.raise_signal(signal.SIGALRM)
+            clock.meter.waiting_since = clock.now
+            clock.look(DAY - 1)
 
 
 def test_time_that_passes_without_waiting_for_the_peer_counts_nothing() -> None:
-    meter = Meter(lambda size, entries: None)
-    with patience.limited(meter, 86_400.0):
+    clock = Clock()
+    with patience.limited(clock.meter, DAY, clock):
         for _ in range(3):
-            meter.waiting = True
-            for _ in range(3):
-                signal.raise_signal(signal.SIGALRM)
-            meter.waiting = False
-            signal.raise_signal(signal.SIGALRM)
-        meter.waiting = True
-        for _ in range(3):
-            signal.raise_signal(signal.SIGALRM)
-        with pytest.raises(StreamBroken):
-            signal.raise_signal(signal.SIGALRM)
+            clock.meter.waiting_since = None
+            clock.look(2 * DAY)
     assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_the_time_is_over_when_it_is_over_and_not_later() -> None:
+    clock = Clock()
+    with patience.limited(clock.meter, DAY, clock):
+        clock.look(1)
+        clock.meter.waiting_since = clock.now
+        next_look = clock.look(DAY - 10)
+        assert 9 < next_look <= 10
+        # a write that this look interrupts may have moved something, and would say so now
+        assert clock.look(10) < 0.1
+        with pytest.raises(StreamBroken, match="86400 s"):
+            clock.look(0.001)
+
+
+def test_what_the_last_look_cut_short_has_moved() -> None:
+    clock = Clock()
+    with patience.limited(clock.meter, DAY, clock):
+        clock.meter.waiting_since = clock.now
+        clock.look(DAY)
+        clock.meter.waiting_since = clock.now
+        clock.look(0.001)
