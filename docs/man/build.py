@@ -13,7 +13,6 @@ from typing import get_args
 
 import click
 import msgspec
-from click.shell_completion import get_completion_class
 
 from aufsd import __version__, config
 from aufsd.__main__ import command_line
@@ -21,6 +20,7 @@ from aufsd.config import Config
 from aufsd.daemon import RELOADED
 from aufsd.rpc.calls import Kind
 from aufsd.rpc.methods import TABLE
+from aufsd_client.cli import completion
 from aufsd_client.cli.__main__ import every_verb
 
 HERE = Path(__file__).parent
@@ -155,13 +155,6 @@ def sample() -> Iterator[str]:
         yield f"#{key.name} = {literal(key.default)}"
 
 
-def completion(shell: str) -> str:
-    """The script that has a shell complete the words of aufsctl."""
-    made = get_completion_class(shell)
-    assert made is not None
-    return made(every_verb(), {}, "aufsctl", "_AUFSCTL_COMPLETE").source()
-
-
 def build(directory: Path) -> None:
     """Write all into a directory."""
     words: dict[str, dict[str, Iterator[str]]] = {
@@ -182,8 +175,8 @@ def build(directory: Path) -> None:
             text = text.replace(f"@{word}@", value)
         (directory / page).write_text(text)
     (directory / "aufsd.toml").write_text("\n".join(sample()) + "\n")
-    for shell in ("bash", "zsh", "fish"):
-        (directory / f"aufsctl.{shell}").write_text(completion(shell))
+    for shell in completion.SHELLS:
+        (directory / f"aufsctl.{shell}").write_text(completion.script(every_verb(), shell) + "\n")
 
 
 if __name__ == "__main__":

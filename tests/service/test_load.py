@@ -266,7 +266,7 @@ def test_a_thousand_connections_the_worst_of_peers_and_one_that_is_served(
     for _ in range(3):
         with ExitStack() as stack:
             crowd(stack, served)
-            assert metric(client, "aufsd_connections") > 1000
+            eventually(lambda: metric(client, "aufsd_connections") > 1000)
             for id in layers:
                 assert client.get(id).references == 1
                 assert client.put(id).references == 0

@@ -137,7 +137,9 @@ async def test_cleanup_names_it_and_goes_on(driver: Driver, fail: Fail) -> None:
     assert [(row.id, row.errno, row.holders) for row in cleaned.failed] == [(TOP, "ENOSPC", [])]
     assert is_mounted(driver)
     fail(0)
-    assert (await driver.cleanup()).unmounted == [TOP]
+    await driver.cleanup()
+    # by this call or by the background, which tries again too
+    assert not is_mounted(driver)
 
 
 async def test_a_layer_can_be_removed_all_the_same(driver: Driver, fail: Fail) -> None:

@@ -1,5 +1,6 @@
 """aufsctl: the verbs put together, run once, and its errors told."""
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -8,12 +9,15 @@ from contextlib import suppress
 import click
 
 from aufsd_client import __version__, link, standard
-from aufsd_client.cli import show, verbs
-from aufsd_client.cli.report import Exit, describe
-from aufsd_client.cli.session import Session, hint, seconds
+from aufsd_client.cli import verbs
+from aufsd_client.cli.report import Exit
+from aufsd_client.cli.session import Session, complain, seconds
 from aufsd_client.errors import AufsdError
 from aufsd_client.said import Said
 from aufsd_client.wire import DEFAULT_SOCKET, BadReply
+
+# set while a shell wants to know how a line may go on: click's name for it
+COMPLETE = "_AUFSCTL_COMPLETE"
 
 
 @click.group(
@@ -51,17 +55,26 @@ def every_verb() -> click.Group:
 
 def _prepared(arguments: Sequence[str]) -> list[str]:
     """The arguments, --json before the verb wherever it stood; the verb's module is loaded."""
+    if COMPLETE in os.environ:
+        # the line that is being typed is not in the arguments
+        _prepared_verbs(os.environ.get("COMP_WORDS", "").split()[1:])
+        return list(arguments)
     end = arguments.index("--") if "--" in arguments else len(arguments)
     own, passed = list(arguments[:end]), arguments[end:]
+    _prepared_verbs(own)
+    if "--json" in own:
+        own = ["--json", *(each for each in own if each != "--json")]
+    return [*own, *passed]
+
+
+def _prepared_verbs(words: Sequence[str]) -> None:
+    """Load the verbs that are among the words, and every verb if none is."""
     # a layer may have the name of a verb
-    named = {each for each in own if each in verbs.VERBS}
+    named = {each for each in words if each in verbs.VERBS}
     if not named:
         every_verb()
     for verb in named:
         aufsctl.add_command(verbs.find(verb), verb)
-    if "--json" in own:
-        own = ["--json", *(each for each in own if each != "--json")]
-    return [*own, *passed]
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
@@ -79,10 +92,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         with suppress(OSError):
             # what could not be printed is not tried again at exit
             standard.flush()
-        said, advice, status = describe(error)
-        show.line(f"aufsctl: {said}", style="red", stderr=True)
-        if advice:
-            hint(advice)
+        status = complain(error)
     return int(status or Exit.DONE)
 
 

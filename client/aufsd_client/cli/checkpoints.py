@@ -4,11 +4,12 @@ import click
 
 from aufsd_client import calls
 from aufsd_client.cli import show
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, warn
 
 
 @click.command()
-@click.argument("id")
+@click.argument("id", **LAYER)
 @click.argument("name", metavar="AS")
 @click.pass_obj
 def checkpoint(session: Session, id: str, name: str) -> None:
@@ -20,8 +21,8 @@ def checkpoint(session: Session, id: str, name: str) -> None:
 
 
 @click.command()
-@click.argument("id")
-@click.argument("to", default="")
+@click.argument("id", **LAYER)
+@click.argument("to", default="", **LAYER)
 @click.pass_obj
 def rollback(session: Session, id: str, to: str) -> None:
     """Throw away what a layer holds of its own; with TO, put it on that layer."""

@@ -7,18 +7,23 @@ import click
 
 from aufsd_client import calls, results, streams
 from aufsd_client.cli import show
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, hint, warn
 
 _LETTERS = {"add": "A", "modify": "M", "delete": "D"}
 
 _parent = click.option(
-    "--parent", default="", metavar="ID", help="Compare with this layer, not with its own parent."
+    "--parent",
+    **LAYER,
+    default="",
+    metavar="ID",
+    help="Compare with this layer, not with its own parent.",
 )
 _digest = click.option("--digest", is_flag=True, help="Have the stream's sha256 computed.")
 
 
 @click.command()
-@click.argument("id")
+@click.argument("id", **LAYER)
 @click.option("-o", "--output", metavar="FILE", help="Write to a file, not to standard output.")
 @_parent
 @_digest
@@ -45,7 +50,7 @@ def tar_out(path: str | None) -> AbstractContextManager[int]:
 
 
 @click.command("apply-diff")
-@click.argument("id")
+@click.argument("id", **LAYER)
 @click.option("-i", "--input", "source", metavar="FILE", help="Read a file, not standard input.")
 @_parent
 @_digest
@@ -78,7 +83,7 @@ def show_stream(found: results.Streamed, *, stderr: bool = False) -> None:
 
 
 @click.command("diff-size")
-@click.argument("id")
+@click.argument("id", **LAYER)
 @_parent
 @click.pass_obj
 def diff_size(session: Session, id: str, parent: str) -> None:
@@ -89,7 +94,7 @@ def diff_size(session: Session, id: str, parent: str) -> None:
 
 
 @click.command()
-@click.argument("id")
+@click.argument("id", **LAYER)
 @_parent
 @click.option("--after", metavar="CURSOR", help="One page, beginning after this.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many in a page.")

@@ -8,13 +8,14 @@ import click
 from aufsd_client import calls
 from aufsd_client.calls import Dialect
 from aufsd_client.cli import show
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session, hint
 from aufsd_client.errors import LayerDamaged, LayerInUse, LayerNotFound
 
 
 @click.command()
-@click.argument("id", default="")
+@click.argument("id", default="", **LAYER)
 @click.option("--all", "every", is_flag=True, help="Every layer of the store.")
 @click.option("--to", "dialect", type=click.Choice(["aufs", "overlay"]), required=True)
 @click.pass_obj

@@ -6,6 +6,7 @@ import click
 
 from aufsd_client import __version__, calls
 from aufsd_client.cli import show
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session
 
@@ -94,7 +95,7 @@ def cleanup(session: Session) -> Exit:
 
 
 @click.command()
-@click.argument("id", default="")
+@click.argument("id", default="", **LAYER)
 @click.option("--deep", is_flag=True, help="Read the layers' content too.")
 @click.option("--repair", is_flag=True, help="Put right what can be.")
 @click.pass_obj

@@ -12,6 +12,7 @@ import click
 
 from aufsd_client import Client, calls, oci, results
 from aufsd_client.cli import content, show
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, warn
 from aufsd_client.errors import LayerHasChildren, LayerNotFound, ParentNotFound
 
@@ -22,7 +23,7 @@ _PAUSE = 0.1  # seconds
 
 
 @click.command()
-@click.argument("ids", metavar="ID...", nargs=-1, required=True)
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, **LAYER)
 @click.option("-o", "--output", metavar="FILE", help="Write to a file, not to standard output.")
 @click.option("--oci", "directory", metavar="DIR", help="Add an image for each ID to this layout.")
 @click.option("--gzip", is_flag=True, help="With --oci: compress the layers.")

@@ -1,16 +1,19 @@
 """Verbs about layers, their references and their mounts."""
 
-import json
 import signal
 from collections.abc import Iterator
+from functools import partial
 
 import click
 
 from aufsd_client import calls, results, standard
 from aufsd_client.cli import show
+from aufsd_client.cli.ids import LAYER, short
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session, hint, warn
 from aufsd_client.parsing import parse
+
+_ids = click.argument("ids", metavar="ID...", nargs=-1, required=True, **LAYER)
 
 
 @click.command()
@@ -26,7 +29,7 @@ def exists(session: Session, id: str) -> Exit:
 
 @click.command()
 @click.argument("id")
-@click.option("--parent", default="", metavar="ID", help="The layer that it stands on.")
+@click.option("--parent", default="", metavar="ID", help="The layer that it stands on.", **LAYER)
 @click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
 @click.option("--storage-opt", multiple=True, metavar="KEY=VALUE", help="For the backend.")
 @click.pass_obj
@@ -50,11 +53,15 @@ def _split(option: str) -> tuple[str, str]:
 
 
 @click.command()
-@click.argument("id")
-@click.option("--force", is_flag=True, help="Drop its references and unmount it first.")
+@_ids
+@click.option("--force", is_flag=True, help="Drop their references and unmount them first.")
 @click.pass_obj
-def remove(session: Session, id: str, force: bool) -> Exit:
-    """Remove a layer that nothing stands on and nobody references."""
+def remove(session: Session, ids: tuple[str, ...], force: bool) -> Exit:
+    """Remove layers that nothing stands on and nobody references."""
+    return session.each(ids, partial(_remove, force=force))
+
+
+def _remove(session: Session, id: str, *, force: bool) -> Exit:
     found = session.ask(calls.remove(id, force=force))
     if found.removed:
         if session.human:
@@ -70,24 +77,31 @@ def remove(session: Session, id: str, force: bool) -> Exit:
 
 
 @click.command()
-@click.argument("id")
+@_ids
 @click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
 @click.option("--name", default="", help="Count once under this name, until it is put by name.")
 @click.option("--read-only", is_flag=True, help="Not to be written to, by nobody.")
 @click.pass_obj
-def get(session: Session, id: str, mount_label: str, name: str, read_only: bool) -> None:
+def get(
+    session: Session, ids: tuple[str, ...], mount_label: str, name: str, read_only: bool
+) -> Exit:
     """Count a reference to a layer, mount it on the first, and print its path.
 
     The reference stays until `aufsctl put`; one whose path could not be printed is put back.
     """
     # a reader that is gone is an error here, and not our end
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    one = partial(_get, mount_label=mount_label, name=name, read_only=read_only)
+    return session.each(ids, one)
+
+
+def _get(session: Session, id: str, *, mount_label: str, name: str, read_only: bool) -> None:
     request = calls.get(id, mount_label=mount_label, name=name, read_only=read_only)
     with session.client() as client:
         answer = client.call(request.method, request.params)
         try:
             got = parse(request.result, answer)
-            click.echo(json.dumps(answer, ensure_ascii=False) if session.as_json else got.path)
+            session.show(answer) if session.as_json else click.echo(got.path)
             standard.flush()
         except OSError as error:
             if got.new:
@@ -98,11 +112,15 @@ def get(session: Session, id: str, mount_label: str, name: str, read_only: bool)
 
 
 @click.command()
-@click.argument("id")
+@_ids
 @click.option("--name", default="", help="The reference of this name, and no other.")
 @click.pass_obj
-def put(session: Session, id: str, name: str) -> None:
+def put(session: Session, ids: tuple[str, ...], name: str) -> Exit:
     """Drop a reference to a layer; the last one unmounts it."""
+    return session.each(ids, partial(_put, name=name))
+
+
+def _put(session: Session, id: str, *, name: str) -> None:
     found = session.ask(calls.put(id, name=name))
     if session.human:
         left = show.plural(found.references, "reference")
@@ -110,32 +128,47 @@ def put(session: Session, id: str, name: str) -> None:
 
 
 @click.command()
-@click.argument("id")
+@_ids
 @click.pass_obj
-def seal(session: Session, id: str) -> None:
+def seal(session: Session, ids: tuple[str, ...]) -> Exit:
     """Have a layer's content on the disk, and never changed again."""
+    return session.each(ids, _seal)
+
+
+def _seal(session: Session, id: str) -> None:
     found = session.ask(calls.seal(id))
     if session.human:
         show.line(f"sealed {id}: {show.size(found.size)}, {show.plural(found.inodes, 'inode')}")
 
 
 @click.command()
-@click.argument("id")
+@_ids
 @click.pass_obj
-def usage(session: Session, id: str) -> None:
+def usage(session: Session, ids: tuple[str, ...]) -> Exit:
     """What a layer's own content takes up on the disk."""
+    return session.each(ids, _usage)
+
+
+def _usage(session: Session, id: str) -> None:
     found = session.ask(calls.usage(id))
     if session.human:
-        show.line(f"{show.size(found.size)}, {show.plural(found.inodes, 'inode')}")
+        about = f"{session.about}: " if session.about else ""
+        show.line(f"{about}{show.size(found.size)}, {show.plural(found.inodes, 'inode')}")
 
 
 @click.command("get-metadata")
-@click.argument("id")
+@_ids
 @click.pass_obj
-def get_metadata(session: Session, id: str) -> None:
+def get_metadata(session: Session, ids: tuple[str, ...]) -> Exit:
     """Where everything of a layer is. Also called `inspect`."""
+    return session.each(ids, _get_metadata)
+
+
+def _get_metadata(session: Session, id: str) -> None:
     found = session.ask(calls.get_metadata(id))
     if session.human:
+        if session.about:
+            show.line(session.about, style="bold")
         show.pairs(found.metadata.items())
 
 
@@ -159,7 +192,13 @@ def list_(session: Session, after: str | None, limit: int | None, prefix: str) -
 
 def _show_layers(layers: Iterator[results.LayerRow]) -> None:
     rows = (
-        (row.id, row.parent or "-", str(row.depth), str(row.references), show.yes(row.mounted))
+        (
+            short(row.id),
+            short(row.parent) or "-",
+            str(row.depth),
+            str(row.references),
+            show.yes(row.mounted),
+        )
         for row in layers
     )
     names = ["ID", "PARENT", "DEPTH", "REFERENCES", "MOUNTED"]
@@ -174,7 +213,7 @@ def mounts(session: Session) -> None:
     if session.human:
         rows = (
             (
-                row.id,
+                short(row.id),
                 row.path,
                 row.backend if row.mounted else "-",
                 "ro" if row.read_only else "rw",
@@ -189,7 +228,7 @@ def mounts(session: Session) -> None:
 
 
 @click.command()
-@click.argument("id")
+@click.argument("id", **LAYER)
 @click.pass_obj
 def holders(session: Session, id: str) -> None:
     """The processes that keep a layer's mount busy."""

@@ -9,13 +9,14 @@ import click
 
 from aufsd_client import Client, sandbox
 from aufsd_client.cli.content import show_change
+from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, hint, warn
 from aufsd_client.errors import AufsdError
 from aufsd_client.sandbox import Bind, Sandbox
 
 
 @click.command()
-@click.argument("layer")
+@click.argument("layer", **LAYER)
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 @click.option("--rm", "throw_away", is_flag=True, help="Remove the new layer at the end.")
 @click.option("--name", default="", metavar="ID", help="The new layer's id.")

@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import click
 
 from aufsd_client import link
 from aufsd_client.cli import show
+from aufsd_client.cli.report import Exit, describe
+from aufsd_client.errors import AufsdError
 from aufsd_client.wire import DEFAULT_SOCKET, MONITOR_SOCKET, DaemonUnreachable
 
 if TYPE_CHECKING:
@@ -28,11 +31,15 @@ def seconds(
 
 
 class Session(NamedTuple):
-    """What the options before the verb say. `socket` "" is the usual ones."""
+    """What the options before the verb say. `socket` "" is the usual ones.
+
+    `about`: the id that the answer is of, where a verb was given several.
+    """
 
     socket: str
     as_json: bool
     timeout: float | None
+    about: str = ""
 
     @property
     def human(self) -> bool:
@@ -81,8 +88,38 @@ class Session(NamedTuple):
                 raise
             answer = link.ask(MONITOR_SOCKET, method, params, timeout=self.timeout)
         if self.as_json:
-            click.echo(json.dumps(answer, ensure_ascii=False), err=stderr)
+            self.show(answer, stderr=stderr)
         return answer
+
+    def show(self, answer: dict[str, object], *, stderr: bool = False) -> None:
+        """Print a result as JSON, with the id that it is of where there are several."""
+        shown = {"id": self.about, **answer} if self.about else answer
+        click.echo(json.dumps(shown, ensure_ascii=False), err=stderr)
+
+    def each(self, ids: Sequence[str], verb: "Callable[[Session, str], Exit | None]") -> Exit:
+        """Carry a verb out for each id. What fails for one is told, and the others are done.
+
+        The first status that is not 0 is the status of all.
+        """
+        if len(ids) == 1:
+            return verb(self, ids[0]) or Exit.DONE
+        first = Exit.DONE
+        for id in ids:
+            try:
+                status = verb(self._replace(about=id), id) or Exit.DONE
+            except AufsdError as error:
+                status = complain(error)
+            first = first or status
+        return first
+
+
+def complain(error: Exception) -> Exit:
+    """Tell an error, and what to do about it; the exit status."""
+    said, advice, status = describe(error)
+    show.line(f"aufsctl: {said}", style="red", stderr=True)
+    if advice:
+        hint(advice)
+    return status
 
 
 def warn(warnings: list[str]) -> None:

@@ -91,6 +91,17 @@ def moment(since: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
 
 
+def age(since: float, now: float) -> str:
+    """How long ago something was, in its largest unit; "-" for a time that is not known."""
+    if not since:
+        return "-"
+    seconds = max(0, int(now - since))
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds // length} {unit}"
+    return f"{seconds} s"
+
+
 def yes(value: bool) -> str:
     """A truth in a table."""
     return "yes" if value else "no"

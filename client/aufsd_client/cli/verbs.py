@@ -15,10 +15,12 @@ MODULES: Final = {
     "content": ("diff", "apply-diff", "diff-size", "changes"),
     "conversion": ("convert",),
     "export": ("export",),
+    "graphs": ("tree", "df", "prune"),
     "load": ("load",),
     "run": ("run",),
     "daemon": ("version", "status", "health", "metrics", "discover", "cleanup", "check"),
     "ping": ("ping",),
+    "completion": ("completion",),
     "top": ("top",),
 }
 # another name of a verb
