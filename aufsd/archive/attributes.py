@@ -165,10 +165,10 @@ def imported(
     return found
 
 
-def carried(fd: int, settings: Settings) -> dict[str, bytes]:
-    """The xattrs of an open file that archives carry, as they stand."""
+def carried(fd: int, settings: Settings, names: Iterable[str]) -> dict[str, bytes]:
+    """Those xattrs of an open file, of these, that archives carry, as they stand."""
     found = {}
-    for text in os.listxattr(fd):
+    for text in names:
         name = text.encode("utf-8", "surrogateescape")
         if name == CAPABILITY or (name in _ACLS and settings.acls) or may_travel(name, settings):
             value = read_xattr(fd, text)
@@ -177,26 +177,17 @@ def carried(fd: int, settings: Settings) -> dict[str, bytes]:
     return found
 
 
-def inherit(source: int | None) -> bool:
-    """Make the current directory's owner, mode, times and xattrs those of `source`, and close it.
-
-    False, with nothing done, if there is none.
-    """
-    if source is None:
-        return False
-    try:
-        found = os.fstat(source)
-        os.chown(b".", found.st_uid, found.st_gid)
-        for name in os.listxattr(source):
-            if name.startswith(("user.", "system.posix_acl_")) and not name.startswith(
-                ("user.aufsd.", "user.overlay.", "user.fuseoverlayfs.")
-            ):
-                os.setxattr(b".", name, os.getxattr(source, name))
-        os.chmod(b".", stat.S_IMODE(found.st_mode))
-        os.utime(b".", ns=(found.st_mtime_ns, found.st_mtime_ns))
-    finally:
-        os.close(source)
-    return True
+def inherit(source: int) -> None:
+    """Make the current directory's owner, mode, times and xattrs those of `source`, another one."""
+    found = os.fstat(source)
+    os.chown(b".", found.st_uid, found.st_gid)
+    for name in os.listxattr(source):
+        if name.startswith(("user.", "system.posix_acl_")) and not name.startswith(
+            ("user.aufsd.", "user.overlay.", "user.fuseoverlayfs.")
+        ):
+            os.setxattr(b".", name, os.getxattr(source, name))
+    os.chmod(b".", stat.S_IMODE(found.st_mode))
+    os.utime(b".", ns=(found.st_mtime_ns, found.st_mtime_ns))
 
 
 def chown(where: bytes | int, uid: int, gid: int, name: bytes) -> None:

@@ -2,14 +2,14 @@
 
 import base64
 import binascii
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from typing import Final
 
 from aufsd.archive import compare
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Place
 from aufsd.results import Change, Changes
+from aufsd.store.walk import Way
 from aufsd_client.errors import InvalidParams
 
 # bytes of paths: what the daemon takes apart and puts together again in its event loop
@@ -29,62 +29,108 @@ def changes(
         cursor = base64.b64decode(after, validate=True)
     except (binascii.Error, ValueError):
         raise InvalidParams("`after` is not the `next` of a page") from None
-    found = _listed(now, then, settings, cursor)
-    page = []
-    size = 0
-    for each in islice(found, limit):
-        page.append(each)
-        size += len(each[1])
-        if size >= _PAGE:
-            break
-    more = next(found, None) is not None
-    last = base64.b64encode(page[-1][1]).decode() if page and more else ""
-    return Changes([_change(kind, path) for kind, path in page], last)
-
-
-def _listed(
-    now: list[Place], then: list[Place], settings: Settings, cursor: bytes
-) -> Iterator[tuple[compare.Kind, bytes]]:
-    """Kind and path from the root, `/` first of all if it changed itself."""
+    page = _Page(limit)
     if then and not cursor and compare.root_differs(now[0], then[0], settings):
-        yield "modify", b"/"
+        page.add("modify", Way(None, b""))
     parts = [part for part in cursor.split(b"/") if part]
-    # a directory is listed if anything in it comes or goes, which is known only later: what
-    # follows it has to wait till then
-    undecided: list[int | None] = []
-    waiting: list[tuple[compare.Kind, bytes] | None] = []
-    passed = len(parts)
     for event in compare.events(now, then, settings, after=parts):
         if isinstance(event, compare.Leave):
-            undecided.pop()
+            page.leave()
         else:
-            if event.kind in ("add", "delete"):
-                for depth, index in enumerate(undecided):
-                    if index is not None:
-                        held = waiting[index]
-                        assert held is not None
-                        waiting[index] = ("modify", held[1])
-                        undecided[depth] = None
-            path = b"/" + event.path
-            # on the way to the cursor: told on an earlier page, if at all
-            told = event.kind == "same" and len(undecided) < passed and _leads(path, parts)
-            if event.kind == "same" and not told:
-                undecided.append(len(waiting))
-                waiting.append(("same", path))
-            else:
-                if not told:
-                    waiting.append((event.kind, path))
-                if event.below:
-                    undecided.append(None)
-        if not any(index is not None for index in undecided):
-            yield from (held for held in waiting if held is not None and held[0] != "same")
-            waiting.clear()
-    yield from (held for held in waiting if held is not None and held[0] != "same")
+            # a directory on the way to the cursor was told on an earlier page, if at all
+            page.take(event.kind, event.way, below=event.below, told=event.passed)
+        if page.is_decided():
+            break
+    return page.result()
 
 
-def _leads(path: bytes, parts: Sequence[bytes]) -> bool:
-    own = path[1:].split(b"/")
-    return list(parts[: len(own)]) == own
+@dataclass(slots=True)
+class _Row:
+    kind: compare.Kind
+    way: Way
+
+    @property
+    def size(self) -> int:
+        return self.way.size + 1
+
+
+class _Page:
+    """Changes in their order, up to the first that is on the next page.
+
+    A directory is listed if anything in it comes or goes, which is known only later: till then it
+    is "same", and what follows it waits. What is behind the end of the page in either case is not
+    kept.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._rows: list[_Row] = []
+        # of the directories that we are in: its row, None for one that does not wait
+        self._inside: list[_Row | None] = []
+        # those among them that are "same" yet
+        self._waiting: list[_Row] = []
+        # how many rows are certain, and bytes of their paths
+        self._certain = 0
+        self._size = 0
+
+    def add(self, kind: compare.Kind, way: Way) -> _Row | None:
+        """Put a row at the end, if that may be on this page."""
+        if self._is_full():
+            return None
+        row = _Row(kind, way)
+        self._rows.append(row)
+        self._count(row)
+        return row
+
+    def take(self, kind: compare.Kind, way: Way, *, below: bool, told: bool) -> None:
+        """An event; `told`: not on this page."""
+        if kind in ("add", "delete"):
+            for waiting in self._waiting:
+                waiting.kind = "modify"
+                self._count(waiting)
+            self._waiting.clear()
+        row = None if told else self.add(kind, way)
+        if below:
+            waits = row is not None and row.kind == "same"
+            self._inside.append(row if waits else None)
+            if row is not None and waits:
+                self._waiting.append(row)
+
+    def leave(self) -> None:
+        """The end of a directory."""
+        row = self._inside.pop()
+        if row is None or row.kind != "same":
+            return
+        self._waiting.pop()
+        if self._rows[-1] is row:
+            self._rows.pop()
+
+    def is_decided(self) -> bool:
+        """Whether nothing that comes can change the page."""
+        return not self._waiting and self._is_full()
+
+    def _count(self, row: _Row) -> None:
+        if row.kind != "same":
+            self._certain += 1
+            self._size += row.size
+
+    def _is_full(self) -> bool:
+        """Whether one more than the page holds is there."""
+        last = self._rows[-1].size if self._rows else 0
+        return self._certain > self._limit or self._size - last >= _PAGE
+
+    def result(self) -> Changes:
+        """The page."""
+        found = [row for row in self._rows if row.kind != "same"]
+        count = size = 0
+        for row in found[: self._limit]:
+            count += 1
+            size += row.size
+            if size >= _PAGE:
+                break
+        page = [(row.kind, b"/" + row.way.path()) for row in found[:count]]
+        last = base64.b64encode(page[-1][1]).decode() if page and count < len(found) else ""
+        return Changes([_change(kind, path) for kind, path in page], last)
 
 
 def _change(kind: compare.Kind, path: bytes) -> Change:

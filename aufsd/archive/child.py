@@ -41,6 +41,7 @@ from aufsd.archive.unpack import Unpacker
 from aufsd.kernel import syscalls
 from aufsd.results import Streamed
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way
 from aufsd.union import conversion
 from aufsd_client.errors import AufsdError, BadArchive, InternalError, LimitExceeded
 
@@ -103,8 +104,8 @@ def _reply(
         return requests.Failed(error.to_wire())
     except OSError as error:
         if error.errno == errno.EMFILE:
-            deep = "the layer is too deep, or its chain too long, for the descriptors of a process"
-            return requests.Failed(LimitExceeded(deep).to_wire())
+            long = "the chain is too long for the descriptors of a process"
+            return requests.Failed(LimitExceeded(long).to_wire())
         answer = errnos.answer(error)
         # only where there is an archive it can be a bad one
         if answer is None or (
@@ -251,28 +252,24 @@ class _Parents:
         self._below = below
         self._chain = chain
         self._namespace = settings.namespace
-        # most archives name every directory and delete nothing: then this is never asked for
-        self._merged: list[view.Place] | None = None
-        self._shown: view.Directories | None = None
+        # most archives name every directory and delete nothing: then it is never asked for
+        self._cursor: view.Cursor | None = None
 
-    def inherit(self, path: bytes) -> bool:
+    def inherit(self, way: Way) -> bool:
         """Give the current directory the attributes of the directory that is there; or False."""
-        return inherit(self._opened(path))
+        found = self._find(way)
+        if found:
+            inherit(found[0].fd)
+        return bool(found)
 
-    def lies_below(self, path: bytes) -> bool:
-        """Whether there is a directory of this path."""
-        if self._shown is None:
-            self._shown = view.Directories(self._roots())
-        return self._shown.has(path)
+    def lies_below(self, way: Way) -> bool:
+        """Whether there is such a directory."""
+        return bool(self._find(way))
 
-    def _opened(self, path: bytes) -> int | None:
-        merged = self._roots()
-        return view.open_directory(merged, path) if merged else None
-
-    def _roots(self) -> list[view.Place]:
-        if self._merged is None:
-            self._merged = view.roots(self._below, self._chain, self._namespace)
-        return self._merged
+    def _find(self, way: Way) -> Sequence[view.Place]:
+        if self._cursor is None:
+            self._cursor = view.Cursor(view.roots(self._below, self._chain, self._namespace))
+        return self._cursor.find(way)
 
 
 def _packed(
@@ -302,8 +299,8 @@ def _views(
     """Confine this process to the branches; the roots of two merged views of them."""
     confine.enter(store, read_only=True)
     here = _here()
-    now = view.roots(here, chain, settings.namespace)
-    then = view.roots(here, against, settings.namespace)
+    now = view.roots(here, chain, settings.namespace, beside=len(against))
+    then = view.roots(here, against, settings.namespace, beside=len(chain))
     if len(now) == len(then) == 1 and now[0].layer.whole and then[0].layer.whole:
         now[0].layer.twin = twin.find(now[0].fd, then[0].fd, settings.namespace)
     overlay = any(place.layer.overlay for place in (*now, *then))

@@ -14,10 +14,18 @@ from aufsd.archive import view
 from aufsd.archive.attributes import carried
 from aufsd.archive.measure import Used
 from aufsd.archive.meter import shown
-from aufsd.archive.pack import GONE, Packer, pack_file, pack_other, read_link
+from aufsd.archive.ordered import Ordered, once
+from aufsd.archive.pack import (
+    Inspected,
+    Packer,
+    pack_file,
+    pack_other,
+    read_link,
+)
 from aufsd.archive.requests import Settings
-from aufsd.archive.view import Found, Place
+from aufsd.archive.view import GONE, Found, Place, ascend
 from aufsd.store import dialect as marks
+from aufsd.store.walk import Way
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _CHUNK: Final = 1 << 20
@@ -29,14 +37,16 @@ class Event(NamedTuple):
     """A name that differs, or ("same") a directory in which something may.
 
     `now` is what the first chain has there; `fd` its topmost directory, if it is one. With `below`
-    the events of what it holds follow, up to a `Leave`.
+    the events of what it holds follow, up to a `Leave`. `passed`: it leads to where the list is to
+    begin, or is that itself.
     """
 
     kind: Kind
-    path: bytes
+    way: Way
     now: Found | None
     fd: int
     below: bool
+    passed: bool
 
 
 class Leave(NamedTuple):
@@ -44,15 +54,15 @@ class Leave(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    path: bytes
+    way: Way
     now: list[Place]
     then: list[Place]
     names: Iterator[bytes]
-    # the components of the cursor, if it lies in this directory
-    cursor: list[bytes]
+    # the component of the cursor that lies in this directory; empty if it lies elsewhere
+    cursor: bytes
 
 
-def _ignore(path: bytes, error: OSError) -> None:
+def _ignore(way: Way, error: OSError) -> None:
     """What goes away while it is read is listed as if it had never been there."""
     if error.errno not in GONE:
         raise error
@@ -64,7 +74,7 @@ def events(
     settings: Settings,
     *,
     after: Sequence[bytes] = (),
-    vanished: Callable[[bytes, OSError], None] = _ignore,
+    vanished: Callable[[Way, OSError], None] = _ignore,
 ) -> Iterator[Event | Leave]:
     """Everything that differs between two merged roots, sorted, parents before children.
 
@@ -72,33 +82,44 @@ def events(
     directories above it ("same"). What an event holds is open until the next one is asked for.
     `vanished` is told of errors, and raises those that are none of a layer in use.
     """
-    frames = [_frame(b"", now, then, list(after))]
-    while frames:
+    frames = [_frame(Way(None, b""), now, then, after[0] if after else b"")]
+    while True:
         frame = frames[-1]
         for name in frame.names:
-            path = frame.path + name
             try:
                 seen = _look(frame, name, settings)
             except OSError as error:
-                vanished(path, error)
+                vanished(Way(frame.way, name), error)
                 continue
-            passed = bool(frame.cursor) and name == frame.cursor[0]
+            passed = name == frame.cursor
             if not seen.below:
                 if seen.kind != "same" and not passed:
-                    yield Event(seen.kind, path, seen.found, -1, False)
+                    way = Way(frame.way, name)
+                    yield Event(seen.kind, way, seen.found, -1, below=False, passed=False)
                 continue
             if seen.kind == "same" and (seen.twins or _ids(seen.below) == _ids(seen.under)):
-                _close(seen.below, seen.under)
-                continue
-            yield Event("same" if passed else seen.kind, path, seen.found, seen.below[0].fd, True)
-            cursor = frame.cursor[1:] if passed else []
-            frames.append(_frame(path + b"/", seen.below, seen.under, cursor))
+                yield from _up(frames, seen.below, seen.under)
+                break
+            way = Way(frame.way, name)
+            kind = "same" if passed else seen.kind
+            yield Event(kind, way, seen.found, seen.below[0].fd, below=True, passed=passed)
+            cursor = after[len(frames)] if passed and len(frames) < len(after) else b""
+            frames.append(_frame(way, seen.below, seen.under, cursor))
             break
         else:
             frames.pop()
-            if frames:
-                _close(frame.now, frame.then)
-                yield Leave()
+            if not frames:
+                return
+            yield Leave()
+            yield from _up(frames, frame.now, frame.then)
+
+
+def _up(frames: list[_Frame], now: Sequence[Place], then: Sequence[Place]) -> Iterator[Leave]:
+    """Go up to the last frame. If directories were moved meanwhile, it ends, and those above it, up
+    to one that is still in its place."""
+    while ascend((*now, *then), len(frames) - 1) < len(frames) - 1:
+        _, now, then, _, _ = frames.pop()
+        yield Leave()
 
 
 class _Seen(NamedTuple):
@@ -125,47 +146,44 @@ def _look(frame: _Frame, name: bytes, settings: Settings) -> _Seen:
         raise FileNotFoundError(errno.ENOENT, "the directory went away")
     under = []
     if before is not None and stat.S_ISDIR(before.stat.st_mode):
-        under = view.descend(frame.then, name, before)
+        try:
+            under = view.descend(frame.then, name, before)
+        except BaseException:
+            ascend(below, frame.now[0].depth - 1)
+            raise
     return _Seen(kind, found, below, under, _twins(found, before, below=True))
 
 
-def _frame(path: bytes, now: list[Place], then: list[Place], cursor: list[bytes]) -> _Frame:
+def _frame(way: Way, now: list[Place], then: list[Place], cursor: bytes) -> _Frame:
     shared = 0
     for mine, other in zip(reversed(now), reversed(then), strict=False):
         if mine.layer.id != other.layer.id:
             break
         shared += 1
-    own = [*now[: len(now) - shared], *then[: len(then) - shared]]
-    names: set[bytes] = set()
-    for place in own:
-        names |= _mentioned(place)
-    kept = sorted(name for name in names if not cursor or name >= cursor[0])
-    return _Frame(path, now, then, iter(kept), cursor)
+    names = Ordered()
+    for place in (*now[: len(now) - shared], *then[: len(then) - shared]):
+        for name in _mentioned(place):
+            if name >= cursor:
+                names.add(name)
+    return _Frame(way, now, then, once(names), cursor)
 
 
-def _mentioned(place: Place) -> set[bytes]:
+def _mentioned(place: Place) -> Iterator[bytes]:
     """The names that a directory of a branch says something about."""
-    names = set()
+    aufs = place.layer.aufs
     with os.scandir(place.fd) as entries:
         for entry in entries:
             name = os.fsencode(entry.name)
-            if place.layer.aufs and name.startswith(marks.WHITEOUT):
+            if aufs and name.startswith(marks.WHITEOUT):
                 deleted = marks.deleted_name(name)
                 if deleted is not None:
-                    names.add(deleted)
+                    yield deleted
             else:
-                names.add(name)
-    return names
+                yield name
 
 
 def _ids(places: Sequence[Place]) -> list[str]:
     return [place.layer.id for place in places]
-
-
-def _close(*merged: Sequence[Place]) -> None:
-    for places in merged:
-        for place in places:
-            place.close()
 
 
 # --- one name -----------------------------------------------------------------------------------
@@ -196,7 +214,9 @@ def root_differs(now: Place, then: Place, settings: Settings) -> bool:
     a, b = os.fstat(now.fd), os.fstat(then.fd)
     if (a.st_mode, a.st_uid, a.st_gid) != (b.st_mode, b.st_uid, b.st_gid):
         return True
-    return carried(now.fd, settings) != carried(then.fd, settings)
+    return carried(now.fd, settings, os.listxattr(now.fd)) != carried(
+        then.fd, settings, os.listxattr(then.fd)
+    )
 
 
 def _differs(name: bytes, now: Found, then: Found, settings: Settings) -> bool:
@@ -235,7 +255,7 @@ def _target(name: bytes, found: Found) -> bytes:
 def _attributes(name: bytes, found: Found, settings: Settings) -> dict[str, bytes]:
     fd = os.open(name, _FILE, dir_fd=found.place.fd)
     try:
-        return carried(fd, settings)
+        return carried(fd, settings, os.listxattr(fd))
     finally:
         os.close(fd)
 
@@ -260,50 +280,55 @@ def _same_content(name: bytes, now: Found, then: Found) -> bool:
 
 def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings) -> None:
     """Write what turns the view `then` into `now`: a layer of it over the one gives the other."""
-    packer.directory(b".", now[0].fd, now[0].layer)
+    packer.directory(b".", packer.inspect(now[0].fd, now[0].layer))
     # directories that are not written yet: they are once something in them is
-    waiting: list[tuple[bytes, int, view.Layer] | None] = []
+    unwritten: list[tuple[Way, Inspected]] = []
     # how deep we are below a name that no archive can hold
     unsaid = 0
-    for event in events(now, then, settings, vanished=packer.vanished):
+
+    def vanished(way: Way, error: OSError) -> None:
+        packer.vanished(way.path(), error)
+
+    for event in events(now, then, settings, vanished=vanished):
         if isinstance(event, Leave):
             if unsaid:
                 unsaid -= 1
-            else:
-                waiting.pop()
+            elif unwritten:
+                # those that are written lie above it
+                unwritten.pop()
             continue
-        if unsaid or event.path.rpartition(b"/")[2].startswith(marks.WHITEOUT):
+        if unsaid or event.way.name.startswith(marks.WHITEOUT):
             if not unsaid:
                 packer.meter.warn(
-                    f"left out {shown(event.path)}: an archive cannot hold such a name"
+                    f"left out {shown(event.way.path())}: an archive cannot hold such a name"
                 )
             unsaid += event.below
             continue
-        if event.kind != "same":
-            for index, directory in enumerate(waiting):
-                if directory is not None:
-                    packer.directory(*directory)
-                    waiting[index] = None
-            _write(packer, event)
-        if event.below:
+        if event.kind == "same":
             assert event.now is not None
-            unwritten = event.kind == "same"
-            waiting.append((event.path, event.fd, event.now.place.layer) if unwritten else None)
+            unwritten.append((event.way, packer.inspect(event.fd, event.now.place.layer)))
+            continue
+        for way, inspected in unwritten:
+            packer.directory(way.path(), inspected)
+        unwritten.clear()
+        _write(packer, event)
     packer.finish()
 
 
 def _write(packer: Packer, event: Event) -> None:
-    directory, slash, name = event.path.rpartition(b"/")
+    name = event.way.name
     if event.now is None:
-        packer.whiteout(directory + slash + marks.WHITEOUT + name)
+        assert event.way.above is not None
+        packer.whiteout(Way(event.way.above, marks.WHITEOUT + name).path())
         return
+    path = event.way.path()
     mode, at = event.now.stat.st_mode, event.now.place.fd
     if stat.S_ISDIR(mode):
-        packer.directory(event.path, event.fd, event.now.place.layer)
+        packer.directory(path, packer.inspect(event.fd, event.now.place.layer))
     elif stat.S_ISREG(mode):
-        pack_file(packer, event.path, name, at)
+        pack_file(packer, path, name, at)
     else:
-        pack_other(packer, event.path, name, at)
+        pack_other(packer, path, name, at)
 
 
 def size(now: list[Place], then: list[Place], settings: Settings) -> int:
@@ -314,9 +339,11 @@ def size(now: list[Place], then: list[Place], settings: Settings) -> int:
         if isinstance(event, Leave) or event.now is None or event.kind == "same":
             continue
         found = event.now.stat
-        if stat.S_ISREG(found.st_mode) and found.st_ino not in seen:
+        if not stat.S_ISREG(found.st_mode) or found.st_ino in seen:
+            continue
+        if found.st_nlink > 1:
             seen.add(found.st_ino)
-            total += found.st_size
+        total += found.st_size
     return total
 
 
@@ -325,11 +352,15 @@ def used(now: list[Place], then: list[Place], settings: Settings) -> Used:
     top = os.fstat(now[0].fd)
     seen = {top.st_ino}
     total = top.st_blocks * 512
+    inodes = 1
     for event in events(now, then, settings):
         if isinstance(event, Leave) or event.now is None or event.kind == "same":
             continue
         found = event.now.stat
-        if found.st_ino not in seen:
+        if found.st_ino in seen:
+            continue
+        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
             seen.add(found.st_ino)
-            total += found.st_blocks * 512
-    return Used(total, len(seen))
+        inodes += 1
+        total += found.st_blocks * 512
+    return Used(total, inodes)

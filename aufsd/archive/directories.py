@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Final
 
 from aufsd.kernel.beneath import DIRECTORY
+from aufsd.store.walk import Way, between
 
 # PATH_MAX is 4096 with the NUL
 PATH_MAX: Final = 4000
@@ -19,35 +20,28 @@ PATH_MAX: Final = 4000
 class Directory:
     """A directory that entries were made in: it gets `mtime` when nothing is written any more.
 
-    `below` are the known ones in it, by the names that lead there: one of them may be a symlink's.
-    `size` is the length of its path. New entries of a `setgid` one belong to its group until they
-    are told otherwise. A default ACL would be given to new entries too, so it waits till the end.
+    `way` leads to it through no symlink. `below` are the known ones in it, by the names that lead
+    there: one of them may be a symlink's. New entries of a `setgid` one belong to its group until
+    they are told otherwise. A default ACL would be given to new entries too, so it waits till the
+    end.
     """
 
-    __slots__ = ("above", "below", "default_acl", "inode", "mtime", "name", "setgid", "size")
+    __slots__ = ("above", "below", "default_acl", "inode", "mtime", "setgid", "way")
 
-    def __init__(self, above: "Directory | None", name: bytes, found: os.stat_result) -> None:
+    def __init__(self, above: "Directory | None", way: Way, found: os.stat_result) -> None:
         self.above = above
-        self.name = name
-        self.size: int = above.size + 1 + len(name) if above else 0
+        self.way = way
         self.below: dict[bytes, Directory] = {}
         self.mtime = found.st_mtime_ns
         self.inode = found.st_ino
         self.setgid = bool(found.st_mode & stat.S_ISGID)
         self.default_acl = b""
 
-    @property
-    def path(self) -> bytes:
-        """The way to it from the root, through no symlink."""
-        return b"/".join([each.name for each in self.way()])
-
-    def way(self) -> list["Directory"]:
-        """The directories on the way to it, the one below the root first, itself last."""
-        found = []
-        here = self
-        while here.above is not None:
-            found.append(here)
-            here = here.above
+    def above_it(self) -> list["Directory"]:
+        """The directories on the way to it, the root first, itself last."""
+        found = [self]
+        while (above := found[-1].above) is not None:
+            found.append(above)
         found.reverse()
         return found
 
@@ -62,28 +56,16 @@ class Directory:
 
 def step(start: Directory, target: Directory, *, known: bool) -> None:
     """chdir(2) from one directory to another, however deep they lie; `known`: we are at `start`."""
-    if target.size < PATH_MAX:
-        os.chdir(b"/" + target.path)
+    if target.way.size < PATH_MAX:
+        os.chdir(b"/" + target.way.path())
         return
     if not known:
         os.chdir(b"/")
-    ups = 0
-    downs: list[bytes] = []
-    one, other = start, target
-    # up from both to the nearest directory that both lie in: a path is longer the deeper it leads
-    while one is not other:
-        deeper, same = one.size > other.size, one.size == other.size
-        if (deeper or same) and one.above is not None:
-            one = one.above
-            ups += 1
-        if not deeper and other.above is not None:
-            downs.append(other.name)
-            other = other.above
+    ups, downs = between(start.way, target.way)
     while ups:
         step = min(ups, PATH_MAX // 3)
         os.chdir(b"../" * step)
         ups -= step
-    downs.reverse()
     piece: list[bytes] = []
     size = 0
     for name in downs:

@@ -12,18 +12,22 @@ import hashlib
 import os
 import stat
 import struct
-from typing import Final, TypeAlias
+from collections.abc import Iterator
+from typing import Final, NamedTuple
 
 from isal.isal_zlib import crc32 as crc32
 
 from aufsd.archive.attributes import CAPABILITY, may_travel, read_xattr
+from aufsd.archive.listing import FILE, OPAQUE, SUBDIRECTORY, WHITEOUT, Listing, listed
 from aufsd.archive.meter import Meter
-from aufsd.archive.pack import Listed, listed, read_link
+from aufsd.archive.ordered import Ordered
+from aufsd.archive.pack import read_link
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Layer
+from aufsd.kernel.syscalls import AT_FDCWD
 from aufsd.results import Problem
+from aufsd.store.walk import Descent, Way
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # what the numbers are made of; a record of another version says nothing
 _VERSION: Final = "1"
@@ -35,43 +39,73 @@ _SIZE: Final = 16  # bytes of a number
 _SECOND: Final = 1_000_000_000
 # name, mode, user, group, time, size or device, length of the xattrs that follow
 _ROW: Final = b"%b\0%o %d %d %d %d %d\0%b"
-_PLAIN: Final = b"%b\0%o %d %d %d %d 0\0"
+# of a file: its name, what follows it in its row, the number of what it holds
+_KNOWN: Final = b"%b\0%o %d %d %d %d 0\0%d"
+# rows that are put together before they are counted in
+_ROWS: Final = 1 << 10
 _ATTRIBUTES: Final = (CAPABILITY, b"system.posix_acl_access", b"system.posix_acl_default")
 
 
-# mode, user, group, modification time in nanoseconds, size, and the number of what it holds
-Written: TypeAlias = tuple[int, int, int, int, int, int]
+# bytes of what is remembered of files, and how many of them may have got another name
+_MEMORY: Final = 64 << 20
+_LINKED: Final = 1 << 16
 
 
 class Memory:
-    """Files as they were made, so that none of them has to be looked at again.
+    """Files as they were made, so that few of them have to be looked at again.
 
     Those are left out that have several names, an xattr that counts, or a time that a file system
-    might not keep. `plain`: nothing but directories was given an xattr.
+    might not keep. So are those that are too many. `plain`: nothing but directories was given an
+    xattr.
     """
 
-    __slots__ = ("_by_directory", "linked", "plain")
+    __slots__ = ("_by_directory", "_room", "linked", "plain")
 
     def __init__(self) -> None:
-        self._by_directory: dict[int, dict[bytes, Written]] = {}
+        self._by_directory: dict[int, Ordered] = {}
+        self._room = _MEMORY
         # inodes that got another name
         self.linked: set[int] = set()
         self.plain = True
-
-    def of(self, directory: int) -> dict[bytes, Written]:
-        """What is known of a directory, by its inode; to be added to."""
-        return self._by_directory.setdefault(directory, {})
 
     def forget(self) -> None:
         """Something was removed, and inodes may be others'."""
         self._by_directory.clear()
 
-    def note(self, directory: int, name: bytes, found: os.stat_result, body: memoryview) -> None:
-        """Add a file with one name and no xattrs, and a body of at most a block."""
-        self.of(directory)[name] = (
-            *(found.st_mode, found.st_uid, found.st_gid),
-            *(found.st_mtime_ns, found.st_size, crc32(body)),
-        )
+    def link(self, inode: int) -> None:
+        """A file got another name."""
+        if len(self.linked) < _LINKED:
+            self.linked.add(inode)
+        else:
+            self.forget()
+            self._room = 0
+
+    def take(self, directory: int) -> Iterator[bytes]:
+        """What is known of a directory, by its inode, sorted; it is told once."""
+        return iter(self._by_directory.pop(directory, ()))
+
+    def note(
+        self,
+        directory: int,
+        name: bytes,
+        mode: int,
+        owner: tuple[int, int],
+        mtime: int,
+        body: memoryview,
+    ) -> None:
+        """Add a file with one name and no xattrs, and a body of at most a block.
+
+        `mtime` is in nanoseconds.
+        """
+        row = _KNOWN % (name, mode, *owner, mtime // _SECOND, len(body), crc32(body))
+        self._room -= len(row)
+        if self._room > 0:
+            rows = self._by_directory.get(directory)
+            if rows is None:
+                rows = self._by_directory[directory] = Ordered()
+                # what one takes by itself
+                self._room -= 400
+            rows.add(row)
 
 
 def of_file(fd: int, size: int) -> int:
@@ -132,18 +166,12 @@ def of_new(layer: Layer, settings: Settings, memory: Memory | None) -> str:
     """What is recorded of a layer that an archive has just been unpacked into, as its root.
 
     "" for one that was not empty before: then what it held may be damaged already, and would be
-    recorded so. "" too for a whole layer (Dialect.NONE), and for one that is deeper than this
-    process may have files open. Raises any other OSError.
+    recorded so. "" too for a whole layer (Dialect.NONE). Raises OSError.
     """
     if memory is None or layer.whole:
         return ""
     os.chdir("/")
-    try:
-        return fingerprint(layer, settings, Meter(lambda size, entries: None), memory)
-    except OSError as error:
-        if error.errno != errno.EMFILE:
-            raise
-        return ""
+    return fingerprint(layer, settings, Meter(lambda size, entries: None), memory)
 
 
 def differences(recorded: str, found: str) -> str:
@@ -165,6 +193,32 @@ def problem(id: str, recorded: str, found: str) -> Problem | None:
     return Problem(id, "content-differs", detail, False)
 
 
+class _Known:
+    """What is remembered of a directory, asked for in the order of the names."""
+
+    __slots__ = ("_next", "_rows")
+
+    def __init__(self, rows: Iterator[bytes]) -> None:
+        self._rows = rows
+        self._next = next(rows, b"").split(b"\0")
+
+    def of(self, name: bytes) -> list[bytes] | None:
+        """The fields of a file, if they are known."""
+        while self._next[0] < name:
+            row = next(self._rows, None)
+            if row is None:
+                # behind every name
+                self._next = [b"\xff" * 256]
+                return None
+            self._next = row.split(b"\0")
+        return self._next if self._next[0] == name else None
+
+
+class _Level(NamedTuple):
+    listing: Listing
+    known: _Known
+
+
 class _Reading:
     """One walk: names sorted as in the layer's tar, and of each what the tar would say."""
 
@@ -183,74 +237,85 @@ class _Reading:
         self._names = hashlib.blake2b(digest_size=_SIZE)
         self._contents = hashlib.blake2b(digest_size=_SIZE)
         # the first name of each inode that has several
-        self._links: dict[int, bytes] = {}
+        self._links: dict[int, Way] = {}
 
     def run(self) -> str:
         """See `fingerprint`."""
-        levels = [self._enter(os.open(".", _DIRECTORY), b".", b"", opaque=False)]
-        linked = self._memory.linked
-        while levels:
-            fd, prefix, here, known = levels[-1]
-            rows: list[bytes] = []
-            numbers: list[int] = []
-            for name, entry in here.rows:
-                # most of a new layer: nothing has to be asked
-                if name in known and not (linked and entry and entry.inode() in linked):
-                    mode, uid, gid, mtime, size, number = known[name]
-                    rows.append(_PLAIN % (name, mode, uid, gid, mtime // _SECOND, size))
-                    numbers.append(number)
+        with Descent(AT_FDCWD) as here:
+            levels = [self._enter(here, b".", opaque=False)]
+            while True:
+                name, listing = self._some(here, levels[-1])
+                if name:
+                    opaque = listing.beside and self._layer.hides(here.fd, name)
+                    here.down(name)
+                    levels.append(self._enter(here, name, opaque=opaque))
                     continue
-                if entry is None:
-                    # a mark: fields that are empty are nothing else's
-                    rows.append(b"%b\0\0" % name)
-                elif not entry.is_dir(follow_symlinks=False):
-                    rows.append(
-                        self._entry(name, prefix, entry.stat(follow_symlinks=False), numbers)
-                    )
-                else:
+                depth = here.depth
+                if not depth:
                     break
-            else:
-                entry = None
-                rows.append(b"/\0")
-            self._names.update(b"".join(rows))
-            self._contents.update(struct.pack(f"<{len(numbers)}I", *numbers))
-            if entry is not None:
-                below = os.open(name, _DIRECTORY)
-                levels.append(
-                    self._enter(below, name, prefix + name + b"/", opaque=name in here.opaque)
-                )
-                continue
-            os.close(fd)
-            levels.pop()
-            if levels:
-                os.fchdir(levels[-1][0])
+                here.up()
+                if here.depth < depth - 1:
+                    raise OSError(errno.ESTALE, "directories were moved while the layer was read")
+                levels.pop()
+                os.fchdir(here.fd)
         return f"{_VERSION} {self._names.hexdigest()} {self._contents.hexdigest()}"
 
-    def _enter(
-        self, fd: int, name: bytes, prefix: bytes, *, opaque: bool
-    ) -> tuple[int, bytes, Listed, dict[bytes, Written]]:
-        """Go into a directory, and list it."""
-        layer = self._layer
+    def _some(self, here: Descent, level: "_Level") -> tuple[bytes, Listing]:
+        """Go on in a directory, up to the next one in it, whose name this is; empty at the end."""
+        listing, known = level.listing, level.known
+        rows: list[bytes] = []
+        numbers: list[int] = []
+        below = b""
+        for row in listing.rows:
+            name, kind = row[:-2], row[-1]
+            if kind == FILE:
+                # most of a new layer: nothing has to be asked
+                fields = known.of(name)
+                if fields:
+                    rows.append(b"%b\0%b\0" % (name, fields[1]))
+                    numbers.append(int(fields[2]))
+                    continue
+            if kind == SUBDIRECTORY:
+                below = name
+                break
+            if kind in (WHITEOUT, OPAQUE):
+                # fields that are empty are nothing else's
+                rows.append(b"%b\0\0" % name)
+            else:
+                rows.append(self._entry(Way(here.way, name), os.lstat(name), numbers))
+            if len(rows) >= _ROWS:
+                self._add(rows, numbers)
+        else:
+            rows.append(b"/\0")
+        self._add(rows, numbers)
+        return below, listing
+
+    def _add(self, rows: list[bytes], numbers: list[int]) -> None:
+        self._names.update(b"".join(rows))
+        self._contents.update(struct.pack(f"<{len(numbers)}I", *numbers))
+        rows.clear()
+        numbers.clear()
+
+    def _enter(self, here: Descent, name: bytes, *, opaque: bool) -> "_Level":
+        """List the directory where we stand, `name` of the one above, and make it the current."""
+        layer, fd = self._layer, here.fd
         found = os.fstat(fd)
         opaque = opaque or (layer.overlay and layer.is_opaque(fd))
         os.fchdir(fd)
-        row = _row(name, found, layer.mtime(fd, found), 0, self._xattrs(b"."))
-        self._names.update(row)
+        self._names.update(_row(name, found, layer.mtime(fd, found), 0, self._xattrs(b".")))
         self._meter.entries += 1
-        rows = listed(self._meter, layer, prefix, opaque=opaque, cut=None)
-        return fd, prefix, rows, self._memory.of(found.st_ino)
+        linked = self._memory.linked
+        listing = listed(self._meter, layer, here.way, opaque=opaque, cut=None, linked=linked)
+        return _Level(listing, _Known(self._memory.take(found.st_ino)))
 
-    def _entry(
-        self, name: bytes, prefix: bytes, found: os.stat_result, numbers: list[int]
-    ) -> bytes:
+    def _entry(self, way: Way, found: os.stat_result, numbers: list[int]) -> bytes:
         """What a directory says of an entry that is none; of a file its number too."""
         self._meter.entries += 1
-        mode = found.st_mode
+        name, mode = way.name, found.st_mode
         if found.st_nlink > 1:
-            path = prefix + name
-            first = self._links.setdefault(found.st_ino, path)
-            if first is not path:
-                return b"%b\0=%b\0" % (name, first)
+            first = self._links.setdefault(found.st_ino, way)
+            if first is not way:
+                return b"%b\0=%b\0" % (name, first.path())
         size, target = 0, b""
         if stat.S_ISREG(mode):
             size = found.st_size

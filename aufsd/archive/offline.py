@@ -76,7 +76,10 @@ class Offline:
         meter = Meter(_unheard)
         packer = Packer(Sink(out, meter, digest=False), self.settings, meter)
         namespace = self.settings.namespace
-        roots = view.roots(self.diff, now, namespace), view.roots(self.diff, then, namespace)
+        roots = (
+            view.roots(self.diff, now, namespace, beside=len(then)),
+            view.roots(self.diff, then, namespace, beside=len(now)),
+        )
         compare.pack(packer, *roots, self.settings)
         return meter.warnings()
 

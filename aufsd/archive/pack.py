@@ -7,25 +7,33 @@ that no path is ever longer than one name. Nothing follows a symlink.
 import errno
 import os
 import stat
-from collections.abc import Collection, Iterator
-from operator import itemgetter
-from typing import Final, NamedTuple, TypeAlias
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Final, NamedTuple
 
 from aufsd.archive import headers
-from aufsd.archive.attributes import Owners, exported, read_xattr
+from aufsd.archive.attributes import Owners, carried, exported, read_xattr
+from aufsd.archive.listing import FILE, OTHER, SUBDIRECTORY, Listing, listed
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
-from aufsd.archive.view import Layer
-from aufsd.store import dialect as marks
+from aufsd.archive.view import GONE, Layer
+from aufsd.kernel.syscalls import AT_FDCWD
+from aufsd.store.walk import Descent
 from aufsd_client.errors import LayerDamaged
 
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # not to wait for a writer, should a name have become a fifo since it was listed
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-# of a name that was listed a moment ago
-GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 _END: Final = bytes(2 * headers.BLOCK)
+
+
+class Inspected(NamedTuple):
+    """What a tar says of a directory but its name: the names of all xattrs, and those it holds."""
+
+    stat: os.stat_result
+    mtime: int
+    names: Collection[str]
+    xattrs: dict[str, bytes]
 
 
 class Packer:
@@ -47,12 +55,18 @@ class Packer:
         self.meter.entries += 1
         self.sink.write(headers.encode(name, headers.REGULAR, mode=0o444, uid=0, gid=0))
 
-    def directory(self, name: bytes, fd: int, layer: Layer) -> list[str]:
-        """A directory, by its descriptor; returns the names of all its xattrs."""
+    def inspect(self, fd: int, layer: Layer) -> Inspected:
+        """Look at a directory of a layer."""
         found = os.fstat(fd)
+        names = os.listxattr(fd)
+        xattrs = carried(fd, self._settings, names) if names else {}
+        return Inspected(found, layer.mtime(fd, found), names, xattrs)
+
+    def directory(self, name: bytes, inspected: Inspected) -> None:
+        """A directory."""
+        found, mtime, names, xattrs = inspected
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         self.meter.entries += 1
-        names = os.listxattr(fd)
         self.sink.write(
             headers.encode(
                 name + b"/",
@@ -60,11 +74,12 @@ class Packer:
                 mode=found.st_mode,
                 uid=uid,
                 gid=gid,
-                mtime=layer.mtime(fd, found) // 1_000_000_000,
-                xattrs=self._xattrs(fd, name, names) if names else (),
+                mtime=mtime // 1_000_000_000,
+                xattrs=(
+                    self._xattrs(lambda text: xattrs.get(text, b""), name, names) if names else ()
+                ),
             )
         )
-        return names
 
     def file(self, name: bytes, fd: int, found: os.stat_result) -> None:
         """A regular file with its content, or a link to the name it was written under before."""
@@ -90,7 +105,7 @@ class Packer:
                 gid=gid,
                 size=size,
                 mtime=mtime,
-                xattrs=self._xattrs(fd, name, names) if names else (),
+                xattrs=self._xattrs(partial(read_xattr, fd), name, names) if names else (),
             )
         missing = self.sink.file(header, fd, size)
         if missing:
@@ -147,7 +162,9 @@ class Packer:
         first = self._links.setdefault(key, name)
         return b"" if first is name else first
 
-    def _xattrs(self, fd: int, name: bytes, names: Collection[str]) -> list[tuple[bytes, bytes]]:
+    def _xattrs(
+        self, read: Callable[[str], bytes], name: bytes, names: Collection[str]
+    ) -> list[tuple[bytes, bytes]]:
         for incomplete in self._incomplete:
             if incomplete in names:
                 why = f"it has the attribute {incomplete}: part of it lies in another layer"
@@ -156,13 +173,7 @@ class Packer:
                     entry=shown(name),
                     problem=why,
                 )
-        return exported(
-            names, lambda text: read_xattr(fd, text), self._settings, self._owners, name
-        )
-
-
-# a name as it goes into the tar, and what it stands for; nothing for a mark
-_Row: TypeAlias = tuple[bytes, "os.DirEntry[bytes] | None"]
+        return exported(names, read, self._settings, self._owners, name)
 
 
 def pack(packer: Packer, layer: Layer) -> None:
@@ -171,101 +182,55 @@ def pack(packer: Packer, layer: Layer) -> None:
     `./` comes first, names without `./` after it; within a directory they are sorted by the bytes
     they have in the tar, so that both dialects give the same stream.
     """
-    levels: list[tuple[int, bytes, Listed]] = []
-
-    def enter(fd: int, name: bytes, prefix: bytes, *, opaque: bool, cut: bool) -> None:
-        xattrs = packer.directory(name, fd, layer)
-        if layer.overlay and not opaque and layer.opaque_xattr in xattrs:
-            opaque = layer.is_opaque(fd)
-        os.fchdir(fd)
-        here = listed(packer.meter, layer, prefix, opaque=opaque, cut=cut)
-        levels.append((fd, prefix, here))
-
-    enter(os.open(".", _DIRECTORY), b".", b"", opaque=False, cut=False)
-    while levels:
-        fd, prefix, here = levels[-1]
-        for name, entry in here.rows:
-            if entry is None:
-                packer.whiteout(prefix + name)
-            elif entry.is_file(follow_symlinks=False):
-                pack_file(packer, prefix + name, name)
-            elif not entry.is_dir(follow_symlinks=False):
-                pack_other(packer, prefix + name, name)
-            else:
+    with Descent(AT_FDCWD) as here:
+        listings = [_enter(packer, layer, here, b".", opaque=False, cut=False)]
+        while True:
+            listing = listings[-1]
+            prefix = None
+            for row in listing.rows:
+                if prefix is None:
+                    prefix = here.way.path() + b"/" if here.depth else b""
+                name, kind = row[:-2], row[-1]
                 path = prefix + name
-                try:
-                    below = os.open(name, _DIRECTORY)
-                except OSError as error:
-                    packer.vanished(path, error)
-                    continue
-                enter(below, path, path + b"/", opaque=name in here.opaque, cut=here.cut)
-                break
-        else:
-            os.close(fd)
-            levels.pop()
-            if levels:
-                os.fchdir(levels[-1][0])
+                if kind == FILE:
+                    pack_file(packer, path, name)
+                elif kind == SUBDIRECTORY:
+                    opaque = listing.beside and layer.hides(here.fd, name)
+                    try:
+                        here.down(name)
+                    except OSError as error:
+                        packer.vanished(path, error)
+                        continue
+                    listings.append(
+                        _enter(packer, layer, here, path, opaque=opaque, cut=listing.cut)
+                    )
+                    break
+                elif kind == OTHER:
+                    pack_other(packer, path, name)
+                else:
+                    packer.whiteout(path)
+            else:
+                depth = here.depth
+                if not depth:
+                    break
+                here.up()
+                if here.depth < depth - 1:
+                    packer.meter.warn(f"directories in {here.path()} were moved while it was read")
+                del listings[here.depth + 1 :]
+                os.fchdir(here.fd)
     packer.finish()
 
 
-class Listed(NamedTuple):
-    """What a directory holds, sorted; the same in both dialects.
-
-    `opaque` are directories that stand beside a whiteout of their own name, which means that.
-    `cut`: for what the directories in it hold, nothing lies below in this layer's parents.
-    """
-
-    rows: Iterator[_Row]
-    opaque: Collection[bytes]
-    cut: bool
-
-
-def listed(meter: Meter, layer: Layer, prefix: bytes, *, opaque: bool, cut: bool | None) -> Listed:
-    """List the current directory, which is `opaque` also if a whiteout of its name says so.
-
-    `cut`: one above it is opaque. Then, or if it is opaque itself, whiteouts in it hide nothing,
-    and are left out (whiteouts.py); but not in the root, which is always merged. None: not at all.
-    """
-    rows: list[_Row] = [(marks.OPAQUE, None)] if opaque else []
-    deleted = set()
-    with os.scandir(b".") as entries:
-        for entry in entries:
-            name = entry.name
-            if name.startswith(marks.WHITEOUT):
-                if layer.aufs and name == marks.OPAQUE:
-                    if not opaque:
-                        rows.append((name, None))
-                elif layer.aufs and (hidden := marks.deleted_name(name)) is not None:
-                    deleted.add(hidden)
-                elif not (layer.aufs and not prefix and name in marks.HOUSEKEEPING):
-                    meter.warn(
-                        f"left out {shown(prefix + name)}: an archive cannot hold such a name"
-                    )
-            elif layer.overlay and _is_whiteout(layer, entry):
-                deleted.add(name)
-            else:
-                rows.append((name, entry))
-    beside = deleted.intersection([name for name, _ in rows]) if deleted else ()
-    if cut is not None:
-        cut = cut or opaque or any(entry is None for _, entry in rows)
-        if cut and prefix:
-            deleted = set()
-    # what stands beside a whiteout of its own is there, and what lies below it is not
-    rows += [(marks.WHITEOUT + name, None) for name in deleted.difference(beside)]
-    rows.sort(key=itemgetter(0))
-    return Listed(iter(rows), beside, bool(cut))
-
-
-def _is_whiteout(layer: Layer, entry: os.DirEntry[bytes]) -> bool:
-    """Whether this entry of the current directory is overlayfs's; seldom asks the kernel."""
-    if not layer.may_be_whiteout(entry):
-        return False
-    try:
-        return layer.is_whiteout(entry.name, os.lstat(entry.name), None)
-    except OSError as error:
-        if error.errno not in GONE:
-            raise
-        return False
+def _enter(
+    packer: Packer, layer: Layer, here: Descent, path: bytes, *, opaque: bool, cut: bool
+) -> Listing:
+    """Write the directory where we stand, make it the current one, and list it."""
+    inspected = packer.inspect(here.fd, layer)
+    packer.directory(path, inspected)
+    if layer.overlay and not opaque and layer.opaque_xattr in inspected.names:
+        opaque = layer.is_opaque(here.fd)
+    os.fchdir(here.fd)
+    return listed(packer.meter, layer, here.way, opaque=opaque, cut=cut)
 
 
 def pack_file(packer: Packer, path: bytes, name: bytes, directory: int | None = None) -> None:

@@ -7,30 +7,32 @@ opaque mark on a branch's root, and where a name stands beside a whiteout of its
 whiteout.
 """
 
+import errno
 import os
 import stat
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Final, NamedTuple
 
 from aufsd.archive import strays, view
 from aufsd.archive.meter import shown
+from aufsd.archive.ordered import Ordered
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
 from aufsd.results import Problem
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way
 
 PROBLEM: Final = "aufs-reads-differently"
 # how many names a problem tells
 _NAMED: Final = 5
-_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class _Level(NamedTuple):
     """A directory in both readings: the branches' directories that make it up."""
 
-    path: bytes
+    way: Way
     strict: list[Place]
     aufs: list[Place]
     names: Iterator[bytes]
@@ -51,39 +53,51 @@ def roots(store: int, chain: Sequence[Branch], namespace: str) -> tuple[list[Pla
     if chain[0].dialect is Dialect.NONE:
         # aufs would show all of it, and nothing else
         chain = chain[:1]
-    everything = [view.root(store, branch, namespace) for branch in chain]
-    return view.roots(store, chain, namespace), everything
+    kept = view.keep(2 * len(chain))
+    everything = [view.root(store, branch, namespace, kept) for branch in chain]
+    return view.roots(store, chain, namespace, beside=len(chain)), everything
 
 
-def differences(strict: list[Place], aufs: list[Place]) -> Iterator[bytes]:
+def differences(strict: list[Place], aufs: list[Place]) -> Iterator[Way]:
     """The names that one reading shows and the other does not, or as another type.
 
-    Takes what `roots` gave, and closes it. Sorted; nothing is listed below such a name.
+    Takes what `roots` gave, and closes it. Sorted; nothing is listed below such a name. Raises
+    OSError, ESTALE if directories were moved meanwhile.
     """
-    levels = [_level(b"", strict, aufs)]
-    while levels:
-        level = levels[-1]
-        for name in level.names:
-            one, other = _by_strict(level.strict, name), _by_aufs(level.aufs, name)
-            if one and other:
-                levels.append(_level(level.path + name + b"/", one, other))
-                break
-            _close(one, other)
-            if one != other:
-                yield level.path + name
-        else:
-            levels.pop()
-            _close(level.strict, level.aufs)
+    try:
+        levels = [_level(Way(None, b""), strict, aufs)]
+        while levels:
+            level = levels[-1]
+            depth = len(levels) - 1
+            for name in level.names:
+                one, other = _by_strict(level.strict, name), _by_aufs(level.aufs, name)
+                if one and other:
+                    levels.append(_level(Way(level.way, name), one, other))
+                    break
+                _up(one, other, depth)
+                if one != other:
+                    yield Way(level.way, name)
+            else:
+                levels.pop()
+                _up(level.strict, level.aufs, max(0, depth - 1))
+    finally:
+        for place in (*strict, *aufs):
+            place.close()
 
 
-def problem(id: str, found: Iterable[bytes]) -> Problem | None:
+def _up(strict: list[Place] | None, aufs: list[Place] | None, depth: int) -> None:
+    if view.ascend((*(strict or ()), *(aufs or ())), depth) < depth:
+        raise OSError(errno.ESTALE, "directories were moved while the layer was read")
+
+
+def problem(id: str, found: Iterable[Way]) -> Problem | None:
     """What `check` says of a layer with these differences; None if there are none."""
     first: list[str] = []
     count = 0
-    for path in found:
+    for way in found:
         count += 1
         if count <= _NAMED:
-            first.append("/" + shown(path))
+            first.append("/" + shown(way.path()))
     if not count:
         return None
     names = "1 name" if count == 1 else f"{count} names"
@@ -101,6 +115,7 @@ def _by_strict(merged: Sequence[Place], name: bytes) -> list[Place] | None:
 
 
 def _by_aufs(merged: Sequence[Place], name: bytes) -> list[Place] | None:
+    depth = merged[0].depth
     found: list[Place] = []
     end = 0
     for place in merged:
@@ -113,43 +128,40 @@ def _by_aufs(merged: Sequence[Place], name: bytes) -> list[Place] | None:
         if place.layer.is_whiteout(name, status, place.fd):
             break
         if stat.S_ISDIR(status.st_mode):
-            found.append(Place(place.layer, os.open(name, _DIRECTORY, dir_fd=place.fd)))
-            if place.layer.is_opaque(found[-1].fd):
+            place.down(name)
+            found.append(place)
+            if place.layer.is_opaque(place.fd):
                 end = len(found)
         elif not found:
             return []
     if end:
-        _close(found[end:])
+        view.ascend(found[end:], depth)
         del found[end:]
     return found or None
 
 
-def _level(path: bytes, strict: list[Place], aufs: list[Place]) -> _Level:
-    return _Level(path, strict, aufs, iter(_doubtful(strict, aufs)))
+def _level(way: Way, strict: list[Place], aufs: list[Place]) -> _Level:
+    return _Level(way, strict, aufs, _doubtful(strict, aufs))
 
 
-def _doubtful(strict: list[Place], aufs: list[Place]) -> list[bytes]:
+def _doubtful(strict: list[Place], aufs: list[Place]) -> Iterator[bytes]:
     """The names of a directory that may be read in two ways, or something below them."""
     by_id = {place.layer.id: place for place in (*strict, *aufs)}
     common = {place.layer.id for place in strict} & {place.layer.id for place in aufs}
     # a name is in doubt if several of the branches have a directory of it, if it is in one that
-    # only one reading has at all, or if it stands beside its own whiteout
-    weights: Counter[bytes] = Counter()
+    # only one reading has at all, or if it stands beside its own whiteout: it comes twice then
+    found = Ordered()
     for id, place in by_id.items():
-        with os.scandir(place.fd) as found:
-            entries = {os.fsencode(entry.name): entry for entry in found}
-        for name, entry in entries.items():
-            hidden = marks.deleted_name(name) if place.layer.aufs else None
-            if id not in common or hidden in entries:
-                weights[hidden or name] += 2
-            elif entry.is_dir(follow_symlinks=False):
-                weights[name] += 1
-    return sorted(
-        name for name, weight in weights.items() if weight > 1 and not name.startswith(marks.META)
-    )
-
-
-def _close(*readings: Sequence[Place] | None) -> None:
-    for places in readings:
-        for place in places or ():
-            place.close()
+        os.fchdir(place.fd)
+        with os.scandir(b".") as entries:
+            for entry in entries:
+                name = entry.name
+                if name.startswith(marks.META):
+                    continue
+                hidden = marks.deleted_name(name) if place.layer.aufs else None
+                if id not in common or (hidden is not None and os.path.lexists(hidden)):
+                    found.add(hidden or name)
+                    found.add(hidden or name)
+                elif entry.is_dir(follow_symlinks=False):
+                    found.add(name)
+    return (name for name, rows in groupby(found) if sum(1 for _ in rows) > 1)

@@ -12,7 +12,7 @@ from typing import Final
 
 from aufsd.archive import view
 from aufsd.archive.requests import Branch
-from aufsd.archive.view import Directories
+from aufsd.archive.view import Cursor
 from aufsd.results import Problem
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
@@ -30,15 +30,13 @@ def problems(store: int, chain: Sequence[Branch], namespace: str) -> list[Proble
     afterwards. What goes away meanwhile is passed over: the layer may be mounted. Raises OSError.
     """
     own, *parents = chain
-    below = view.roots(store, parents, namespace)
-    shown = Directories(below)
+    below = view.roots(store, parents, namespace, beside=1)
     place = view.root(store, own, namespace)
     found = _Found(own.id)
     try:
         if marks.interrupted(place.fd, namespace) is None:
-            _look(place.fd, own.dialect, shown, namespace, found)
+            _look(place.fd, own.dialect, Cursor(below), namespace, found)
     finally:
-        shown.close()
         for each in (place, *below):
             each.close()
     return found.told()
@@ -70,7 +68,7 @@ def _cut(path: bytes) -> bytes:
     return b"%b...%b" % (path[:_SHOWN], path[-_SHOWN:]) if long else path
 
 
-def _look(top: int, dialect: Dialect, below: Directories, namespace: str, found: _Found) -> None:
+def _look(top: int, dialect: Dialect, below: Cursor, namespace: str, found: _Found) -> None:
     opaque = marks.opaque_xattr(namespace)
     elsewhere = {f"{namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
     # of each directory on the way, whether nothing lies below it; None where nobody had to know
@@ -124,11 +122,11 @@ def _entries() -> Iterator["os.DirEntry[bytes]"]:
         yield from entries
 
 
-def _alone(alone: list[bool | None], here: Descent, below: Directories) -> bool:
+def _alone(alone: list[bool | None], here: Descent, below: Cursor) -> bool:
     """Whether overlayfs merges the directory with none below it."""
     known = alone[-1]
     if known is None:
-        known = alone[-1] = not below.has(b"/".join(here.way()))
+        known = alone[-1] = not below.find(here.way)
     return known
 
 

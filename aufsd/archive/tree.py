@@ -19,6 +19,7 @@ from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way
 from aufsd_client.errors import BadArchive
 
 DEFAULT_ACL: Final = "system.posix_acl_default"
@@ -38,7 +39,7 @@ class Tree:
     def __init__(self, dialect: Dialect, namespace: str, *, fresh: bool) -> None:
         self.dialect = dialect
         self.fresh = fresh
-        self.root = self.here = Directory(None, b"", os.stat(b"/"))
+        self.root = self.here = Directory(None, Way(None, b""), os.stat(b"/"))
         os.chdir(b"/")
         # the one that is the current directory of the process; None if that is not known
         self._stand: Directory | None = self.root
@@ -62,7 +63,7 @@ class Tree:
 
     # --- moving -------------------------------------------------------------------------------
 
-    def enter(self, path: bytes, implied: Callable[[bytes], None]) -> None:
+    def enter(self, path: bytes, implied: Callable[[Way], None]) -> None:
         """Make the directory `path` the current one; what is missing on the way is made.
 
         `implied` gives a directory made here its attributes. Raises BadArchive if a file is in the
@@ -99,7 +100,7 @@ class Tree:
         self.here = directory
         self.at = None
 
-    def _walk(self, path: bytes, implied: Callable[[bytes], None] | None) -> None:
+    def _walk(self, path: bytes, implied: Callable[[Way], None] | None) -> None:
         here, rest = self.root, path
         if self.at and path.startswith(self.at + b"/"):
             here, rest = self.here, path[len(self.at) + 1 :]
@@ -110,25 +111,23 @@ class Tree:
             here = known
             parts.pop()
         self.go(here)
-        # made only if there is a directory to be told of
-        done = path[: -(sum(map(len, parts)) + len(parts))] if parts else b""
         while parts:
             part = parts.pop()
-            done = done + b"/" + part if done else part
             # behind a symlink they may be known
             known = here.below.get(part)
             if known is None:
-                here = self._step(here, part, done, implied)
+                here = self._step(here, part, implied)
             else:
                 here = known
                 self.go(here)
         self.at = path
 
     def _step(
-        self, here: Directory, part: bytes, done: bytes, implied: Callable[[bytes], None] | None
+        self, here: Directory, part: bytes, implied: Callable[[Way], None] | None
     ) -> Directory:
-        """From the directory `here` into one that is not known yet, `done` on the archive's way."""
+        """From the directory `here` into one that is not known yet."""
         made = False
+        way = Way(here.way, part)
         try:
             found = os.lstat(part)
         except FileNotFoundError:
@@ -138,7 +137,7 @@ class Tree:
             found = os.lstat(part)
             made = True
         if stat.S_ISLNK(found.st_mode):
-            self._follow(part, done, implied)
+            self._follow(way, implied)
             self._links.append((here, part))
             below = self.here
         else:
@@ -146,35 +145,35 @@ class Tree:
                 if implied is None:
                     raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), part)
                 if not self._is_whiteout(found):
-                    raise BadArchive(f"{shown(done)} is not a directory")
+                    raise BadArchive(f"{shown(way.path())} is not a directory")
                 self.make_directory(part, 0o755)
                 found = os.lstat(part)
                 made = True
             self._stand = None
             os.chdir(part)
             if made and implied is not None:
-                implied(done)
+                implied(way)
                 found = os.stat(b".")
-            below = self._stand = self._add(here, part, found)
+            below = self._stand = self._add(here, way, found)
             if made or not self.fresh or self._forgot:
                 self._take_default_acl(below)
         self._note(here, part)
         here.below[part] = self.here = below
         return below
 
-    def _follow(self, name: bytes, done: bytes, implied: Callable[[bytes], None] | None) -> None:
+    def _follow(self, way: Way, implied: Callable[[Way], None] | None) -> None:
         """Go where a symlink in the current directory leads, as if by the way without symlinks."""
         self._stand = None
         try:
-            os.chdir(name)
+            os.chdir(way.name)
         except (FileNotFoundError, NotADirectoryError):
             if implied is None:
                 raise
-            raise BadArchive(f"{shown(done)} is not a directory") from None
+            raise BadArchive(f"{shown(way.path())} is not a directory") from None
         except OSError as error:
             if error.errno != errno.ELOOP:
                 raise
-            raise BadArchive(f"{shown(done)} leads in a circle") from None
+            raise BadArchive(f"{shown(way.path())} leads in a circle") from None
         here = self.root
         for part in os.getcwdb().split(b"/"):
             if part:
@@ -183,15 +182,17 @@ class Tree:
                     self.go(here)
                     found = os.lstat(part)
                     os.chdir(part)
-                    known = self._stand = here.below[part] = self._add(here, part, found)
+                    known = self._stand = here.below[part] = self._add(
+                        here, Way(here.way, part), found
+                    )
                     if not self.fresh or self._forgot:
                         self._take_default_acl(known)
                 here = known
         self.go(here)
 
-    def _add(self, above: Directory, name: bytes, found: os.stat_result) -> Directory:
+    def _add(self, above: Directory, way: Way, found: os.stat_result) -> Directory:
         self._known += 1
-        return Directory(above, name, found)
+        return Directory(above, way, found)
 
     def _take_default_acl(self, directory: Directory, name: bytes = b".") -> None:
         if DEFAULT_ACL in os.listxattr(name):
@@ -206,7 +207,9 @@ class Tree:
         if known is None:
             if self._known >= _KNOWN_MAX:
                 self._forget()
-            known = self.here.below[name] = self._add(self.here, name, os.lstat(name))
+            known = self.here.below[name] = self._add(
+                self.here, Way(self.here.way, name), os.lstat(name)
+            )
             if not self.fresh or self._forgot:
                 self._take_default_acl(known, name)
         return known
@@ -218,8 +221,8 @@ class Tree:
 
     def _give(self, directory: Directory) -> None:
         times = (directory.mtime, directory.mtime)
-        if directory.size < PATH_MAX and not directory.default_acl:
-            os.utime(b"/" + directory.path, ns=times, follow_symlinks=False)
+        if directory.way.size < PATH_MAX and not directory.default_acl:
+            os.utime(b"/" + directory.way.path(), ns=times, follow_symlinks=False)
             return
         self.go(directory)
         if directory.default_acl:
@@ -229,7 +232,7 @@ class Tree:
     def _forget(self) -> None:
         """Give all but those on the way to here what waits, and know no more of them."""
         here, at = self.here, self.at
-        way = [self.root, *here.way()]
+        way = here.above_it()
         kept = set(map(id, way))
         for directory in list(self.root.known()):
             if id(directory) not in kept:
@@ -237,7 +240,7 @@ class Tree:
         for directory in way:
             directory.below = {}
         for above, below in pairwise(way):
-            above.below[below.name] = below
+            above.below[below.way.name] = below
         self._links.clear()
         self._known = len(way)
         self._forgot = True
@@ -427,8 +430,8 @@ class Tree:
         if self.here.setgid:
             os.chown(path, 0, 0)
         os.utime(path, ns=(0, 0))
-        if self.here.size + len(path) < PATH_MAX - 2:
-            here = self.here.path
+        if self.here.way.size + len(path) < PATH_MAX - 2:
+            here = self.here.way.path()
             self._mark_file = b"/%b/%b" % (here, path) if here else b"/" + path
         else:
             self._mark_file = None

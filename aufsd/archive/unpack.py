@@ -24,7 +24,7 @@ from aufsd.archive.attributes import (
     set_time,
 )
 from aufsd.archive.directories import Directory, directory_of
-from aufsd.archive.fingerprint import Memory, crc32
+from aufsd.archive.fingerprint import Memory
 from aufsd.archive.headers import Member
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.names import ROOT
@@ -34,6 +34,7 @@ from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Tree
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -53,8 +54,8 @@ _NODES: Final = {
     headers.BLOCK_DEVICE: stat.S_IFBLK,
     headers.FIFO: stat.S_IFIFO,
 }
-# Makes the current directory's attributes those of the directory of this path in the layers below.
-Inherit = Callable[[bytes], bool]
+# Makes the current directory's attributes those of the same directory in the layers below, if any.
+Inherit = Callable[[Way], bool]
 
 
 class Unpacker:
@@ -204,7 +205,9 @@ class Unpacker:
                 os.fchmod(fd, mode)
             set_time(fd, member.mtime, member.name, self._meter)
             if self.memory and body is not None and size <= holes.PIECE and not member.xattrs:
-                self.memory.note(self._tree.here.inode, name, os.fstat(fd), body)
+                found, inode = os.fstat(fd), self._tree.here.inode
+                owner, time = (found.st_uid, found.st_gid), found.st_mtime_ns
+                self.memory.note(inode, name, found.st_mode, owner, time, body)
         finally:
             os.close(fd)
         if self._tree.hides:
@@ -219,7 +222,7 @@ class Unpacker:
         if tree.hides or self.memory is None:
             return
         setgid = tree.here.setgid
-        written = self.memory.of(tree.here.inode)
+        note, inode = self.memory.note, tree.here.inode
         entries, room = tally.room()
         for name, (mode, uid, gid), mtime, body in self._reader.plain(prefix):
             size = len(body)
@@ -252,7 +255,7 @@ class Unpacker:
             entries -= 1
             room -= size
             if mtime < KEPT_UNTIL:
-                written[name] = (stat.S_IFREG | mode, *owner, mtime, size, crc32(body))
+                note(inode, name, stat.S_IFREG | mode, owner, mtime, body)
 
     def _large(self, fd: int, size: int) -> None:
         os.lseek(fd, 0, os.SEEK_SET)
@@ -320,7 +323,7 @@ class Unpacker:
         except PermissionError:
             raise BadArchive(f"{shown(path)} is a hard link to a directory") from None
         if self.memory:
-            self.memory.linked.add(os.lstat(name).st_ino)
+            self.memory.link(os.lstat(name).st_ino)
         self._tally.add(1)
 
     def _node(self, name: bytes, path: bytes, member: Member) -> None:
@@ -435,12 +438,12 @@ class Unpacker:
                     f"dropped the attribute {name} of {shown(member.name)}: {error.strerror}"
                 )
 
-    def _implied(self, path: bytes) -> None:
+    def _implied(self, way: Way) -> None:
         """The current directory has just been made, because an entry lies in it."""
         self._tally.add(1)
-        if self._inherit(path):
+        if self._inherit(way):
             return
-        os.chown(b".", *self._owners.both(0, 0, path))
+        os.chown(b".", *self._owners.both(0, 0, way.name))
         os.chmod(b".", 0o755)
         # not the time of day: the same tar has to give the same layer
         os.utime(b".", ns=(self._mtime, self._mtime))

@@ -7,17 +7,22 @@ The strict rule: going down, the first whiteout, opaque directory or non-directo
 import errno
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from aufsd.archive.requests import Branch
 from aufsd.archive.twin import Twin
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import OPEN_AT_MOST, Descent, Way, between
 from aufsd.union import conversion
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# errors of a name that was listed a moment ago
+GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
+# directories that all branches of a walk have open together, as far as one of each leaves that room
+_OPEN: Final = 512
 
 
 class Layer:
@@ -59,6 +64,13 @@ class Layer:
         # .wh. and the name may be longer than a name can be
         return self.aufs and len(name) <= 251 and _exists(fd, marks.WHITEOUT + name)
 
+    def is_content(self, name: bytes) -> bool:
+        """Whether the current directory has a name, and that is no whiteout."""
+        try:
+            return not self.is_whiteout(name, os.lstat(name), None)
+        except FileNotFoundError:
+            return False
+
     def is_whiteout(self, name: bytes, found: os.stat_result, directory: int | None) -> bool:
         """Whether the entry `name` of a directory, the current one if None, is overlayfs's."""
         if not self.overlay:
@@ -79,17 +91,36 @@ class Layer:
 
 
 class Place:
-    """A directory of one branch, that takes part in a merge."""
+    """Where a walk stands in one branch, which takes part in the merge there.
 
-    __slots__ = ("fd", "layer")
+    `fd` is the directory. The walk has the same one on its way up again.
+    """
 
-    def __init__(self, layer: Layer, fd: int) -> None:
+    __slots__ = ("_descent", "fd", "layer")
+
+    def __init__(self, layer: Layer, descent: Descent) -> None:
         self.layer = layer
-        self.fd = fd
+        self._descent = descent
+        self.fd = descent.fd
+
+    @property
+    def depth(self) -> int:
+        """How many levels below the branch's root this is."""
+        return self._descent.depth
+
+    def down(self, name: bytes) -> None:
+        """Go into a directory of this one. Raises OSError, and is where it was then."""
+        self._descent.down(name)
+        self.fd = self._descent.fd
+
+    def up(self) -> None:
+        """Go to the directory above; further if somebody moved directories meanwhile."""
+        self._descent.up()
+        self.fd = self._descent.fd
 
     def close(self) -> None:
-        """Close the directory."""
-        os.close(self.fd)
+        """Close the branch."""
+        self._descent.close()
 
 
 class Found:
@@ -106,21 +137,32 @@ class Found:
         self.stat = found
 
 
-def roots(store: int, chain: Sequence[Branch], namespace: str) -> list[Place]:
-    """The roots of a chain's merged view; `store` is the directory that the branches lie in."""
+def keep(branches: int) -> int:
+    """How many directories of each branch may be open, if so many branches are walked at once."""
+    return max(1, min(OPEN_AT_MOST, _OPEN // max(1, branches)))
+
+
+def roots(store: int, chain: Sequence[Branch], namespace: str, *, beside: int = 0) -> list[Place]:
+    """The roots of a chain's merged view; `store` is the directory that the branches lie in.
+
+    `beside` are the branches of other views that are walked at the same time.
+    """
     merged: list[Place] = []
     for branch in chain:
-        place = root(store, branch, namespace)
+        place = root(store, branch, namespace, keep(len(chain) + beside))
         merged.append(place)
         if place.layer.whole or place.layer.is_opaque(place.fd):
             break
     return merged
 
 
-def root(store: int, branch: Branch, namespace: str) -> Place:
+def root(store: int, branch: Branch, namespace: str, kept: int = OPEN_AT_MOST) -> Place:
     """The root of one branch; the caller closes it."""
     fd = os.open(branch.id, _DIRECTORY, dir_fd=store)
-    return Place(Layer(branch, fd, namespace), fd)
+    try:
+        return Place(Layer(branch, fd, namespace), Descent(fd, kept))
+    finally:
+        os.close(fd)
 
 
 def lookup(merged: Sequence[Place], name: bytes) -> Found | None:
@@ -138,88 +180,99 @@ def lookup(merged: Sequence[Place], name: bytes) -> Found | None:
 
 
 def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
-    """The directories that make up `name`, of which `top` was found; the caller closes them."""
+    """Go into the directories that make up `name`, of which `top` was found: the places that did.
+
+    The others stay where they are. `ascend` takes them back.
+    """
+    depth = merged[0].depth
     below: list[Place] = []
-    for place in merged[top.index :]:
-        try:
-            fd = os.open(name, _DIRECTORY, dir_fd=place.fd)
-        except FileNotFoundError:
-            if place.layer.hides(place.fd, name):
+    try:
+        for place in merged[top.index :]:
+            hidden = place.layer.hides(place.fd, name)
+            try:
+                place.down(name)
+            except FileNotFoundError:
+                if hidden:
+                    break
+                continue
+            except OSError as error:
+                if error.errno not in (errno.ENOTDIR, errno.ELOOP):
+                    raise
+                # not a directory, or a symlink: what lies below it does not show
                 break
-            continue
-        except OSError as error:
-            if error.errno not in (errno.ENOTDIR, errno.ELOOP):
-                raise
-            # not a directory, or a symlink: what lies below it does not show
-            break
-        below.append(Place(place.layer, fd))
-        if place.layer.is_opaque(fd) or place.layer.hides(place.fd, name):
-            break
+            below.append(place)
+            if hidden or place.layer.is_opaque(place.fd):
+                break
+    except BaseException:
+        ascend(below, depth)
+        raise
     return below
 
 
-def open_directory(merged: Sequence[Place], path: bytes) -> int | None:
-    """The topmost directory that the merged view has at `path`; the caller closes it."""
-    places = _reach(merged, path)
-    try:
-        return os.dup(places[0].fd) if places else None
-    finally:
-        _close(places)
+def ascend(places: Iterable[Place], depth: int) -> int:
+    """Go up with each of them to this level; the one that all reached.
+
+    That is further up if somebody moved directories meanwhile.
+    """
+    reached = depth
+    for place in places:
+        while place.depth > depth:
+            place.up()
+        reached = min(reached, place.depth)
+    return reached
 
 
-class Directories:
-    """Whether a merged view has directories, asked on a walk: one below the last costs no way."""
+class Cursor:
+    """A place in a merged view that goes where it is asked to: a step costs the same at any depth.
 
-    __slots__ = ("_at", "_merged", "_path")
+    Whoever asks has one tree of ways; its top is the root of the view.
+    """
+
+    __slots__ = ("_at", "_levels", "_missing")
 
     def __init__(self, merged: Sequence[Place]) -> None:
-        self._merged = merged
-        self._path = b""
-        self._at: Sequence[Place] = merged
+        self._levels = [merged]
+        self._at: Way | None = None
+        # the last one that was asked for and is none
+        self._missing: Way | None = None
 
-    def has(self, path: bytes) -> bool:
-        """Whether there is a directory of this path."""
-        if not self._merged:
-            return False
-        below = self._path + b"/" if self._path else b""
-        if path.startswith(below):
-            found = _reach(self._at, path[len(below) :])
-        else:
-            found = _reach(self._merged, path)
-        if found:
-            self.close()
-            self._path, self._at = path, found
-        return bool(found)
-
-    def close(self) -> None:
-        """Let go of the last directory; the view stays its owner's."""
-        if self._at is not self._merged:
-            _close(self._at)
-        self._path, self._at = b"", self._merged
-
-
-def _reach(merged: Sequence[Place], path: bytes) -> list[Place]:
-    """The directories that make up `path`, none if it is none; the caller closes them."""
-    current: Sequence[Place] = merged
-    try:
-        for part in path.split(b"/"):
-            top = lookup(current, part)
+    def find(self, way: Way) -> Sequence[Place]:
+        """The directories that make up this one, none if it is none; until it is asked again."""
+        if not self._levels[0] or way is self._missing:
+            return ()
+        if way.above is not None and way.above is self._missing:
+            self._missing = way
+            return ()
+        ups, downs = between(self._at or Way(None, b""), way)
+        if not self._up(len(self._levels) - 1 - ups):
+            self._up(0)
+            downs = way.names()
+        left = len(downs)
+        here = way
+        for name in downs:
+            merged = self._levels[-1]
+            top = lookup(merged, name)
             if top is None or not stat.S_ISDIR(top.stat.st_mode):
-                return []
-            below = descend(current, part, top)
-            if current is not merged:
-                _close(current)
-            current = below
-        found, current = list(current), merged
+                break
+            below = descend(merged, name, top)
+            if not below:
+                break
+            self._levels.append(below)
+            left -= 1
+        for _ in range(left):
+            assert here.above is not None
+            here = here.above
+        self._at = here
+        self._missing = way if left else None
+        return () if left else self._levels[-1]
+
+    def _up(self, depth: int) -> bool:
+        """Go up to this level; False if directories were moved, and only the top is sure."""
+        found = True
+        while len(self._levels) - 1 > depth:
+            left = self._levels.pop()
+            found = ascend(left, len(self._levels) - 1) == len(self._levels) - 1 and found
         return found
-    finally:
-        if current is not merged:
-            _close(current)
-
-
-def _close(places: Sequence[Place]) -> None:
-    for place in places:
-        place.close()
 
 
 def _exists(fd: int, name: bytes) -> bool:

@@ -15,15 +15,16 @@ from aufsd.archive.meter import shown
 from aufsd.archive.tree import Tree
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way, way_of
 from aufsd_client.errors import LimitExceeded
 
 # bytes of whiteouts whose directory is not there yet
 _WAITING_MAX: Final = 4 << 20
-# whether the layers below show a directory of this path
-Below = Callable[[bytes], bool]
+# whether the layers below show this directory
+Below = Callable[[Way], bool]
 
 
-def nowhere(_: bytes) -> bool:
+def nowhere(_: Way) -> bool:
     """For a layer with none below it."""
     return False
 
@@ -56,11 +57,15 @@ class Waiting:
     def those_to_make(self, tree: Tree, lies_below: Below) -> list[tuple[bytes, bytes]]:
         """Directory and name of those that hide something."""
         opaque = _Opaque(tree)
-        return [
-            row
-            for row in self._rows
-            if tree.reach(row[0]) or _shows_below(tree, row[0], lies_below, opaque)
-        ]
+        found = []
+        path = way = None
+        for row in self._rows:
+            # of those in one directory, one way is asked for
+            if way is None or row[0] != path:
+                path, way = row[0], way_of(row[0])
+            if tree.reach(path) or _shows_below(tree, path, way, lies_below, opaque):
+                found.append(row)
+        return found
 
 
 def settle(tree: Tree, lies_below: Below) -> int:
@@ -68,7 +73,7 @@ def settle(tree: Tree, lies_below: Below) -> int:
     taken = 0
     opaque = _Opaque(tree)
     for directory in list(tree.marked.values()):
-        if directory is tree.root or (not opaque.cuts(directory) and lies_below(directory.path)):
+        if directory is tree.root or (not opaque.cuts(directory) and lies_below(directory.way)):
             continue
         tree.go(directory)
         before = os.stat(b".").st_mtime_ns
@@ -124,9 +129,9 @@ class _Opaque:
         return cut
 
 
-def _shows_below(tree: Tree, path: bytes, lies_below: Below, opaque: _Opaque) -> bool:
+def _shows_below(tree: Tree, path: bytes, way: Way, lies_below: Below, opaque: _Opaque) -> bool:
     """Whether a directory that this layer does not have shows from below."""
-    if not lies_below(path):
+    if not lies_below(way):
         return False
     name = tree.approach(path)
     # neither a file nor a whiteout of it may stand in the way

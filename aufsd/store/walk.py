@@ -15,7 +15,7 @@ from typing import Final, Self
 
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 
-# directories that one descent has open at a time
+# directories that one descent has open at a time, if it is not told otherwise
 OPEN_AT_MOST: Final = 16
 # of a path in a message: a few thousand levels say nothing more
 _SHOWN: Final = 1000
@@ -50,11 +50,68 @@ class Names:
         return name
 
 
+class Way:
+    """A name in a tree, and the directory it is in: no path is kept, so depth costs nothing.
+
+    The top has no name, and none above it. `size` is how long the path is, the top's is 0.
+    """
+
+    __slots__ = ("above", "name", "size")
+
+    def __init__(self, above: "Way | None", name: bytes) -> None:
+        self.above = above
+        self.name = name
+        self.size: int = above.size + len(name) + bool(above.size) if above else 0
+
+    def names(self) -> list[bytes]:
+        """The names that lead to it from the top."""
+        found = []
+        here = self
+        while here.above is not None:
+            found.append(here.name)
+            here = here.above
+        found.reverse()
+        return found
+
+    def path(self) -> bytes:
+        """The names with a slash between each two; empty for the top."""
+        return b"/".join(self.names())
+
+
+def way_of(path: bytes) -> Way:
+    """The way to a path of names and slashes, from a top of its own."""
+    here = Way(None, b"")
+    for name in path.split(b"/"):
+        here = Way(here, name)
+    return here
+
+
+def between(start: Way, target: Way) -> tuple[int, list[bytes]]:
+    """How many steps up, and then which names down, lead from one to the other.
+
+    Two tops count as the same one.
+    """
+    ups = 0
+    downs: list[bytes] = []
+    one, other = start, target
+    # up from both to the nearest that both lie in: a path is longer the deeper it leads
+    while one is not other and (one.size or other.size):
+        size = one.size
+        if one.above is not None and size >= other.size:
+            one = one.above
+            ups += 1
+        if other.above is not None and other.size >= size:
+            downs.append(other.name)
+            other = other.above
+    downs.reverse()
+    return ups, downs
+
+
 @dataclass(slots=True)
 class _Level:
     """A directory on the way down. `fd` is -1 while it is not open; then `was` tells it again."""
 
-    name: bytes
+    way: Way
     fd: int
     was: tuple[int, int] = (0, 0)
     names: Names = field(default_factory=Names)
@@ -68,8 +125,10 @@ class Descent:
     Owns its descriptors, `close` or a `with` block ends them; `top` stays the caller's.
     """
 
-    def __init__(self, top: int) -> None:
-        self._levels = [_Level(b"", os.open(b".", DIRECTORY, dir_fd=top))]
+    def __init__(self, top: int, keep: int = OPEN_AT_MOST) -> None:
+        """`keep`: how many directories below the top may be open at a time, at least one."""
+        self._keep = keep
+        self._levels = [_Level(Way(None, b""), os.open(b".", DIRECTORY, dir_fd=top))]
         # the highest level below the top that may be open: those between it and the top are not
         self._open = 1
 
@@ -104,7 +163,12 @@ class Descent:
     @property
     def name(self) -> bytes:
         """The name of the directory where we stand, in the one above; empty for the top."""
-        return self._levels[-1].name
+        return self._levels[-1].way.name
+
+    @property
+    def way(self) -> Way:
+        """The directory where we stand."""
+        return self._levels[-1].way
 
     @property
     def marked(self) -> bool:
@@ -115,13 +179,9 @@ class Descent:
         """Remember something of the directory where we stand."""
         self._levels[-1].marked = True
 
-    def way(self) -> list[bytes]:
-        """The names that lead from the top to where we stand."""
-        return [level.name for level in self._levels[1:]]
-
     def path(self, name: bytes = b"") -> str:
         """Where we stand, or a name in it, from the top on; for messages, cut if it is long."""
-        names = [level.name for level in self._levels[1 : _SHOWN + 1]]
+        names = [level.way.name for level in self._levels[1 : _SHOWN + 1]]
         if self.depth > _SHOWN:
             names.append(b"...")
         return "/" + os.fsdecode(b"/".join([*names, name] if name else names))
@@ -140,8 +200,9 @@ class Descent:
         Raises OSError, and then we stand where we did: EXDEV if something is mounted on it, ELOOP
         or ENOTDIR if it is no directory.
         """
-        self._levels.append(_Level(name, open_beneath(self.fd, name)))
-        if len(self._levels) - self._open > OPEN_AT_MOST:
+        below = open_beneath(self.fd, name)
+        self._levels.append(_Level(Way(self.way, name), below))
+        if len(self._levels) - self._open > self._keep:
             level = self._levels[self._open]
             level.was = _identity(level.fd)
             os.close(level.fd)
@@ -167,7 +228,7 @@ class Descent:
         at = self._levels[0].fd
         for depth, level in enumerate(self._levels[1:], 1):
             try:
-                fd = open_beneath(at, level.name)
+                fd = open_beneath(at, level.way.name)
             except OSError:
                 found = False
             else:

@@ -16,7 +16,7 @@ from aufsd.kernel import syscalls
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd.store.erase import erase
-from aufsd.store.walk import Descent, Names, walk
+from aufsd.store.walk import Descent, Names, Way, walk
 from aufsd_client.errors import LayerDamaged
 
 _TIMES: Final = "aufsd.times"
@@ -26,8 +26,8 @@ _NAME_MAX: Final = 255
 _UNFINISHED: Final = 0o1000
 
 
-# whether the layers below show a directory of this path
-Below = Callable[[bytes], bool]
+# whether the layers below show this directory
+Below = Callable[[Way], bool]
 
 
 def convert(
@@ -79,7 +79,7 @@ def rewrite(root: int, target: Dialect, namespace: str, lies_below: Below | None
             if not top and _has_whiteout():
                 if not cut[-1] and lies_below is not None:
                     # what lies in a directory with none below has none below either
-                    cut[-1] = not lies_below(b"/".join(here.way()))
+                    cut[-1] = not lies_below(here.way)
                 if cut[-1]:
                     _drop_whiteouts(root, namespace)
             change(fd, namespace)

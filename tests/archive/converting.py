@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Any
 
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Way
 from aufsd.union import conversion
 from aufsd_client.errors import LayerDamaged
 from tests.archive.shelf import NAMESPACE
@@ -33,7 +34,7 @@ def in_child(work: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def convert(at: Path, target: Dialect, lies_below: Callable[[bytes], bool] | None = None) -> int:
+def convert(at: Path, target: Dialect, lies_below: Callable[[Way], bool] | None = None) -> int:
     def work() -> None:
         fd = os.open(at, os.O_RDONLY)
         done = conversion.convert(fd, target, NAMESPACE, sync=False, lies_below=lies_below)

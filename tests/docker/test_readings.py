@@ -121,7 +121,8 @@ def named(layers: Layers, ids: list[str], dialect: str = "") -> list[bytes]:
     store = os.open(layers.layout.diff, os.O_RDONLY | os.O_DIRECTORY)
     try:
         before = os.listdir("/proc/self/fd")
-        found = list(readings.differences(*readings.roots(store, chain, layers.backend.namespace)))
+        ways = readings.differences(*readings.roots(store, chain, layers.backend.namespace))
+        found = [way.path() for way in ways]
         assert os.listdir("/proc/self/fd") == before
     finally:
         os.close(store)
