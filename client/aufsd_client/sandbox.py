@@ -11,7 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -101,18 +101,37 @@ def run(sandbox: Sandbox, command: Sequence[str], runtime: Runtime) -> int:
     made = _bwrap(sandbox) if runtime == "bwrap" else _unshare(sandbox)
     passed = {name: os.environ[name] for name in _PASSED if name in os.environ}
     environment = {**_ENVIRONMENT, **passed, **(sandbox.environment or {})}
-    with _Signals() as signals:
-        process = subprocess.Popen([*made, *command], env=environment)
+    # the runtime's pid 1, and the command as the one child of that
+    return _waited([*made, *command], environment, lambda pid: _below(_below(pid)))
+
+
+def run_on_host(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command as it is, to its end; its exit status, and signals, as those of `run`.
+
+    Raises OSError.
+    """
+    return _waited(command, {**os.environ, **environment}, lambda pid: pid)
+
+
+def _waited(
+    command: Sequence[str], environment: Mapping[str, str], receiver: Callable[[int], int]
+) -> int:
+    with _Signals(receiver) as signals:
+        process = subprocess.Popen(command, env=environment)
         signals.process = process
         status = process.wait()
     return 128 - status if status < 0 else status
 
 
 class _Signals:
-    """While it is entered, signals to this process go to the command."""
+    """While it is entered, signals to this process go to the command.
 
-    def __init__(self) -> None:
+    `receiver` gives the command's pid for that of the process that was started.
+    """
+
+    def __init__(self, receiver: Callable[[int], int]) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self._receiver = receiver
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "_Signals":
@@ -132,7 +151,7 @@ class _Signals:
         if self.process is None:
             return
         with suppress(ProcessLookupError):
-            os.kill(_below(_below(self.process.pid)), number)
+            os.kill(self._receiver(self.process.pid), number)
 
 
 def _below(pid: int) -> int:

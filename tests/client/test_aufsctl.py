@@ -58,6 +58,7 @@ def test_every_method_has_a_verb() -> None:
         "run",
         "top",
         "tree",
+        "with",
     }
 
 

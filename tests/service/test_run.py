@@ -206,3 +206,23 @@ def test_an_unknown_layer_is_not_found(served: Daemon, client: Client) -> None:
     done = ran(served, "nosuch", "--", "sh")
     assert done.returncode == 4
     assert list(client.iter_layers()) == []
+
+
+def test_a_later_run_removes_what_a_killed_one_left(
+    served: Daemon, base: Client, root_tar: Path
+) -> None:
+    """Only its own kind, and none that is in use or young: that may be of a run that begins."""
+    made = {"run-rm-000000000001": 0, "run-rm-000000000002": 0, "run-rm-000000000003": 1}
+    for id in (*made, "run-000000000004"):
+        base.create(id, parent="base")
+        if id != "run-rm-000000000002":
+            old = Path(served.root, "layers", id)
+            os.utime(old, (old.stat().st_atime, old.stat().st_mtime - 3600))
+    base.get("run-rm-000000000003")
+    served.stop()
+    served.start()
+    with served.client() as client:
+        assert ran(served, "base", "--rm", "--", "/bin/sh", "-c", "exit 0").returncode == 0
+        left = [row.id for row in client.iter_layers(prefix="run-")]
+        client.cleanup()
+    assert left == ["run-000000000004", "run-rm-000000000002", "run-rm-000000000003"]

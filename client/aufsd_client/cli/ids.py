@@ -15,8 +15,8 @@ from aufsd_client.wire import DEFAULT_SOCKET
 
 # What programs make up, and nobody wants to type: Docker's ids, those of `load`, those of `run`.
 # The beginning of an id that a person chose may be that of another tomorrow: it is never enough.
-_MADE: Final = re.compile(r"(?:sha256-)?[0-9a-f]{64}|run-[0-9a-f]{12}")
-_BEGINNING: Final = re.compile(r"(?:sha256-)?[0-9a-f]{4,63}|run-[0-9a-f]{3,11}")
+_MADE: Final = re.compile(r"(?:sha256-)?[0-9a-f]{64}|run-(?:rm-)?[0-9a-f]{12}")
+_BEGINNING: Final = re.compile(r"(?:sha256-)?[0-9a-f]{4,63}|run-(?:rm-)?[0-9a-f]{3,11}")
 _SOON: Final = 2.0  # seconds
 _LONG: Final = re.compile(r"((?:sha256-)?[0-9a-f]{12})[0-9a-f]{52}")
 

@@ -1,9 +1,11 @@
-"""The verb that runs a command in a throw-away layer."""
+"""Verbs that run a command: in a throw-away layer, or beside a layer that is mounted meanwhile."""
 
 import os
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Final
 
 import click
 
@@ -12,7 +14,12 @@ from aufsd_client.cli.content import show_change
 from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, hint, warn
 from aufsd_client.errors import AufsdError
+from aufsd_client.said import Said
 from aufsd_client.sandbox import Bind, Sandbox
+
+# how the ids of layers begin that are removed when their command ends
+_THROWN: Final = "run-rm-"
+_LEFT_BEHIND: Final = 60.0  # seconds
 
 
 @click.command()
@@ -54,8 +61,9 @@ def run(
     environment = dict(_pair(each, "--env") for each in variables)
     wanted = tuple(_bind(each) for each in binds)
     chosen = sandbox.choose(runtime or "", user)
-    id = name or f"run-{uuid.uuid4().hex[:12]}"
+    id = name or (_THROWN if throw_away else "run-") + uuid.uuid4().hex[:12]
     with session.client() as client:
+        _remove_left_behind(client)
         client.create(id, parent=layer)
         with _removed(client, id, throw_away or read_only), _got(client, id, read_only) as path:
             made = Sandbox(path, read_only, wanted, environment, workdir, user)
@@ -66,6 +74,26 @@ def run(
         if not (throw_away or read_only or name):
             hint(f"what it wrote is in {id}; `aufsctl remove {id}` throws it away")
     return status
+
+
+@click.command("with")
+@click.argument("id", **LAYER)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.option("--ro", "read_only", is_flag=True, help="Mount it read-only.")
+@click.pass_obj
+def with_(session: Session, id: str, command: tuple[str, ...], read_only: bool) -> int:
+    """Run a command of the host while a layer is mounted: `aufsctl with work -- du -sh {}`.
+
+    Each {} in the command is the layer's path, which $AUFSD_LAYER_PATH has too. The reference ends
+    with the command, and with this process, however that ends: a script that is killed leaves none.
+    The exit status is the command's.
+    """
+    with session.client() as client, _got(client, id, read_only) as path:
+        meant = [word.replace("{}", path) for word in command]
+        try:
+            return sandbox.run_on_host(meant, {"AUFSD_LAYER_PATH": path})
+        except FileNotFoundError:
+            raise Said(f"there is no command {meant[0]}") from None
 
 
 @contextmanager
@@ -81,6 +109,18 @@ def _got(client: Client, id: str, read_only: bool) -> Iterator[str]:
             client.put(id)
         except (AufsdError, OSError) as error:
             warn([f"{id} could not be unmounted yet: {error}"])
+
+
+def _remove_left_behind(client: Client) -> None:
+    """Remove the throw-away layers of runs that were killed: kill -9 leaves nobody to do it.
+
+    A young one may be of a run that has made it and not yet got it.
+    """
+    for row in client.iter_layers(prefix=_THROWN):
+        if not row.references and 0 < row.created < time.time() - _LEFT_BEHIND:
+            # in use after all, or removed by another run
+            with suppress(AufsdError):
+                client.remove(row.id)
 
 
 @contextmanager
@@ -113,4 +153,4 @@ def _bind(text: str) -> Bind:
     return Bind(os.path.abspath(source), target, mode == "ro")
 
 
-COMMANDS = (run,)
+COMMANDS = (run, with_)

@@ -17,7 +17,7 @@ MODULES: Final = {
     "export": ("export",),
     "graphs": ("tree", "df", "prune"),
     "load": ("load",),
-    "run": ("run",),
+    "run": ("run", "with"),
     "daemon": ("version", "status", "health", "metrics", "discover", "cleanup", "check"),
     "ping": ("ping",),
     "completion": ("completion",),
