@@ -34,7 +34,7 @@ from aufsd.store.layers import Store
 from aufsd.store.opening import open_store
 from aufsd.tasks import Tasks
 from aufsd.threads import Disk
-from aufsd.union import overlay
+from aufsd.union import overlay, runner
 from aufsd.union.backend import Backend, Union
 from aufsd_client.errors import (
     LabelConflict,
@@ -431,10 +431,13 @@ async def test_an_unmount_from_outside_is_noticed_and_the_references_stand(mount
 
 @dataclass(frozen=True)
 class Fleeting:
-    """The overlay backend, whose next mounts somebody else takes away at once: one for each row."""
+    """The overlay backend, whose next mounts somebody else takes away at once: one for each row.
+
+    True: before the backend has seen that it stands.
+    """
 
     overlay: Backend
-    taken: list[None]
+    taken: list[bool]
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.overlay, name)
@@ -442,8 +445,9 @@ class Fleeting:
     def mount(self, union: Union) -> None:
         self.overlay.mount(union)
         if self.taken:
-            self.taken.pop()
             syscalls.umount2(union.target)
+            if self.taken.pop():
+                raise runner.Vanished("unmounted")
 
 
 @pytest.mark.parametrize(("times", "stands"), [(2, True), (3, False)])
@@ -451,7 +455,7 @@ async def test_a_mount_that_others_take_away_at_once_is_made_again_or_is_none(
     times: int, stands: bool, tmp_path: Path
 ) -> None:
     def serve(found: Backend) -> Backend:
-        return cast(Backend, Fleeting(found, [None] * times))
+        return cast(Backend, Fleeting(found, [True, False, True][:times]))
 
     async with opened(tmp_path, serve=serve) as mounts:
         make(mounts.store, BASE)

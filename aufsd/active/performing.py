@@ -11,10 +11,13 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel.mountinfo import Identity
 from aufsd.union import bind
 from aufsd.union.backend import Backend, Union
-from aufsd.union.runner import MOUNT_TRIES
+from aufsd.union.runner import Vanished
 from aufsd_client.errors import MountFailed
 
 log = structlog.get_logger(__name__)
+
+# of a mount that somebody unmounts at once, by hand or in a loop
+_TRIES = 3
 
 
 def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
@@ -31,11 +34,14 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
         foreign = False
     if foreign:
         raise Occupied(union.target)
-    for _ in range(MOUNT_TRIES):
-        if by == BIND:
-            bind.mount(union)
-        else:
-            backend.mount(union)
+    for _ in range(_TRIES):
+        try:
+            if by == BIND:
+                bind.mount(union)
+            else:
+                backend.mount(union)
+        except Vanished:
+            continue
         try:
             read_only = observed.is_read_only(union.target)
         except OSError:  # its helper has just died
@@ -45,7 +51,7 @@ def mount(backend: Backend, union: Union, by: str) -> tuple[Identity, bool]:
         if made is not None:
             return made, read_only
     raise MountFailed(
-        f"layer {union.id} was mounted {MOUNT_TRIES} times and somebody else unmounted it at once",
+        f"layer {union.id} was mounted {_TRIES} times and somebody else unmounted it at once",
         id=union.id,
         errno="ENODEV",
     )

@@ -92,8 +92,8 @@ class Aufs:
                 # in the branch: a time set through the union has whole seconds
                 os.utime(union.top, ns=before)
         except OSError as error:
-            runner.undo(union.target)
-            raise runner.failure(union.id, calls[-1], error, self.log) from error
+            failed = runner.failure(union.id, calls[-1], error, self.log)
+            raise runner.undone(union.target, failed) from error
         if not union.read_only:
             for name, inode in self._new_union(union.target):
                 device = os.lstat(union.target).st_dev

@@ -38,7 +38,7 @@ from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
 from aufsd.union.causes import PASSING, refused
 from aufsd.union.helper import Helper
 from aufsd.union.scratch import scratch_dirs
-from aufsd_client.errors import MountFailed, NoSpace
+from aufsd_client.errors import AufsdError, MountFailed, NoSpace
 
 log = structlog.get_logger(__name__)
 
@@ -133,8 +133,9 @@ class Fuse:
             try:
                 pid = self._serve(union, served, device, opened)
             except OSError as error:
-                _detach(union.target)
-                raise runner.failure(union.id, served, error, self.log) from error
+                vanished = not _detach(union.target)
+                failed = runner.failure(union.id, served, error, self.log)
+                raise _vanished(failed) if vanished else failed from error
         # our descriptor of the connection is closed: it ends with the helper's
         try:
             _ask(union.target, self.patience)
@@ -158,7 +159,7 @@ class Fuse:
         return pid
 
     def _give_up(self, union: Union, served: MountCall, pid: int) -> None:
-        _detach(union.target)
+        vanished = not _detach(union.target)
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         helper.wait(pid, process(pid)[1], _END_WITHIN)
@@ -167,7 +168,8 @@ class Fuse:
         # one that says nothing was not given the time to
         why = said or f"{self.program} did not answer"
         error = OSError(errno.EINVAL if said else errno.ETIMEDOUT, why)
-        raise runner.failure(union.id, served, error, self.log)
+        failed = runner.failure(union.id, served, error, self.log)
+        raise _vanished(failed) if vanished else failed
 
     def flush(self, target: str) -> None:
         """As Backend.flush: the kernel keeps written pages of a FUSE mount for a while."""
@@ -394,9 +396,18 @@ def _ask(target: str, seconds: float) -> None:
         raise OSError(errno.ENODEV, "another thing stands there")
 
 
-def _detach(target: str) -> None:
-    with suppress(OSError):
+def _detach(target: str) -> bool:
+    """Take a mount away that nobody serves; whether it was there. It is asked nothing."""
+    try:
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
+    except OSError as error:
+        # umount(2): it is no mount point
+        return error.errno != errno.EINVAL
+    return True
+
+
+def _vanished(failed: AufsdError) -> runner.Vanished:
+    return runner.Vanished(failed.message, **failed.data)
 
 
 def _is_device(target: str, device: int) -> bool:

@@ -21,14 +21,16 @@ from aufsd.store.ids import LayerId
 from aufsd.store.space import is_full, no_space
 from aufsd.union.branches import DATA_MAX, MountCall
 from aufsd.union.causes import likely_cause
-from aufsd_client.errors import MountFailed, NoSpace
+from aufsd_client.errors import AufsdError, MountFailed, NoSpace
 
 _BRANCH: Final = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# of a mount that is gone as soon as it is made: somebody unmounts it by hand, or in a loop
-MOUNT_TRIES: Final = 3
 _UNDO_TRIES: Final = 10
 _UNDO_PAUSE: Final = 0.05  # seconds
 _this_thread = threading.local()
+
+
+class Vanished(MountFailed):
+    """Somebody else unmounted it before it could be used: to be mounted again."""
 
 
 def run(
@@ -36,34 +38,19 @@ def run(
 ) -> None:
     """Make the calls in order, and ask `stands` whether the target is what it is to be.
 
-    What somebody unmounts at once is mounted again, twice. Raises MountFailed; what was mounted by
-    then is unmounted again.
+    Raises MountFailed, Vanished; what was mounted by then is unmounted again.
     """
     log.mark()
-    for attempt in range(1, MOUNT_TRIES + 1):
-        made, error = _made(calls, stands)
-        if error is None:
-            return
-        vanished = made > 0 and not _is_mount_point(calls[0].target)
-        if made and not vanished:
-            undo(calls[0].target)
-        if not vanished or attempt == MOUNT_TRIES:
-            raise failure(id, calls[min(made, len(calls) - 1)], error, log) from error
-
-
-def _made(calls: Sequence[MountCall], stands: Callable[[str], bool]) -> tuple[int, OSError | None]:
-    """How many of the calls could be made, and why it was not all, or not what it was to be."""
-    made = 0
-    try:
-        for call in calls:
+    for number, call in enumerate(calls):
+        try:
             _make(call)
-            made += 1
-    except OSError as error:
-        return made, error
-    if stands(calls[-1].target):
-        return made, None
-    unseen = "mounted without an error, but another thing stands there"
-    return made, OSError(errno.ENODEV, unseen)
+        except OSError as error:
+            failed = failure(id, call, error, log)
+            raise (undone(call.target, failed) if number else failed) from error
+    target = calls[-1].target
+    if not stands(target):
+        unseen = OSError(errno.ENODEV, "mounted without an error, but another thing stands there")
+        raise undone(target, failure(id, calls[-1], unseen, log))
 
 
 def _is_mount_point(target: str) -> bool:
@@ -96,6 +83,14 @@ def undo(target: str) -> bool:
             return True
         time.sleep(_UNDO_PAUSE)
     return False
+
+
+def undone(target: str, failed: AufsdError) -> AufsdError:
+    """The error of a mount that is of no use, which is undone; Vanished if it is gone already."""
+    if not _is_mount_point(target):
+        return Vanished(failed.message, **failed.data)
+    undo(target)
+    return failed
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """What only overlayfs does, and what has to be done about it."""
 
 import os
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from aufsd.kernel.log import KernelLog
 from aufsd.union import exclusive, runner
 from aufsd.union.branches import DATA_MAX, MountCall, longest
 from aufsd.union.overlay import Overlay
+from aufsd.union.runner import Vanished
 from aufsd_client.errors import MountFailed
 from tests.conformance.layers import Layers, open_layers, tree
 from tests.small import full, small
@@ -108,23 +108,21 @@ def test_a_branch_in_use_is_found_on_a_full_disk_too(tmp_path: Path) -> None:
             assert not exclusive.is_upper_in_use(union.top, scratch, namespace)
 
 
-@pytest.mark.parametrize(("times", "stands"), [(2, True), (3, False)])
-def test_a_union_that_others_unmount_at_once_is_mounted_again_and_not_for_ever(
-    times: int, stands: bool, layers: Layers
+def test_a_union_that_others_unmount_at_once_is_told_from_one_that_is_of_no_use(
+    layers: Layers,
 ) -> None:
     union = layers.union(layers.add(), layers.add({"file": "content"}))
     os.makedirs(union.work)
-    left = [None] * times
 
-    def is_mounted(target: str) -> bool:
-        if left:
-            left.pop()
-            syscalls.umount2(target)
+    def taken_away(target: str) -> bool:
+        syscalls.umount2(target)
         return layers.backend.is_mounted(target)
 
-    with nullcontext() if stands else pytest.raises(MountFailed, match="ENODEV"):
-        runner.run("top", layers.backend.plan(union), stands=is_mounted, log=KernelLog(-1))
-    assert layers.backend.is_mounted(union.target) is stands
+    for stands, expected in ((taken_away, Vanished), (lambda _: False, MountFailed)):
+        with pytest.raises(MountFailed, match="ENODEV") as caught:
+            runner.run("top", layers.backend.plan(union), stands=stands, log=KernelLog(-1))
+        assert type(caught.value) is expected
+        assert not layers.backend.is_mounted(union.target)
 
 
 def test_a_union_that_is_no_work_of_ours_is_found_by_the_kernel_log(layers: Layers) -> None:

@@ -11,7 +11,9 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from math import inf
 
 from aufsd.kernel import syscalls
@@ -24,16 +26,13 @@ from tests.model import world
 from tests.model.explain import Event
 from tests.model.world import ABSENT, DONE, GONE, READ_ONLY, THERE, UNKNOWN, Answer, Call
 
-# takes a reference that goes with its process, says so, and waits to be killed
+# connects, takes references that go with their process, and waits to be killed
 _HOLDER = """
-import json, socket, sys
-peer = socket.socket(socket.AF_UNIX)
-peer.connect(sys.argv[1])
-params = {"id": sys.argv[2], "hold": "process"}
-peer.sendall(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "get", "params": params}).encode())
-peer.sendall(b"\\n")
-sys.stdout.write(peer.makefile().readline() or "{}\\n")
-sys.stdout.flush()
+import socket, sys
+peer = socket.socket(fileno=int(sys.argv[1]))
+peer.connect(sys.argv[2])
+peer.sendall(sys.argv[3].encode())
+print(flush=True)
 sys.stdin.read()
 """
 
@@ -344,29 +343,53 @@ def abandon(worker: Worker, call: Call) -> None:
     worker.record.note(call, UNKNOWN, began, worker.number)
 
 
-def hold_and_die(worker: Worker, id: str) -> None:
-    """A process takes a reference, and is killed; the daemon notices when it does."""
-    began = time.monotonic()
-    command = [sys.executable, "-IS", "-c", _HOLDER, worker.daemon.socket, id]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    ) as process:
-        assert process.stdout is not None
-        reply = _replied(process.stdout.readline())
-        hold = f"pid:{process.pid}"
-        worker.record.note(Call("get", id, hold=hold), reply, began, worker.number)
-        began = time.monotonic()
-        process.kill()
-    worker.record.events.append(Event(Call("death", id, hold=hold), DONE, began, inf))
+def hold_and_die(worker: Worker, ids: list[str], replies: int) -> None:
+    """A process asks for references, and is killed after so many replies; the daemon notices.
+
+    Its socket is ours too, so that all replies are known, those after its death as well.
+    """
+    lines = [
+        encode_request(f"{at}", "get", {"id": id, "hold": "process"}) for at, id in enumerate(ids)
+    ]
+    began = died = time.monotonic()
+    with socket.socket(socket.AF_UNIX) as peer:
+        words = (str(peer.fileno()), worker.daemon.socket, b"".join(lines).decode())
+        with subprocess.Popen(
+            [sys.executable, "-IS", "-c", _HOLDER, *words],
+            pass_fds=[peer.fileno()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            hold = f"pid:{process.pid}"
+            waiting = {f"{at}": Call("get", id, hold=hold) for at, id in enumerate(ids)}
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                return  # the daemon is gone
+
+            def read(most: int) -> None:
+                for line in islice(stream, most):
+                    call = waiting.pop(json.loads(line)["id"])
+                    worker.record.note(call, _replied(line), began, worker.number)
+
+            with peer.makefile("rb") as stream, suppress(ConnectionResetError, BrokenPipeError):
+                read(replies)
+                died = time.monotonic()
+                process.kill()
+                peer.shutdown(socket.SHUT_WR)
+                read(len(ids))
+            process.kill()
+    for call in waiting.values():
+        worker.record.note(call, UNKNOWN, began, worker.number)
+    for id in set(ids):
+        worker.record.events.append(Event(Call("death", id, hold=hold), DONE, died, inf))
 
 
 def _replied(line: bytes) -> Answer:
     """The answer of a `get` as it came over the socket."""
-    found = json.loads(line or b"{}")
+    found = json.loads(line)
     if "error" in found:
         return str(found["error"]["data"]["name"])
-    if "result" not in found:
-        return UNKNOWN
     got = found["result"]
     return ("got", got["references"], got["mounted"], got["read_only"], got["new"])
 

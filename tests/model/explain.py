@@ -15,6 +15,8 @@ _MOST = 3_000_000
 _READS = ("diff", "diff_size", "changes")
 _TURNS = ("get", "put", "remove", "take_down", "death", "restart", "outside")
 _WRITES = ("link", "unlink")
+# whether these changed anything their answer does not tell
+_UNTOLD = ("death", "restart", "take_down", "let_go")
 
 
 ALONE = Beside()
@@ -60,6 +62,7 @@ def _beside(event: Event, history: Sequence[Event]) -> Beside:
         torn=frozenset(writes if len(writes) > 1 else ()),
         full=any(call.method == "full" for call in calls),
         removed=any(call.method == "remove" for call in calls),
+        died=frozenset(call.hold for call in calls if call.method == "death"),
         killed=event.optional and any(call.method == "restart" for call in calls),
     )
 
@@ -103,7 +106,8 @@ def explain(start: State, history: Sequence[Event]) -> State | None:
             }
             places = [(done | 1 << at, each) for each in then]
             lost = any(not (done >> other & 1 or after[other] & done) for other in passed[at])
-            if then == {now} and not event.optional and not lost:
+            told = event.call.method not in _UNTOLD
+            if then == {now} and told and not event.optional and not lost:
                 # it changes nothing and may be next: if there is an order, there is one from here
                 found = places
                 break
@@ -121,7 +125,7 @@ def shortest(start: State, history: Sequence[Event]) -> list[Event]:
     First the earliest moment at which it cannot be explained any more, then without the questions
     that do not matter. Calls that were under way at that moment count as not answered yet.
     """
-    moments = sorted(event.ended for event in history if event.ended < inf)
+    moments = [*sorted(event.ended for event in history if event.ended < inf), inf]
     low, high = 0, len(moments) - 1
     while low < high:
         middle = (low + high) // 2

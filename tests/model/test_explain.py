@@ -31,6 +31,13 @@ def test_two_that_overlap_cannot_both_be_first() -> None:
     assert explain(State(), [BASE, first, second]) is None
 
 
+def test_a_death_that_would_change_nothing_yet_may_come_later() -> None:
+    taken = event(Call("get", "a", hold="pid:7"), GOT, 2, 4)
+    death = event(Call("death", "a", hold="pid:7"), DONE, 3, inf)
+    listed = event(Call("list"), frozenset({("a", ("", 1, 0, False))}), 5, 6)
+    assert explain(State(), [BASE, taken, death, listed]) is not None
+
+
 def test_a_call_that_was_cut_off_may_come_at_any_time_or_never() -> None:
     cut = event(Call("remove", "a"), UNKNOWN, 2, inf)
     for seen in (True, False):

@@ -99,7 +99,7 @@ class Beside(NamedTuple):
     `readers`: pairs of layers that a diff, diff_size or changes compares meanwhile. `turning`: ids
     that are mounted or unmounted meanwhile. `torn`: names that several writes change meanwhile.
     `full`: the disk is full, for a time that overlaps. `killed`: the daemon was killed meanwhile.
-    `removed`: a layer was, perhaps the last child of another.
+    `removed`: a layer was, perhaps the last child of another. `died`: what processes hold that end.
     """
 
     readers: tuple[tuple[str, str], ...] = ()
@@ -108,6 +108,7 @@ class Beside(NamedTuple):
     full: bool = False
     killed: bool = False
     removed: bool = False
+    died: frozenset[str] = frozenset()
 
 
 Answer = object
@@ -207,6 +208,9 @@ def _is_read(state: State, id: str, beside: Beside) -> bool:
 
 
 def _get(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
+    if call.hold in beside.died:
+        # nobody can see any more which process that is
+        yield "InvalidParams", state
     layer = state.get(call.id)
     if layer is None:
         yield NOT_FOUND, state
