@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 
 import msgspec
 
+from aufsd.digits import number
 from aufsd.store.idmap import IdMap
 
 DEFAULT_FILE = "/etc/aufsd/aufsd.toml"
@@ -258,15 +259,6 @@ def _path(path: str, base: str | None) -> str:
     if path.startswith("@"):
         raise ConfigError("an abstract socket has no owner and no mode; give a path")
     return _absolute(path, base)
-
-
-def number(text: str, most: int) -> int | None:
-    """A number from decimal digits; None if it is none, or above `most`."""
-    # isdigit() accepts "²", and int() the digits of other scripts
-    if not (text.isascii() and text.isdigit() and len(text) <= len(str(most))):
-        return None
-    found = int(text)
-    return found if found <= most else None
 
 
 def _id_map(text: str) -> dict[str, int]:

@@ -185,7 +185,7 @@ class Driver:
         self.store.require(id)
         try:
             dialect = await self.disk.run(self.chains.dialect, id)
-        except (LayerDamaged, FileNotFoundError):
+        except LayerDamaged:
             # It may be damaged, or be removed or replaced at this moment. Ask again within a
             # transition, which other calls wait for. A claim for reading would make an apply fail
             # with LayerInUse, only because of this question.

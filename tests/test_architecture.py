@@ -37,6 +37,7 @@ LEVELS = {
     "aufsd.threads": 1,
     "aufsd.active.refs": 1,
     "aufsd.results": 0,
+    "aufsd.digits": 0,
     "aufsd.store.ids": 0,
     "aufsd.store.idmap": 0,
     "aufsd.store.layout": 0,

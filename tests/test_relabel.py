@@ -122,7 +122,7 @@ def test_sizes_are_read_as_docker_reads_them(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "G", "-1", "1.5G", "10X", "0", "0G", "9999999P", "1e3", "\u0661"]
+    "text", ["", "G", "-1", "1.5G", "10X", "0", "0G", "9999999P", "1e3", "\u0661", "9" * 5000]
 )
 def test_any_other_is_no_size(text: str) -> None:
     with pytest.raises(InvalidParams):

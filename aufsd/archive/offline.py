@@ -22,10 +22,12 @@ from aufsd.kernel import probe, syscalls
 from aufsd.results import Problem
 from aufsd.store import dialect as dialects
 from aufsd.store import records
-from aufsd.store.dialect import Dialect
+from aufsd.store.dialect import Dialect, UnknownDialect
+from aufsd.store.identity import require_directory
 from aufsd.store.ids import LayerId, parse_id
 from aufsd.store.index import read_parents
 from aufsd.store.layout import Layout
+from aufsd.store.opened import damaged
 from aufsd_client.errors import LayerDamaged, LayerNotFound, PermissionDenied, StoreLocked
 
 
@@ -48,10 +50,7 @@ class Offline:
             if not sound:
                 problem = f"its parents file does not continue as that of its parent {one}"
                 raise LayerDamaged(f"layer {id}: {problem}", id=id, problem=problem)
-        return tuple(
-            Branch(one, dialects.read_dialect(self._content(one), self.settings.namespace))
-            for one in ids
-        )
+        return tuple(Branch(one, self._dialect(one)) for one in ids)
 
     def _parents(self, id: LayerId) -> tuple[LayerId, ...]:
         try:
@@ -62,11 +61,13 @@ class Offline:
             raise LayerDamaged(f"layer {id}: {parents}", id=id, problem=parents)
         return tuple(LayerId(parent) for parent in parents)
 
-    def _content(self, id: LayerId) -> str:
+    def _dialect(self, id: LayerId) -> Dialect:
         path = self.layout.content(id)
-        if not os.path.isdir(path):
-            raise LayerDamaged(f"layer {id} has no content: {path} does not exist", id=id)
-        return path
+        require_directory(path, id)
+        try:
+            return dialects.read_dialect(path, self.settings.namespace)
+        except UnknownDialect as error:
+            raise damaged(id, error.strerror) from error
 
     def write_view(self, id: str, out: int) -> list[str]:
         """Write the merged view of a layer as a tar to the descriptor `out`; warnings."""
@@ -119,12 +120,15 @@ class Offline:
                     problem = Problem(
                         id, "unreadable", f"{content}: {error.strerror}{where}", False
                     )
+                except LayerDamaged as error:
+                    problem = Problem(id, "unreadable", error.message, False)
                 found += [problem] if problem else []
         return found
 
     def _fingerprint(self, id: str) -> str:
-        dialect = dialects.read_dialect(self.layout.content(LayerId(id)), self.settings.namespace)
-        with _standing_in(self.diff, Branch(id, dialect), self.settings) as layer:
+        with _standing_in(
+            self.diff, Branch(id, self._dialect(LayerId(id))), self.settings
+        ) as layer:
             return fingerprint.fingerprint(layer, self.settings, Meter(_unheard))
 
 

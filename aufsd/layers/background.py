@@ -12,15 +12,15 @@ import trio
 from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
-from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.opened import converting_to
 from aufsd.store.recovery import Recovered, discard_trials
 from aufsd.store.seals import forget_usage
 from aufsd.tasks import AutoResetEvent, Tasks
 from aufsd.threads import Disk
-from aufsd_client.errors import AufsdError
+from aufsd_client.errors import AufsdError, LayerDamaged
 
 log = structlog.get_logger(__name__)
 
@@ -147,7 +147,7 @@ class Upkeep:
                 log.warning("recovered", action="finished", what="convert", name=id)
 
     def _interrupted(self, id: LayerId) -> Dialect | None:
-        return dialects.interrupted(self.store.layout.content(id), self.store.xattr_namespace)
+        return converting_to(self.store.identity, id, self.store.xattr_namespace)
 
     def _all_interrupted(self) -> set[LayerId]:
         found = set()
@@ -155,6 +155,6 @@ class Upkeep:
             try:
                 if self._interrupted(id) is not None:
                     found.add(id)
-            except OSError:
+            except (LayerDamaged, OSError):
                 continue  # removed meanwhile, or damaged, which `check` reports
         return found

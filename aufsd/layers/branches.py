@@ -13,6 +13,7 @@ from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.opened import converting_to
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd_client.errors import ConversionNeeded
@@ -114,13 +115,12 @@ class Chains:
 
     def _unprepared(self, ids: tuple[LayerId, ...]) -> dict[LayerId, Dialect]:
         """The layers to convert, with their dialect; those of an interrupted conversion too."""
-        content, namespace = self.store.layout.content, self.store.xattr_namespace
-        wanted = self.backend.dialect
+        namespace, wanted = self.store.xattr_namespace, self.backend.dialect
         return {
             id: dialect
             for id in ids
             if (dialect := self.store.dialect(id)) is not wanted
-            or dialects.interrupted(content(id), namespace) is not None
+            or converting_to(self.store.identity, id, namespace) is not None
         }
 
     def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:

@@ -4,7 +4,11 @@ import os
 import socket
 from collections.abc import Collection
 
+from aufsd.digits import number
+
 _FIRST = 3
+# more than any process has
+_MOST = 1 << 30
 
 
 def inherited(names: Collection[str]) -> dict[str, socket.socket]:
@@ -17,10 +21,13 @@ def inherited(names: Collection[str]) -> dict[str, socket.socket]:
     ours = os.environ.pop("LISTEN_PID", "") == str(os.getpid())
     count = os.environ.pop("LISTEN_FDS", "")
     given = os.environ.pop("LISTEN_FDNAMES", "").split(":")
-    if not ours or not count.isdigit():
+    passed = number(count, _MOST)
+    if not ours or not count:
         return {}
+    if passed is None:
+        raise OSError(f"the service manager says {count[:20]!r} in LISTEN_FDS, which is no number")
     found: dict[str, socket.socket] = {}
-    for index in range(int(count)):
+    for index in range(passed):
         fd = _FIRST + index
         os.set_inheritable(fd, False)
         name = given[index] if index < len(given) else ""

@@ -9,6 +9,7 @@ from time import CLOCK_MONOTONIC, clock_gettime_ns
 
 import trio
 
+from aufsd.digits import number
 from aufsd.tasks import Task
 
 # at most, between two reports of the status text
@@ -28,8 +29,8 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         own = os.environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         interval = os.environ.pop("WATCHDOG_USEC", "")
-        digits = interval.isascii() and interval.isdigit()
-        self.watchdog = int(interval) / 1e6 if own and digits and int(interval) else None
+        microseconds = number(interval, 1 << 53) if own else None
+        self.watchdog = microseconds / 1e6 if microseconds else None
         # the last state of the service, until it could be sent
         self._unsent: list[str] = []
         self._peer: socket.socket | None = None

@@ -18,13 +18,13 @@ from msgspec.structs import replace
 
 from aufsd.kernel import mountinfo
 from aufsd.results import Problem
-from aufsd.store import dialect as dialects
 from aufsd.store.content import fsync
 from aufsd.store.format import write_durably
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.index import read_parent_mark, read_parents
 from aufsd.store.layers import Store
-from aufsd_client.errors import LayerNotFound
+from aufsd.store.opened import converting_to
+from aufsd_client.errors import LayerDamaged, LayerNotFound
 
 P = ParamSpec("P")
 
@@ -117,7 +117,12 @@ def _layer(store: Store, id: LayerId, *, repair: bool) -> Iterator[Problem]:
     if not os.path.isdir(mount_point) or os.path.islink(mount_point):
         done = repair and _done(os.mkdir, mount_point, 0o755)
         yield Problem(id, "missing-mount-point", f"{mount_point} is not a directory", done)
-    half = dialects.interrupted(content, store.xattr_namespace)
+    half = None
+    try:
+        half = converting_to(store.identity, id, store.xattr_namespace)
+        store.dialect(id)
+    except LayerDamaged as error:
+        yield Problem(id, "damaged", str(error.data["problem"]), False)
     if half is not None:
         detail = f"a conversion to {half} was cut off; the next mount or convert finishes it"
         yield Problem(id, "half-converted", detail, False)

@@ -6,26 +6,31 @@ import os
 import stat
 from collections.abc import Iterator
 
+from aufsd.digits import number
 from aufsd.kernel import btrfs
-from aufsd.store.dialect import XattrNamespace
+from aufsd.store.dialect import Where, XattrNamespace
 from aufsd.store.origin import Origin, write_origin
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # how many bytes a layer may refer to, as text, on the top of its subvolume
 _SIZE_XATTR = "aufsd.size"
+_SIZE_MAX = (1 << 63) - 1
 
 
 def copy_attributes(source: str, target: str) -> None:
-    """Give one directory the owner, mode, times and xattrs of another; no trusted.* ones."""
-    found = os.lstat(source)
-    os.chown(target, found.st_uid, found.st_gid)
-    for name in os.listxattr(source, follow_symlinks=False):
-        if is_copied(name):
-            with contextlib.suppress(OSError):
-                value = os.getxattr(source, name, follow_symlinks=False)
-                os.setxattr(target, name, value, follow_symlinks=False)
-    os.chmod(target, stat.S_IMODE(found.st_mode))
-    os.utime(target, ns=(found.st_atime_ns, found.st_mtime_ns))
+    """Give one directory the owner, mode, times and xattrs of another; no trusted.* ones.
+
+    Raises OSError, also if one is no directory.
+    """
+    with _opened(source) as like, _opened(target) as fresh:
+        found = os.fstat(like)
+        os.chown(fresh, found.st_uid, found.st_gid)
+        for name in os.listxattr(like):
+            if is_copied(name):
+                with contextlib.suppress(OSError):
+                    os.setxattr(fresh, name, os.getxattr(like, name))
+        os.chmod(fresh, stat.S_IMODE(found.st_mode))
+        os.utime(fresh, ns=(found.st_atime_ns, found.st_mtime_ns))
 
 
 def is_copied(name: str) -> bool:
@@ -106,7 +111,7 @@ def limit(path: str, size: int, namespace: XattrNamespace) -> None:
         name = f"{namespace}.{_SIZE_XATTR}"
         if not size:
             # a snapshot inherits the limit too (btrfs_qgroup_inherit())
-            if limit_of(path, namespace):
+            if limit_of(fd, namespace):
                 btrfs.qgroup_limit(fd, btrfs.subvol_info(fd).id, None)
                 os.removexattr(fd, name)
             return
@@ -115,11 +120,11 @@ def limit(path: str, size: int, namespace: XattrNamespace) -> None:
         os.setxattr(fd, name, str(size).encode())
 
 
-def limit_of(path: str, namespace: XattrNamespace) -> int:
+def limit_of(where: Where, namespace: XattrNamespace) -> int:
     """The limit that was set; 0 for none."""
     try:
-        return int(os.getxattr(path, f"{namespace}.{_SIZE_XATTR}"))
-    except (OSError, ValueError):
+        return number(os.getxattr(where, f"{namespace}.{_SIZE_XATTR}"), _SIZE_MAX) or 0
+    except OSError:
         return 0
 
 

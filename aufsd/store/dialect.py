@@ -27,6 +27,12 @@ class Dialect(StrEnum):
     NONE = "none"
 
 
+class UnknownDialect(OSError):
+    """A layer says that it is written in a dialect that there is not; `strerror` is the problem."""
+
+    strerror: str
+
+
 # the two that do, and that a layer can be converted between
 WITH_MARKS: Final = (Dialect.AUFS, Dialect.OVERLAY)
 
@@ -96,9 +102,10 @@ def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
 def read_dialect(where: Where, namespace: str) -> Dialect:
     """The dialect of a layer, by its content directory (path or descriptor).
 
-    While a conversion is half done this is still the one it comes from. Raises OSError.
+    While a conversion is half done this is still the one it comes from. Raises UnknownDialect,
+    OSError.
     """
-    return _parse(where, _read(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
+    return _parse(_read(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
 
 
 def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
@@ -112,9 +119,13 @@ def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
 def interrupted(where: Where, namespace: str) -> Dialect | None:
     """What a conversion that a crash left half done was going to; None if there is none.
 
-    Until it is finished the content may hold marks of both dialects.
+    Until it is finished the content may hold marks of both dialects. Raises UnknownDialect,
+    OSError.
     """
-    return _parse(where, _read(where, f"{namespace}.aufsd.converting"))
+    found = _parse(_read(where, f"{namespace}.aufsd.converting"))
+    if found is Dialect.NONE:
+        raise UnknownDialect(errno.EINVAL, "it says that it is converted to have no marks")
+    return found
 
 
 def mark_converting(where: Where, target: Dialect | None, namespace: str) -> None:
@@ -160,10 +171,10 @@ def _read(where: Where, name: str) -> bytes | None:
         raise
 
 
-def _parse(where: Where, value: bytes | None) -> Dialect | None:
+def _parse(value: bytes | None) -> Dialect | None:
     if value is None:
         return None
     try:
         return Dialect(value.decode("ascii", "replace"))
     except ValueError as error:
-        raise OSError(errno.EINVAL, f"unknown dialect {value!r}", str(where)) from error
+        raise UnknownDialect(errno.EINVAL, f"its dialect {value[:40]!r} is unknown") from error

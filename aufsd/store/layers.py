@@ -25,7 +25,6 @@ from aufsd.store.dialect import (
     XattrNamespace,
     is_settled,
     mark_settled,
-    read_dialect,
 )
 from aufsd.store.erase import Left, erase
 from aufsd.store.format import Format, Sync, write_durably, write_format
@@ -33,6 +32,7 @@ from aufsd.store.identity import Identity, require_directory
 from aufsd.store.ids import LayerId
 from aufsd.store.index import parent_mark
 from aufsd.store.layout import Layout
+from aufsd.store.opened import content_of, dialect_of
 from aufsd.store.space import no_space
 from aufsd_client.errors import LayerDamaged, LayerExists, LayerNotFound, MountFailed
 
@@ -397,9 +397,7 @@ class Store:
 
     def dialect(self, id: LayerId) -> Dialect:
         """How the layer's content says what is deleted. LayerDamaged without any."""
-        content = self.layout.content(id)
-        require_directory(content, id)
-        return read_dialect(content, self.xattr_namespace)
+        return dialect_of(self.identity, id, self.xattr_namespace)
 
     def settled_on(self, id: LayerId) -> list[LayerId]:
         """Layers on this one that lack whiteouts which, by what it held, hide nothing."""
@@ -408,25 +406,27 @@ class Store:
         while pending:
             above = pending.pop()
             pending += self.children_of(above)
-            with contextlib.suppress(OSError):
-                if is_settled(self.layout.content(above), self.xattr_namespace):
+            with contextlib.suppress(OSError, LayerDamaged), content_of(self.identity, above) as fd:
+                if is_settled(fd, self.xattr_namespace):
                     found.append(above)
         return sorted(found)
 
     def recorded(self, id: LayerId) -> str:
-        """What an apply recorded of the layer's content; "" for nothing."""
-        return records.read(self.layout.content(id), self.xattr_namespace)
+        """What an apply recorded of the layer's content; "" for nothing. LayerDamaged."""
+        with content_of(self.identity, id) as fd:
+            return records.read(fd, self.xattr_namespace)
 
     def unrecord(self, id: LayerId) -> None:
         """Before somebody may write into a layer: what is recorded of it is dropped, durably.
 
-        Raises MountFailed, and then the layer must not be given out.
+        Raises LayerDamaged, MountFailed, and then the layer must not be given out.
         """
         if id in self.unrecorded:
             return
         self.identity.verify()
         try:
-            records.drop(self.layout.content(id), self.xattr_namespace, self.sync)
+            with content_of(self.identity, id) as fd:
+                records.drop(fd, self.xattr_namespace, self.sync)
         except OSError as error:
             raise MountFailed(
                 f"layer {id} cannot be made ready for being written to: {error.strerror}",

@@ -5,11 +5,16 @@ system's own books instead of by comparing two whole trees.
 """
 
 import os
+import re
 from typing import Final, NamedTuple
 
+from aufsd.digits import number
 from aufsd.store.dialect import Where
 
 _NAME: Final = "aufsd.origin"
+_UUID: Final = re.compile("[0-9a-f]{32}")
+# transactions are numbered so far, and one may be added
+_LAST: Final = (1 << 63) - 1
 
 
 class Origin(NamedTuple):
@@ -33,7 +38,10 @@ def write_origin(where: Where, origin: Origin, namespace: str) -> None:
 def read_origin(where: Where, namespace: str) -> Origin | None:
     """What a layer began as; None if nothing is noted, or nothing that can be read."""
     try:
-        uuid, parted, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split()
-        return Origin(bytes.fromhex(uuid), int(parted), int(generation))
+        uuid, parted, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split(" ")
     except (OSError, ValueError):
         return None
+    numbers = number(parted, _LAST), number(generation, _LAST)
+    if not _UUID.fullmatch(uuid) or numbers[0] is None or numbers[1] is None:
+        return None
+    return Origin(bytes.fromhex(uuid), numbers[0], numbers[1])

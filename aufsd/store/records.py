@@ -7,14 +7,13 @@ be is no damage. What it says is the business of archive/fingerprint.py. Synchro
 
 import os
 
-from aufsd.store.content import fsync
-from aufsd.store.dialect import remove_xattr
+from aufsd.store.dialect import Where, remove_xattr
 from aufsd.store.format import Sync
 
 _NAME = "aufsd.fingerprint"
 
 
-def read(content: str, namespace: str) -> str:
+def read(content: Where, namespace: str) -> str:
     """What is recorded; "" for nothing."""
     try:
         return os.getxattr(content, f"{namespace}.{_NAME}").decode("ascii", "replace")
@@ -22,7 +21,7 @@ def read(content: str, namespace: str) -> str:
         return ""
 
 
-def write(content: str, fingerprint: str, namespace: str) -> None:
+def write(content: Where, fingerprint: str, namespace: str) -> None:
     """Record it; "" for nothing. Durable when the directory is synced. Raises OSError."""
     if fingerprint:
         os.setxattr(content, f"{namespace}.{_NAME}", fingerprint.encode())
@@ -30,9 +29,9 @@ def write(content: str, fingerprint: str, namespace: str) -> None:
         remove_xattr(content, f"{namespace}.{_NAME}")
 
 
-def drop(content: str, namespace: str, sync: Sync) -> None:
-    """Have nothing recorded, durably, whatever becomes of the content. Raises OSError."""
+def drop(content: int, namespace: str, sync: Sync) -> None:
+    """Have nothing recorded of what is open as `content`, durably. Raises OSError."""
     if read(content, namespace):
         write(content, "", namespace)
         if sync != "none":
-            fsync(content)
+            os.fsync(content)

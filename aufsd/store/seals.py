@@ -12,11 +12,13 @@ import os
 from contextlib import suppress
 from typing import Final, NamedTuple
 
+from aufsd.digits import number
 from aufsd.kernel import btrfs
 from aufsd.store import content as contents
 from aufsd.store.dialect import remove_xattr
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.opened import content_of
 from aufsd.store.space import no_space
 from aufsd_client.errors import LayerSealed
 
@@ -24,6 +26,7 @@ SEALED: Final = 0o444
 OPEN: Final = 0o644
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NAME: Final = "aufsd.usage"
+_MOST: Final = (1 << 63) - 1
 
 
 class Usage(NamedTuple):
@@ -53,19 +56,20 @@ def seal(store: Store, id: LayerId, usage: Usage) -> None:
     """
     store.identity.verify()
     content = store.layout.content(id)
-    contents.thaw(content)
-    # without room for it the content is counted again whenever that is asked for
-    with suppress(OSError):
-        value = f"{usage.size} {usage.inodes} {id}"
-        os.setxattr(content, f"{store.xattr_namespace}.{_NAME}", value.encode())
-    try:
-        if store.sync != "none":
-            contents.fsync(content)
-        if btrfs.is_subvolume(os.lstat(content), content):
-            contents.freeze(content, True)
-        _commit(store, id)
-    except OSError as error:
-        raise no_space(error, id) or error from error
+    with content_of(store.identity, id) as fd:
+        contents.thaw(content)
+        # without room for it the content is counted again whenever that is asked for
+        with suppress(OSError):
+            value = f"{usage.size} {usage.inodes} {id}"
+            os.setxattr(fd, f"{store.xattr_namespace}.{_NAME}", value.encode())
+        try:
+            if store.sync != "none":
+                os.fsync(fd)
+            if btrfs.is_subvolume(os.fstat(fd), fd):
+                contents.freeze(content, True)
+            _commit(store, id)
+        except OSError as error:
+            raise no_space(error, id) or error from error
     store.sealed.add(id)
 
 
@@ -87,16 +91,21 @@ def read_usage(store: Store, id: LayerId) -> Usage | None:
     """What was counted of a sealed layer; None if nothing was, or if it is not sealed."""
     if id not in store.sealed:
         return None
-    with suppress(OSError, ValueError):
-        name = f"{store.xattr_namespace}.{_NAME}"
-        text = os.getxattr(store.layout.content(id), name).decode("ascii", "replace")
-        size, inodes, counted = text.split(" ")
-        # a snapshot has the xattrs of what it was made of
-        if counted == id:
-            return Usage(int(size), int(inodes))
-    return None
+    try:
+        with content_of(store.identity, id) as fd:
+            text = os.getxattr(fd, f"{store.xattr_namespace}.{_NAME}")
+    except OSError:
+        return None
+    size, _, rest = text.partition(b" ")
+    inodes, _, counted = rest.partition(b" ")
+    found = number(size, _MOST), number(inodes, _MOST)
+    # a snapshot has the xattrs of what it was made of
+    if counted != id.encode() or found[0] is None or found[1] is None:
+        return None
+    return Usage(found[0], found[1])
 
 
 def forget_usage(store: Store, id: LayerId) -> None:
     """The content is about to be written in another way: what was counted is wrong then."""
-    remove_xattr(store.layout.content(id), f"{store.xattr_namespace}.{_NAME}")
+    with content_of(store.identity, id) as fd:
+        remove_xattr(fd, f"{store.xattr_namespace}.{_NAME}")

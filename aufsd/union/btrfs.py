@@ -26,7 +26,7 @@ NAME: Final = "btrfs"
 _MOST: Final = 32767
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # as docker/go-units reads sizes: binary, whatever the suffix
-_SIZE: Final = re.compile(r"([0-9]+)\s*([kmgtp]?)i?b?", re.IGNORECASE)
+_SIZE: Final = re.compile(r"([0-9]{1,19})\s*([kmgtp]?)i?b?", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

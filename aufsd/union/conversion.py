@@ -8,6 +8,7 @@ times included. Works in the current directory of a process of its own.
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -20,6 +21,9 @@ from aufsd.store.walk import Descent, Names, Way, walk
 from aufsd_client.errors import LayerDamaged
 
 _TIMES: Final = "aufsd.times"
+# nanoseconds since 1970, of what may have been before
+_NOTED: Final = re.compile(rb"(-?[0-9]{1,20}) (-?[0-9]{1,20})")
+_NEVER: Final = 1 << 63
 _NAME_MAX: Final = 255
 # the mode of a whiteout that a crash may leave without the attributes of the one it stands for:
 # a conversion may go back from there, and the other one is right then
@@ -268,14 +272,18 @@ def _times_kept(fd: int, namespace: str) -> Iterator[None]:
 
 
 def noted_times(fd: int, namespace: str) -> tuple[int, int] | None:
-    """Access and modification time that a directory had before its marks were rewritten."""
+    """Access and modification time that a directory had before its marks were rewritten.
+
+    None where nothing is noted, or nothing that a conversion would have noted.
+    """
     try:
-        atime, mtime = os.getxattr(fd, f"{namespace}.{_TIMES}").split()
+        found = _NOTED.fullmatch(os.getxattr(fd, f"{namespace}.{_TIMES}"))
     except OSError as error:
         if error.errno != errno.ENODATA:
             raise
         return None
-    return int(atime), int(mtime)
+    times = (int(found[1]), int(found[2])) if found else (_NEVER, _NEVER)
+    return times if all(abs(time) < _NEVER for time in times) else None
 
 
 def _has_work() -> bool:

@@ -8,8 +8,9 @@ word in the kernel's log, after the fact and before anybody is given the mount.
 
 import errno
 import os
+import re
 from contextlib import suppress
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 
@@ -34,12 +35,17 @@ _TMPFS: Final = ("/dev/shm", "/run")
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+_NOTE: Final = re.compile(
+    "overlay ([0-9]{1,10})|aufs (si_[0-9a-f]{0,16}) ([0-9]{1,19}) ([0-9]{1,10})"
+)
+
+
 def note(work: str, *words: str | int) -> None:
     """Remember the writable union just mounted: `overlay DEVICE`, or `aufs NAME INODE DEVICE`, of
     which the first two are those of sysfs.
     """
     text, path = " ".join(map(str, words)), f"{work}/union"
-    if _noted(work) == text:
+    if _read(work) == text:
         return
     try:
         with suppress(FileNotFoundError):
@@ -52,23 +58,22 @@ def note(work: str, *words: str | int) -> None:
 
 def refuse_if_written(union: Union, scratch: str, namespace: XattrNamespace) -> None:
     """Raise MountFailed (EBUSY) if the last writable union of this layer still lives."""
-    words = _noted(union.work).split()
-    if words[:1] == ["aufs"]:
-        written = _is_union_of_aufs(words[1], int(words[2]))
-    elif words[:1] == ["overlay"]:
-        # a freed device number is given to the next file system, so a trial makes sure
-        written = _may_live(int(words[1])) and is_upper_in_use(union.top, scratch, namespace)
-    else:
+    noted = _noted(union.work)
+    if noted is None:
         written = False
+    elif noted.name:
+        written = _is_union_of_aufs(noted.name, noted.inode)
+    else:
+        # a freed device number is given to the next file system, so a trial makes sure
+        written = _may_live(noted.device) and is_upper_in_use(union.top, scratch, namespace)
     if written:
         raise in_use(union)
 
 
 def noted_device(work: str) -> int | None:
     """The device number of the writable union that was noted last; None if it was not."""
-    words = _noted(work).split()
-    at = {"overlay": 1, "aufs": 3}.get(words[0], 0) if words else 0
-    return int(words[at]) if 0 < at < len(words) else None
+    noted = _noted(work)
+    return noted.device if noted else None
 
 
 def in_use(union: Union) -> MountFailed:
@@ -137,10 +142,29 @@ def user_xattr(namespace: XattrNamespace) -> tuple[str, ...]:
     return ("userxattr",) if namespace == "user" else ()
 
 
-def _noted(work: str) -> str:
+class _Noted(NamedTuple):
+    """The device of a union; of one of aufs also its name in sysfs, and the inode of that."""
+
+    device: int
+    name: str = ""
+    inode: int = 0
+
+
+def _noted(work: str) -> _Noted | None:
+    """What is noted; None for nothing, or nothing that `note` would have written."""
+    found = _NOTE.fullmatch(_read(work))
+    if found is None:
+        return None
+    return _Noted(int(found[1] or found[4]), found[2] or "", int(found[3] or 0))
+
+
+def _read(work: str) -> str:
     try:
         return os.readlink(f"{work}/union")
-    except FileNotFoundError:
+    except OSError as error:
+        # EINVAL: it is no symlink
+        if error.errno not in (errno.ENOENT, errno.EINVAL):
+            raise
         return ""
 
 

@@ -21,12 +21,14 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from aufsd.digits import number
 from aufsd.kernel import syscalls
 from aufsd.store.dialect import AUFS_NAME_MAX
 from aufsd.store.walk import Descent, walk
 from aufsd.union.backend import NotFlushed
 
 DIRECTORY: Final = ".wh..wh.plnk"
+_INODE_MAX: Final = (1 << 64) - 1
 # include/uapi/linux/aufs_type.h: _IOW('A', AuCtl_WBR_FD, struct aufs_wbr_fd)
 _AUFS_CTL_WBR_FD: Final = 0x40084102
 _DIR: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -151,8 +153,8 @@ class _Failures:
 
 def _pending(branch: int) -> frozenset[int]:
     """The union's inode numbers that have pseudo-links."""
-    numbers = (name.partition(".")[0] for name in _plinks(branch))
-    return frozenset(int(number) for number in numbers if number.isdecimal())
+    found = (number(name.partition(".")[0], _INODE_MAX) for name in _plinks(branch))
+    return frozenset(inode for inode in found if inode is not None)
 
 
 def _plinks(branch: int) -> list[str]:

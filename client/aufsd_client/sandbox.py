@@ -228,18 +228,23 @@ def _place(sandbox: Sandbox, bind: Bind) -> str:
     return path
 
 
+def _is_id(text: str) -> bool:
+    # isdecimal() takes the digits of every alphabet
+    return text.isascii() and text.isdecimal() and len(text) <= 10
+
+
 def _ids(root: str, user: str) -> tuple[str, str]:
     """The numbers of a user. Raises SandboxError."""
     if not user:
         return "0", "0"
     uid, _, gid = user.partition(":")
-    if uid.isdecimal() and (gid.isdecimal() or not gid):
+    if _is_id(uid) and (_is_id(gid) or not gid):
         return uid, gid or uid
     path = f"{root}/etc/passwd"
     if os.path.realpath(path) == os.path.normpath(path):
         with suppress(OSError), open(path, errors="replace") as file:
             for line in file:
                 name, _, number, group, *_ = [*line.split(":"), "", "", "", ""]
-                if name == user and number.isdecimal() and group.isdecimal():
+                if name == user and _is_id(number) and _is_id(group):
                     return number, group
     raise SandboxError(f"the layer's /etc/passwd has no user {user}; UID:GID works too")

@@ -367,14 +367,14 @@ def test_the_record_is_gone_from_the_disk_before_anybody_can_write(
     client.create("alone")
     client.apply_diff("alone", tar({"file": b"x"}))
     content = stacked.root / "diff"
-    with traced([stacked.process.pid], "trace=removexattr,fsync,mount,move_mount") as trace:
+    with traced([stacked.process.pid], "trace=fremovexattr,fsync,mount,move_mount") as trace:
         client.get("top")
         client.get("alone")
     calls = [
-        rf'removexattr\("{content}/top", "{FINGERPRINT}"',
+        rf'fremovexattr\(\d+<{content}/top>, "{FINGERPRINT}"',
         rf"fsync\(\d+<{content}/top>",
         r'mount\("none", "/proc/self/fd/\d+"',
-        rf'removexattr\("{content}/alone", "{FINGERPRINT}"',
+        rf'fremovexattr\(\d+<{content}/alone>, "{FINGERPRINT}"',
         rf"fsync\(\d+<{content}/alone>",
     ]
     found = [next(at for at, line in enumerate(trace.lines) if re.search(c, line)) for c in calls]

@@ -72,6 +72,14 @@ def test_no_child_speaks_for_the_daemon(
     assert not {"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} & os.environ.keys()
 
 
+@pytest.mark.parametrize("interval", ["", "0", "²", "-1", "9" * 5000])
+def test_a_watchdog_interval_that_is_none_is_passed_over(
+    notifiers: Callable[[], Notifier], monkeypatch: pytest.MonkeyPatch, interval: str
+) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", interval)
+    assert notifiers().watchdog is None
+
+
 def test_the_watchdog_of_another_process_is_not_ours(
     notifiers: Callable[[], Notifier], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +274,13 @@ def test_sockets_of_another_process_are_not_ours(listening: list[socket.socket])
 def test_a_name_that_is_not_known_is_refused(names: str, listening: list[socket.socket]) -> None:
     (said,) = receive(names, *listening)
     assert said.startswith("refused: the service manager passed a socket named")
+
+
+@pytest.mark.parametrize("count", ["²", "-1", "1_0", " 1", "9" * 5000])
+def test_a_number_of_sockets_that_is_none_is_refused_in_a_sentence(count: str) -> None:
+    (said,) = receive("control", LISTEN_FDS=count)
+    assert said.startswith("refused: the service manager says ")
+    assert len(said) < 100
 
 
 def test_what_is_no_listening_unix_socket_is_refused(tmp_path: Path) -> None:

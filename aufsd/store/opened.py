@@ -1,0 +1,65 @@
+"""A layer's content directory, opened beneath the store's root, and the marks on it.
+
+Who prepared a store may have put a symlink, a file or a mount in its place: what is read of the
+layer, or noted on it, would be another directory's. So it is opened once, and marks are read and
+written by descriptor.
+"""
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from aufsd.kernel.beneath import open_beneath
+from aufsd.store import dialect as marks
+from aufsd.store.dialect import Dialect, UnknownDialect
+from aufsd.store.identity import Identity, require_directory
+from aufsd.store.ids import LayerId
+from aufsd_client.errors import LayerDamaged
+
+_NO_DIRECTORY: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
+
+
+@contextmanager
+def content_of(identity: Identity, id: LayerId) -> Iterator[int]:
+    """A descriptor of the layer's content directory. Raises LayerDamaged without one, OSError."""
+    try:
+        fd = open_beneath(identity.root_fd, f"diff/{id}")
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY:
+            raise
+        require_directory(identity.layout.content(id), id)
+        raise damaged(id, "something is mounted at its content directory") from error
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def dialect_of(identity: Identity, id: LayerId, namespace: str) -> Dialect:
+    """How a layer's content says what is deleted. Raises LayerDamaged, OSError."""
+    with content_of(identity, id) as fd:
+        try:
+            # who reads the content asks for both
+            marks.interrupted(fd, namespace)
+            return marks.read_dialect(fd, namespace)
+        except UnknownDialect as error:
+            raise damaged(id, error.strerror) from error
+
+
+def converting_to(identity: Identity, id: LayerId, namespace: str) -> Dialect | None:
+    """What a conversion of the layer that was cut off was going to; None if there is none.
+
+    Raises LayerDamaged, OSError.
+    """
+    with content_of(identity, id) as fd:
+        try:
+            return marks.interrupted(fd, namespace)
+        except UnknownDialect as error:
+            raise damaged(id, error.strerror) from error
+
+
+def damaged(id: LayerId, problem: str) -> LayerDamaged:
+    """The error of a layer that cannot be worked with."""
+    return LayerDamaged(f"layer {id} is damaged: {problem}", id=id, problem=problem)
