@@ -1,7 +1,9 @@
 """The journal gives back the table, whole or up to where it was cut."""
 
+import fcntl
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from aufsd.active import journal, refs, statedir
 from aufsd.active.journal import Journal
 from aufsd.active.refs import Entry, Reference, State
-from aufsd.active.statedir import JOURNAL, Owner, StateDir, open_state_dir
+from aufsd.active.statedir import JOURNAL, LOCK, Owner, StateDir, open_state_dir
 from aufsd.kernel import syscalls
 from aufsd.store.ids import LayerId
 from aufsd_client.errors import StoreLocked
@@ -181,6 +183,19 @@ def test_a_state_directory_is_one_daemons(state: StateDir, tmp_path: Path) -> No
         open_state_dir(str(tmp_path), STORE.root)
 
 
+def test_a_lock_that_any_user_can_have_keeps_no_daemon_from_its_state_directory(
+    tmp_path: Path,
+) -> None:
+    """`aufsctl load` has one on the directory of the sockets, which is the same by default."""
+    fd = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        open_state_dir(str(tmp_path), STORE.root).close()
+        assert stat.S_IMODE((tmp_path / LOCK).stat().st_mode) == 0o700
+    finally:
+        os.close(fd)
+
+
 def test_a_state_directory_that_was_deleted_is_made_again(tmp_path: Path) -> None:
     """As what cleans /tmp does; nobody would read what is written into a deleted file."""
     at = tmp_path / "run"
@@ -191,7 +206,7 @@ def test_a_state_directory_that_was_deleted_is_made_again(tmp_path: Path) -> Non
         book.record(B, HELD, {A: HELD, B: HELD})
         assert book.failure == ""
         assert journal.read(state, STORE).table == {A: HELD, B: HELD}
-        assert os.listdir(at) == [JOURNAL]
+        assert sorted(os.listdir(at)) == [LOCK, JOURNAL]
         (at / JOURNAL).unlink()
         book.record(A, None, {B: HELD})
         assert journal.read(state, STORE).table == {B: HELD}
@@ -287,7 +302,7 @@ def test_a_full_file_system_fails_no_change_and_is_made_up_for(tmp_path: Path) -
         assert book.failure == ""
         assert journal.read(state, STORE).table == {B: HELD}
         book.close()
-        assert os.listdir(small) == [JOURNAL]
+        assert sorted(os.listdir(small)) == [LOCK, JOURNAL]
 
 
 @pytest.mark.mounts

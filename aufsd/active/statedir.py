@@ -4,8 +4,10 @@ Every daemon of a host has the same default for it, and mounts outlive their dae
 locked, and the journal's first line says of which store it is; that of another one is kept aside,
 under a name with that store's id, until that store is served here again.
 
-The lock is on the directory itself. That takes no file, for which a full tmpfs would have no room,
-and systemd-tmpfiles(8) cleans no directory that somebody has locked (tmpfiles.d(5)).
+The lock is flock(2) on a directory in it that only root can open. On the state directory itself any
+user could hold one, and so keep a daemon from starting; and by default that is the directory of the
+sockets too, which `aufsctl load` locks. A tmpfs without a byte left has room for a directory, and
+systemd-tmpfiles(8) cleans no directory that somebody has locked (tmpfiles.d(5)).
 """
 
 import errno
@@ -22,6 +24,7 @@ import msgspec
 from aufsd_client.errors import StoreLocked
 
 JOURNAL: Final = "mounts.journal"
+LOCK: Final = "lock"
 FORMAT: Final = 1
 # of a read: something else stands under the name
 NO_FILE: Final = (errno.EINVAL, errno.ELOOP, errno.ENXIO)
@@ -73,10 +76,11 @@ def header_of(journal: bytes) -> Header | None:
 
 @dataclass(slots=True)
 class StateDir:
-    """A locked state directory. Owns the descriptor that holds the lock, until `close`."""
+    """A locked state directory. Owns its descriptor and the lock's, until `close`."""
 
     path: str
     fd: int
+    lock: int
 
     def file(self, name: str) -> str:
         """A file's path, to be told to a person."""
@@ -138,16 +142,17 @@ class StateDir:
             os.mkdir(self.path, 0o755)
         fresh = os.open(self.path, _DIRECTORY)
         try:
-            fcntl.flock(fresh, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock = _locked(fresh)
         except OSError:
             os.close(fresh)
             raise
-        os.close(self.fd)
-        self.fd = fresh
+        self.close()
+        self.fd, self.lock = fresh, lock
         return True
 
     def close(self) -> None:
         """Release the lock."""
+        os.close(self.lock)
         os.close(self.fd)
 
     def _header(self, name: str) -> Header | None:
@@ -182,15 +187,35 @@ def open_state_dir(path: str, root: str) -> StateDir:
     Raises StoreLocked if another daemon has it, and OSError.
     """
     fd = os.open(path, _DIRECTORY)
-    state = StateDir(path, fd)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreLocked(_who_has(state, root), root=root) from error
-    except BaseException:
-        state.close()
+        return StateDir(path, fd, _locked(fd))
+    except BaseException as error:
+        said = _who_has(StateDir(path, fd, -1), root)
+        os.close(fd)
+        if isinstance(error, BlockingIOError):
+            raise StoreLocked(said, root=root) from error
         raise
-    return state
+
+
+def _locked(directory: int) -> int:
+    """The descriptor that holds the lock. Raises BlockingIOError if another has it, and OSError."""
+    name = LOCK
+    try:
+        os.mkdir(name, 0o700, dir_fd=directory)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # there is no inode to be had: the state directory itself is better than no lock
+        name = "."
+    lock = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _who_has(state: StateDir, root: str) -> str:
@@ -198,12 +223,10 @@ def _who_has(state: StateDir, root: str) -> str:
         header = header_of(state.read(JOURNAL))
     except OSError:
         header = None
-    finally:
-        state.close()
     if header is not None and header.root == root:
-        return f"another process serves {root}; `fuser {state.path}` says which"
+        return f"another process serves {root}; `fuser {state.file(LOCK)}` says which"
     whose = "another daemon" if header is None else f"the daemon that serves {header.root}"
     return (
         f"{whose} keeps its table of mounts in {state.path}: give this one a state_dir of its own; "
-        f"`fuser {state.path}` says which it is"
+        f"`fuser {state.file(LOCK)}` says which it is"
     )

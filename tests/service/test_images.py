@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from aufsd_client import Client, errors, loading
 from aufsd_client.blobs import ImageError
 from aufsd_client.cli.__main__ import run
 from tests.archives import tar
-from tests.daemon import Daemon
+from tests.daemon import Daemon, daemon
 
 pytestmark = pytest.mark.service
 
@@ -379,3 +380,17 @@ def test_the_command_prints_the_layer_and_the_configuration(
     assert "is no image" in capfd.readouterr().err
     assert run(["--socket", served.socket, "load", str(tmp_path / "nothing")]) == 1
     assert "No such file" in capfd.readouterr().err
+
+
+def test_a_load_waits_for_no_daemon_whose_sockets_lie_in_its_state_directory(
+    tmp_path: Path,
+) -> None:
+    """As they do by default. A load locks that directory, so that loads go one after another."""
+    (tmp_path / "root.tar").write_bytes(BASE)
+    with daemon(tmp_path, "--state-dir", str(tmp_path)) as served:
+        command = [sys.executable, "-m", "aufsd_client.aufsctl", "--socket", served.socket]
+        # a load that hangs is ended
+        load = [*command, "load", str(tmp_path / "root.tar")]
+        done = subprocess.run(load, capture_output=True, text=True, timeout=60, check=True)
+        with served.client() as client:
+            assert ids(client) == {done.stdout.split()[-1]}
