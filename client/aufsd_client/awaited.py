@@ -6,12 +6,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from itertools import count
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from aufsd_client import calls, parsing, results, streams
 from aufsd_client.address import reachable
 from aufsd_client.calls import Hold, Request
-from aufsd_client.client import describe
+from aufsd_client.methods import Methods
 from aufsd_client.wire import (
     READ_SIZE,
     ConnectionLost,
@@ -24,21 +24,11 @@ from aufsd_client.wire import (
     unreachable,
 )
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # idle connections that are kept for the next call; one that is in use has one call
 _KEPT = 8
 _CONNECT_PAUSE = 0.01  # seconds
-
-
-def _awaited(build: Callable[P, Request[T]]) -> Callable[Concatenate["Client", P], Awaitable[T]]:
-    """The method that makes the call that `build` describes."""
-
-    async def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return await self._ask(build(*args, **kwargs))
-
-    return describe(method, build)
 
 
 class Waits(Protocol):
@@ -60,7 +50,7 @@ class Waits(Protocol):
         """What is raised by a client that is closed."""
 
 
-class Client:
+class Client(Methods):
     """A client of the daemon on the socket at `path`; for any number of tasks.
 
     A call that is cancelled drops its connection: a running `diff` or `apply_diff` is then
@@ -92,30 +82,7 @@ class Client:
     ) -> None:
         self.close()
 
-    # --- one method for each of the API's -----------------------------------------------------
-
-    version = _awaited(calls.version)
-    ping = _awaited(calls.ping)
-    status = _awaited(calls.status)
-    health = _awaited(calls.health)
-    metrics = _awaited(calls.metrics)
-    exists = _awaited(calls.exists)
-    create = _awaited(calls.create)
-    remove = _awaited(calls.remove)
-    get = _awaited(calls.get)
-    put = _awaited(calls.put)
-    diff_size = _awaited(calls.diff_size)
-    usage = _awaited(calls.usage)
-    seal = _awaited(calls.seal)
-    checkpoint = _awaited(calls.checkpoint)
-    rollback = _awaited(calls.rollback)
-    changes = _awaited(calls.changes)
-    get_metadata = _awaited(calls.get_metadata)
-    cleanup = _awaited(calls.cleanup)
-    mounts = _awaited(calls.mounts)
-    holders = _awaited(calls.holders)
-    check = _awaited(calls.check)
-    convert = _awaited(calls.convert)
+    # --- methods that the two kinds of client have each in its own way ------------------------
 
     async def diff(
         self,
@@ -144,9 +111,6 @@ class Client:
     async def discover(self) -> dict[str, object]:
         """The OpenRPC document."""
         return await self.call("rpc.discover", {})
-
-    # last of them: below, the name is this method's and no longer the type's
-    list = _awaited(calls.list_)
 
     async def iter_changes(self, id: str, *, parent: str = "") -> AsyncIterator[results.Change]:
         """All changes of a layer, page after page."""

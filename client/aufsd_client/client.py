@@ -1,53 +1,26 @@
 """The blocking client. Standard library only."""
 
-import inspect
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from types import TracebackType
-from typing import Concatenate, ParamSpec, Self, TypeVar
+from typing import Self, TypeVar
 
 from aufsd_client import calls, parsing, results, streams
 from aufsd_client.calls import Hold, Request
 from aufsd_client.link import Link, deadline_after
+from aufsd_client.methods import Methods
 from aufsd_client.wire import DEFAULT_SOCKET, encode_request, match
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # idle connections that are kept for the next call; one that is in use has one call
 _KEPT = 8
 
 
-def _blocking(build: Callable[P, Request[T]]) -> Callable[Concatenate["Client", P], T]:
-    """The method that makes the call that `build` describes."""
-
-    def method(self: "Client", /, *args: P.args, **kwargs: P.kwargs) -> T:
-        return self._ask(build(*args, **kwargs))
-
-    return describe(method, build)
-
-
-def describe(method: T, build: Callable[..., object]) -> T:
-    """Give a method the name, text and, after `self`, parameters of what builds its call."""
-    signature = inspect.signature(build)
-    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    result = signature.return_annotation.__args__[0]
-    attributes = {
-        "__name__": build.__name__.rstrip("_"),
-        "__doc__": build.__doc__,
-        "__signature__": signature.replace(
-            parameters=[itself, *signature.parameters.values()], return_annotation=result
-        ),
-    }
-    for name, value in attributes.items():
-        setattr(method, name, value)
-    return method
-
-
-class Client:
+class Client(Methods):
     """A client of the daemon on the socket at `path`; for any number of threads.
 
     `timeout` (seconds) is for each call, and for connecting; TimeoutError then, and whether the
@@ -86,30 +59,7 @@ class Client:
     ) -> None:
         self.close()
 
-    # --- one method for each of the API's -----------------------------------------------------
-
-    version = _blocking(calls.version)
-    ping = _blocking(calls.ping)
-    status = _blocking(calls.status)
-    health = _blocking(calls.health)
-    metrics = _blocking(calls.metrics)
-    exists = _blocking(calls.exists)
-    create = _blocking(calls.create)
-    remove = _blocking(calls.remove)
-    get = _blocking(calls.get)
-    put = _blocking(calls.put)
-    diff_size = _blocking(calls.diff_size)
-    usage = _blocking(calls.usage)
-    seal = _blocking(calls.seal)
-    changes = _blocking(calls.changes)
-    get_metadata = _blocking(calls.get_metadata)
-    cleanup = _blocking(calls.cleanup)
-    mounts = _blocking(calls.mounts)
-    holders = _blocking(calls.holders)
-    check = _blocking(calls.check)
-    checkpoint = _blocking(calls.checkpoint)
-    rollback = _blocking(calls.rollback)
-    convert = _blocking(calls.convert)
+    # --- methods that the two kinds of client have each in its own way ------------------------
 
     def diff(
         self,
@@ -138,9 +88,6 @@ class Client:
     def discover(self) -> dict[str, object]:
         """The OpenRPC document."""
         return self.call("rpc.discover", {})
-
-    # last of them: below, the name is this method's and no longer the type's
-    list = _blocking(calls.list_)
 
     def iter_changes(self, id: str, *, parent: str = "") -> Iterator[results.Change]:
         """All changes of a layer, page after page."""
