@@ -27,6 +27,7 @@ from aufsd.archive import (
     readings,
     relabel,
     requests,
+    squash,
     twin,
     view,
 )
@@ -160,6 +161,8 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             _drop(settings, confine.WRITING, trusted=True)
             clone.clone(source, staging, settings.namespace)
             return requests.Cloned()
+        case requests.Squash():
+            return _squash(request.work, fds[0], settings, meter)
         case requests.Convert():
             return _convert(request.work, fds, settings)
         case requests.Relabel(label):
@@ -230,6 +233,24 @@ def _sync_if(wanted: bool, settings: Settings) -> None:
     """Have the file system of the content on the disk, if that is wanted and the policy."""
     if wanted and settings.sync == "filesystem":
         syscalls.syncfs(_here())
+
+
+def _squash(work: requests.Squash, root: int, settings: Settings, meter: Meter) -> requests.Cloned:
+    confine.enter(root, read_only=False)
+    _drop(settings, confine.WRITING, trusted=True)
+    squash.squash(
+        work.chain,
+        work.kept,
+        work.staging,
+        work.to,
+        settings.namespace,
+        meter,
+        base=work.base,
+        roots_hide=work.roots_hide,
+    )
+    if settings.sync == "filesystem":
+        syscalls.syncfs(_here())
+    return requests.Cloned()
 
 
 def _convert(work: requests.Convert, fds: list[int], settings: Settings) -> requests.Converted:

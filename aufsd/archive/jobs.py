@@ -176,6 +176,14 @@ class Jobs:
         work = requests.Clone(f"/diff/{id}", staging.removeprefix(root))
         _expect(await self._run(id, "clone", work, [root], []), requests.Cloned)
 
+    async def squash(self, work: requests.Squash) -> None:
+        """Merge a chain into `work.staging`, an empty directory given below the store's root.
+
+        Raises NoSpace; then, and when cancelled, staging is to be thrown away.
+        """
+        result = await self._run(work.chain[0].id, "squash", work, [self.layout.root], [])
+        _expect(result, requests.Cloned)
+
     async def convert(
         self, id: str, to: Dialect, parents: tuple[Branch, ...] | None = None
     ) -> bool:

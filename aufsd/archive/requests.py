@@ -104,6 +104,17 @@ class Clone(Struct, frozen=True, tag=True):
     staging: str
 
 
+class Squash(Struct, frozen=True, tag=True):
+    """Merge branches into staging (squash.py). Descriptors: the store's root."""
+
+    chain: tuple[Branch, ...]
+    kept: tuple[str, ...]
+    staging: str
+    to: Dialect
+    base: bool
+    roots_hide: bool
+
+
 class Convert(Struct, frozen=True, tag=True):
     """Rewrite whiteouts. Descriptors: the layer's content, and all branches if `parents` are known.
 
@@ -121,7 +132,17 @@ class Relabel(Struct, frozen=True, tag=True):
 
 
 Work: TypeAlias = (
-    Diff | Apply | Compare | Measure | Usage | Read | Fingerprint | Clone | Convert | Relabel
+    Diff
+    | Apply
+    | Compare
+    | Measure
+    | Usage
+    | Read
+    | Fingerprint
+    | Clone
+    | Squash
+    | Convert
+    | Relabel
 )
 
 
@@ -193,7 +214,7 @@ class Fingerprinted(Struct, frozen=True, tag=True):
 
 
 class Cloned(Struct, frozen=True, tag=True):
-    """Result of Clone."""
+    """Result of Clone and Squash."""
 
 
 class Converted(Struct, frozen=True, tag=True):

@@ -209,7 +209,7 @@ class DirectoryCheckpoints:
 
         prepare = partial(replacing.prepare_rollback, store, id, parents, dialect)
         await self._replace(id, prepare, enter, leave)
-        await self.disk.run(replacing.discard_rolled_back, store, id)
+        await self.disk.run(replacing.discard_old, store, id)
 
     # --- what both share ----------------------------------------------------------------------
 

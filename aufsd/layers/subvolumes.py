@@ -124,7 +124,7 @@ class SnapshotCheckpoints:
             ready.close()
             if entry is not None and entry.read_only:
                 contents.freeze(store.layout.content(id), True)
-        replacing.discard_rolled_back(store, id)
+        replacing.discard_old(store, id)
 
     def _has_changed(self, id: LayerId, parent: LayerId | None) -> bool:
         """Whether a layer differs from its parent; True where that cannot be told at once."""

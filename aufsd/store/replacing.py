@@ -36,8 +36,8 @@ from aufsd.store.layout import Layout
 from aufsd.store.seals import OPEN, SEALED
 from aufsd_client.errors import LayerExists
 
-Kind = Literal["checkpoint", "rollback"]
-_KINDS: Final[tuple[Kind, ...]] = ("checkpoint", "rollback")
+Kind = Literal["checkpoint", "rollback", "squash"]
+_KINDS: Final[tuple[Kind, ...]] = ("checkpoint", "rollback", "squash")
 # in staging, before the id; no id holds a colon
 _FRESH: Final = "fresh:"
 _CONTENT: Final = "old-content:"
@@ -48,17 +48,13 @@ _RECORD: Final = "old-record:"
 class Move:
     """The paths of one replacement: of the layer `id`, whose own content becomes that of `below`.
 
-    `below` is None where it goes.
+    `below` is None where it goes, as it does in all but a checkpoint.
     """
 
     layout: Layout
+    kind: Kind
     id: LayerId
-    below: LayerId | None
-
-    @property
-    def kind(self) -> Kind:
-        """What is being done."""
-        return "rollback" if self.below is None else "checkpoint"
+    below: LayerId | None = None
 
     @property
     def marker(self) -> str:
@@ -115,7 +111,7 @@ def prepare_checkpoint(store: Store, id: LayerId, below: LayerId, dialect: Diale
     """
     require_free(store, below)
     parents = (below, *store.chain(below)[1:])
-    move = Move(store.layout, id, below)
+    move = Move(store.layout, "checkpoint", id, below)
     return _prepare(store, move, parents, dialect, store.layout.content(id))
 
 
@@ -136,10 +132,10 @@ def prepare_rollback(
 ) -> Prepared:
     """What is to empty a layer, and to put it on these parents. OSError: nothing was done.
 
-    What is thrown away stays in staging until `discard_rolled_back`.
+    What is thrown away stays in staging until `discard_old`.
     """
     like = store.layout.content(parents[0]) if parents else ""
-    return _prepare(store, Move(store.layout, id, None), parents, dialect, like)
+    return _prepare(store, Move(store.layout, "rollback", id), parents, dialect, like)
 
 
 def commit(ready: Prepared) -> None:
@@ -186,9 +182,9 @@ def finish(store: Store, move: Move) -> None:
         store.created[move.below] = os.lstat(move.layout.parents_file(move.below)).st_mtime
 
 
-def discard_rolled_back(store: Store, id: LayerId) -> None:
-    """Let go of what a roll back took out, to be deleted later."""
-    move = Move(store.layout, id, None)
+def discard_old(store: Store, id: LayerId) -> None:
+    """Let go of what a roll back or a squash took out, to be deleted later."""
+    move = Move(store.layout, "rollback", id)
     for path in (move.content, move.record):
         store.discard_staged(path)
 
@@ -376,7 +372,7 @@ def _resume(layout: Layout, kind: Kind, id: LayerId) -> Literal["finished", "und
             os.unlink(marker)
             return "undone"
         below = LayerId(parents[0])
-    move, there = Move(layout, id, below), os.path.lexists
+    move, there = Move(layout, kind, id, below), os.path.lexists
     # of each two one is there at every step; else the marker is an old one that could not go
     begun = (
         there(move.content)

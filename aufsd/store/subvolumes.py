@@ -228,7 +228,7 @@ def prepare_rollback(
 
     OSError: nothing was done, and `staged` is gone.
     """
-    move = Move(store.layout, id, None)
+    move = Move(store.layout, "rollback", id)
     try:
         os.rename(staged, move.fresh)
         marks = parent_mark(parents[0] if parents else None, store.xattr_namespace)
