@@ -34,6 +34,7 @@ from aufsd.layers.checkpoints import Checkpoints, DirectoryCheckpoints
 from aufsd.layers.content import Content
 from aufsd.layers.directories import Directories
 from aufsd.layers.snapshots import Snapshots
+from aufsd.layers.squash import Squashes
 from aufsd.layers.subvolumes import SnapshotCheckpoints
 from aufsd.root import Opened, open_patiently
 from aufsd.rpc import listeners, server
@@ -115,6 +116,7 @@ async def open_driver(
                 chains=chains,
                 content=content,
                 checkpoints=checkpoints,
+                squashes=Squashes(active, chains, jobs, disk, upkeep.deletion_due),
                 deletion_due=upkeep.deletion_due,
                 upkeep=upkeep,
                 holder_lookup=HolderLookup(store.layout, active.scans),

@@ -28,6 +28,7 @@ from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.checkpoints import Checkpoints
 from aufsd.layers.content import Content
+from aufsd.layers.squash import Squashes
 from aufsd.status import Overview
 from aufsd.store import seals
 from aufsd.store.check import readable
@@ -52,9 +53,9 @@ log = structlog.get_logger(__name__)
 API = 1
 # rows of a `list` between two checkpoints
 _PIECE = 250
-# "checkpoint" is missing: clients would take it to include `squash`
 FEATURES = (
     "batches",
+    "checkpoint",
     "created",
     "descriptors",
     "diff-id",
@@ -82,6 +83,7 @@ class Driver:
     chains: Chains
     content: Content
     checkpoints: Checkpoints
+    squashes: Squashes
     # set when there is content to delete in the background
     deletion_due: AutoResetEvent
     upkeep: Upkeep
@@ -365,6 +367,11 @@ class Driver:
         """Throw away what `id` holds. With `to`, that layer becomes its parent."""
         async with self.holder_lookup:
             return await self.checkpoints.rollback(id, to)
+
+    async def squash(self, id: LayerId, *, onto: LayerId | None) -> results.Squashed:
+        """Merge the layers from `id` down to `onto`, which stays, into `id`. None: all of them."""
+        async with self.holder_lookup:
+            return await self.squashes.squash(id, onto)
 
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         """Rewrite the layer's whiteouts for another union file system."""

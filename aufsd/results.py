@@ -270,6 +270,13 @@ class RolledBack(Struct, frozen=True):
     discarded: bool
 
 
+class Squashed(Struct, frozen=True):
+    """Answer of `squash`: what became of the layers in between."""
+
+    removed: list[str]
+    kept: list[str]
+
+
 class Converted(Struct, frozen=True):
     """Answer of `convert`; false if the layer was in that dialect already."""
 

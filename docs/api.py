@@ -46,6 +46,7 @@ STORY: tuple[tuple[str, dict[str, object]], ...] = (
     ("diff", {"id": "base", "fd": 0}),
     ("checkpoint", {"id": "work", "as": "saved"}),
     ("rollback", {"id": "work"}),
+    ("squash", {"id": "work", "onto": "base"}),
     ("convert", {"id": "base", "to": "aufs"}),
     ("check", {}),
     ("seal", {"id": "base"}),

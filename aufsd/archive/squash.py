@@ -7,7 +7,6 @@ for a hard link does not lead from one mount to another.
 """
 
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Sequence
@@ -17,15 +16,15 @@ from typing import Final
 from aufsd.archive.attributes import read_xattr
 from aufsd.archive.meter import Meter
 from aufsd.archive.requests import Branch
-from aufsd.archive.view import Layer, Place
+from aufsd.archive.view import Layer, Place, ascend, keep, root
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
+from aufsd.store.walk import Descent
 
 _CHUNK: Final = 1 << 24
-# linux/fs.h: _IOW(0x94, 9, int)
-_FICLONE: Final = 0x40049409
-_NO_REFLINK: Final = (errno.ENOTTY, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
+# copy_file_range(2) where a file system or an old kernel does not do it
+_NO_SHARING: Final = (errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL)
 # EMLINK: it has as many as it may have; EXDEV: another quota project; EPERM: it is immutable
 _NO_LINK: Final = (errno.EMLINK, errno.EXDEV, errno.EPERM)
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -50,19 +49,20 @@ def squash(
     """
     store = os.open("/diff", DIRECTORY)
     target = open_beneath(os.open("/", DIRECTORY), staging.lstrip("/"))
-    merge = _Merge(to, namespace, meter, base, frozenset(kept))
     places: list[Place] = []
     hidden = False
     for branch in chain:
-        fd = os.open(branch.id, DIRECTORY, dir_fd=store)
-        layer = Layer(branch, fd, namespace)
-        places.append(Place(layer, fd))
-        if marks.is_settled(fd, namespace):
+        # and the directories that are made
+        place = root(store, branch, namespace, keep(len(chain) + 1))
+        places.append(place)
+        if marks.is_settled(place.fd, namespace):
             marks.mark_settled(target, namespace)
-        if roots_hide and layer.is_opaque(fd):
+        if roots_hide and place.layer.is_opaque(place.fd):
             hidden = True
             break
-    merge.tree(places, target, hidden=hidden)
+    with Descent(target, keep(len(chain) + 1)) as made:
+        merge = _Merge(to, namespace, meter, base, frozenset(kept), made, target)
+        merge.tree(places, hidden=hidden)
 
 
 @dataclass(slots=True)
@@ -70,16 +70,16 @@ class _Level:
     """A merged directory on the way: its branches' directories, and what is still to be done."""
 
     places: list[Place]
-    target: int
     hidden: bool
     below: list[tuple[bytes, int]]
 
 
 @dataclass(slots=True)
 class _Merge:
-    """One squash, in a dialect; `whiteout` is the first one that was made.
+    """One squash, in a dialect; `made` is where it stands in the new content, `root` its top.
 
-    `copies` has the first copy of each inode with several names in a layer that is kept.
+    `copies` has the first copy of each inode with several names in a layer that is kept,
+    `whiteout` the first one that was made.
     """
 
     to: Dialect
@@ -87,45 +87,42 @@ class _Merge:
     meter: Meter
     base: bool
     kept: frozenset[str]
+    made: Descent
+    root: int
     copies: dict[tuple[int, int], bytes] = field(default_factory=dict)
     whiteout: bytes = b""
-    root: int = -1
-    path: list[bytes] = field(default_factory=list)
 
-    def tree(self, places: list[Place], target: int, *, hidden: bool) -> None:
+    def tree(self, places: list[Place], *, hidden: bool) -> None:
         """Merge directories, and all below them. `hidden`: what lies below the chain is hidden."""
-        self.root = target
-        levels = [self._enter(places, target, hidden=hidden, own=hidden)]
+        levels = [self._enter(places, hidden=hidden, own=hidden)]
         while levels:
             level = levels[-1]
             if level.below:
                 name, index = level.below.pop()
                 inner, ends = _descend(level.places[index:], name)
-                os.mkdir(name, 0o700, dir_fd=level.target)
-                made = os.open(name, DIRECTORY, dir_fd=level.target)
-                self.path.append(name)
+                os.mkdir(name, 0o700, dir_fd=self.made.fd)
+                self.made.down(name)
                 # it hides what a directory above hides already: no mark of its own is needed
                 own = ends and not level.hidden
-                levels.append(self._enter(inner, made, hidden=ends or level.hidden, own=own))
+                levels.append(self._enter(inner, hidden=ends or level.hidden, own=own))
                 continue
             levels.pop()
-            self._leave(level, top=not levels)
+            self._leave(level)
 
-    def _enter(self, places: list[Place], target: int, *, hidden: bool, own: bool) -> _Level:
+    def _enter(self, places: list[Place], *, hidden: bool, own: bool) -> _Level:
         """Do all of a directory but the directories in it, and note those.
 
         `hidden`: what lies below the chain does not show here; `own`: by this directory's own mark.
         """
-        level = _Level(places, target, hidden, [])
+        level = _Level(places, hidden, [])
         done: set[bytes] = set()
-        top = not self.path
         for index, place in enumerate(places):
-            self._one(level, index, place, done, top=top)
+            self._one(level, index, place, done)
         if own and not self.base:
-            self._mark_opaque(target)
+            self._mark_opaque(self.made.fd)
         return level
 
-    def _one(self, level: _Level, index: int, place: Place, done: set[bytes], *, top: bool) -> None:
+    def _one(self, level: _Level, index: int, place: Place, done: set[bytes]) -> None:
         """What one branch adds to a directory; `done` are names that are decided."""
         layer, here = place.layer, set[bytes]()
         deleted: set[bytes] = set()
@@ -138,37 +135,38 @@ class _Merge:
                     if gone is not None:
                         deleted.add(gone)
                     continue
-                if name in done or (top and name in marks.HOUSEKEEPING):
+                if name in done or (not place.depth and name in marks.HOUSEKEEPING):
                     continue
                 here.add(name)
                 if entry.is_dir(follow_symlinks=False):
                     level.below.append((name, index))
                     continue
                 if layer.may_be_whiteout(entry) and layer.is_whiteout(name, os.lstat(name), None):
-                    self._whiteout(level, name)
+                    self._whiteout(name, hidden=level.hidden)
                     continue
-                self._file(level.target, name, layer)
+                self._file(self.made.fd, name, layer)
                 self.meter.entries += 1
         for name in deleted - done - here:
-            self._whiteout(level, name)
+            self._whiteout(name, hidden=level.hidden)
         done |= here
         done |= deleted
 
-    def _leave(self, level: _Level, *, top: bool) -> None:
-        """The attributes of a directory, once all is in it."""
-        _copy_attributes(level.places[0].fd, level.target, self._skipped(top=top))
+    def _leave(self, level: _Level) -> None:
+        """The attributes of a directory, once all is in it; go up."""
+        target, depth = self.made.fd, self.made.depth
+        _copy_attributes(level.places[0].fd, target, self._skipped(top=not depth))
         if self.to is Dialect.OVERLAY:
             impure = f"{self.namespace}.overlay.impure"
             if any(_has_xattr(place.fd, impure) for place in level.places):
                 # one of the files in it may have been copied up
-                os.setxattr(level.target, impure, b"y")
+                os.setxattr(target, impure, b"y")
         self.meter.entries += 1
         self.meter.tick()
-        for place in level.places:
-            place.close()
-        if not top:
-            os.close(level.target)
-            self.path.pop()
+        if not depth:
+            return
+        self.made.up()
+        if ascend(level.places, depth - 1) != depth - 1 or self.made.depth != depth - 1:
+            raise OSError(errno.ESTALE, "directories were moved while layers were squashed")
 
     def _skipped(self, *, top: bool) -> tuple[str, ...]:
         """Xattrs that are not taken over: opaque is said anew; staging has our marks already."""
@@ -184,25 +182,30 @@ class _Merge:
         else:
             os.close(os.open(marks.OPAQUE, _NEW, 0o444, dir_fd=target))
 
-    def _whiteout(self, level: _Level, name: bytes) -> None:
+    def _whiteout(self, name: bytes, *, hidden: bool) -> None:
         """Say that a name is deleted, unless nothing can be below that has it."""
-        if level.hidden or self.base:
+        if hidden or self.base:
             return
+        target = self.made.fd
         if self.to is Dialect.OVERLAY:
-            os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE, dir_fd=level.target)
+            os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE, dir_fd=target)
             return
         # one inode for all, as aufs and Docker have it
         name = marks.WHITEOUT + name
         if self.whiteout:
             try:
-                os.link(self.whiteout, name, src_dir_fd=self.root, dst_dir_fd=level.target)
+                os.link(self.whiteout, name, src_dir_fd=self.root, dst_dir_fd=target)
             except OSError as error:
                 if error.errno not in (errno.EMLINK, errno.ENAMETOOLONG):
                     raise
             else:
                 return
-        os.close(os.open(name, _NEW, 0o444, dir_fd=level.target))
-        self.whiteout = b"/".join((*self.path, name))
+        os.close(os.open(name, _NEW, 0o444, dir_fd=target))
+        self.whiteout = self._path(name)
+
+    def _path(self, name: bytes) -> bytes:
+        """A name of the directory where we stand, from the new content's top on."""
+        return b"/".join((*self.made.way.names(), name))
 
     # --- files --------------------------------------------------------------------------------
 
@@ -229,7 +232,7 @@ class _Merge:
             return
         self._copy(target, name, found)
         if found.st_nlink > 1:
-            self.copies[known] = b"/".join((*self.path, name))
+            self.copies[known] = self._path(name)
 
     def _copy(self, target: int, name: bytes, found: os.stat_result) -> None:
         if stat.S_ISREG(found.st_mode):
@@ -263,13 +266,17 @@ class _Merge:
 
 
 def _descend(merged: Sequence[Place], name: bytes) -> tuple[list[Place], bool]:
-    """The directories that make up `name`; and whether they hide what lies below all of them."""
+    """Go into the directories that make up `name`: the places that did, and whether they hide all.
+
+    All, that is what lies below the last of the chain.
+    """
     below: list[Place] = []
     for place in merged:
+        hidden = place.layer.hides(place.fd, name)
         try:
-            fd = os.open(name, DIRECTORY, dir_fd=place.fd)
+            place.down(name)
         except FileNotFoundError:
-            if place.layer.hides(place.fd, name):
+            if hidden:
                 return below, True
             continue
         except OSError as error:
@@ -277,23 +284,19 @@ def _descend(merged: Sequence[Place], name: bytes) -> tuple[list[Place], bool]:
                 raise
             # a file, a symlink or overlayfs's whiteout: what lies below it does not show
             return below, True
-        below.append(Place(place.layer, fd))
-        if place.layer.is_opaque(fd) or place.layer.hides(place.fd, name):
+        below.append(place)
+        if hidden or place.layer.is_opaque(place.fd):
             return below, True
     return below, False
 
 
 def _copy_data(source: int, target: int) -> None:
-    try:
-        fcntl.ioctl(target, _FICLONE, source)
-    except OSError as error:
-        if error.errno not in _NO_REFLINK:
-            raise
-    else:
-        return
+    """Copy what a file holds, by sharing its blocks where the file system can. Holes stay holes.
+
+    copy_file_range(2) shares them on btrfs and xfs.
+    """
     size, at = os.fstat(source).st_size, 0
     while at < size:
-        # a hole stays one
         try:
             at = os.lseek(source, at, os.SEEK_DATA)
         except OSError as error:
@@ -301,13 +304,22 @@ def _copy_data(source: int, target: int) -> None:
                 raise
             break
         end = os.lseek(source, at, os.SEEK_HOLE)
-        os.lseek(target, at, os.SEEK_SET)
         while at < end:
-            moved = os.sendfile(target, source, at, min(_CHUNK, end - at))
+            moved = _copy_some(source, target, at, min(_CHUNK, end - at))
             if not moved:
-                break
+                return
             at += moved
     os.ftruncate(target, size)
+
+
+def _copy_some(source: int, target: int, at: int, size: int) -> int:
+    try:
+        return os.copy_file_range(source, target, size, at, at)
+    except OSError as error:
+        if error.errno not in _NO_SHARING:
+            raise
+    os.lseek(target, at, os.SEEK_SET)
+    return os.sendfile(target, source, at, size)
 
 
 def _xattrs_of(where: int | bytes) -> list[str]:

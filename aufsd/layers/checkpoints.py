@@ -54,7 +54,8 @@ def refuse_checkpoint(mounts: Mounts, id: LayerId, below: LayerId) -> None:
     most, length = backend.max_branches, len(store.chain(id)) + 1
     if length > most:
         raise TooManyLayers(
-            f"layer {id} would be the {length}th of its chain; {backend.name} takes {most} here",
+            f"layer {id} would be the {length}th of its chain; {backend.name} takes {most} here; "
+            f"put it and make the chain shorter, `aufsctl squash {id} ONTO`",
             id=id,
             limit=most,
         )

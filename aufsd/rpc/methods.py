@@ -257,6 +257,11 @@ async def rollback(call: Call, /, *, id: Id, to: OptionalId = "") -> results.Rol
     return await call.driver.rollback(parse_id(id), to=_parse_optional(to))
 
 
+async def squash(call: Call, /, *, id: Id, onto: OptionalId) -> results.Squashed:
+    """Make the layers from `id` down to `onto`, which stays, the own content of `id`; "": all."""
+    return await call.driver.squash(parse_id(id), onto=_parse_optional(onto))
+
+
 async def convert(call: Call, /, *, id: Id, to: Literal["aufs", "overlay"]) -> results.Converted:
     """Rewrite a layer's whiteouts for another union file system."""
     return await call.driver.convert(parse_id(id), to=Dialect(to))
@@ -275,6 +280,9 @@ _GET = (
 _REPLACE = (
     *(*_LAYER, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy, MountFailed),
     *(ConversionNeeded, NoSpace, BackendUnsupported),
+)
+_SQUASH = (
+    *(*_LAYER, ParentNotFound, LayerHasChildren, LayerInUse, LayerSealed, LimitExceeded, NoSpace),
 )
 _COMPARE = (*_LAYER, ParentNotFound)
 _STREAM = (InvalidDescriptor, StreamBroken)
@@ -309,6 +317,7 @@ TABLE: dict[str, Method] = {
         method(check, "read", *_LAYER),
         method(checkpoint, "change", *_REPLACE, LayerExists, TooManyLayers),
         method(rollback, "change", *_REPLACE, ParentNotFound),
+        method(squash, "change", *_SQUASH),
         method(convert, "change", *_LAYER, LayerInUse, IncompatibleFilesystem, NoSpace),
         method(discover_, "read", name="rpc.discover", monitor=True),
     )

@@ -16,6 +16,7 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
 from aufsd.store.layout import TRIAL_LEFT
+from aufsd.store.squashing import finish_squashes
 
 Action = Literal["finished", "undone", "failed"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
@@ -38,6 +39,7 @@ def recover(store: Store) -> list[Recovered]:
     steps: tuple[Callable[[Store], Iterator[Recovered]], ...] = (
         _trials,
         _replacements,
+        _squashes,
         _staged,
         _removals,
         _removals_by_docker,
@@ -79,6 +81,12 @@ def _replacements(store: Store) -> Iterator[Recovered]:
     """Done before the index was read (replacing.py); told here."""
     for action, what, name in store.resumed:
         yield Recovered(next(each for each in ACTIONS if each == action), what, name)
+
+
+def _squashes(store: Store) -> Iterator[Recovered]:
+    """After their commit: the layers in between are still to go."""
+    for id in finish_squashes(store):
+        yield Recovered("finished", "squash", id)
 
 
 def _staged(store: Store) -> Iterator[Recovered]:

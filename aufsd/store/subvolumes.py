@@ -116,18 +116,21 @@ def _finish(parting: Parting) -> None:
     apart = contents.state(content)
     # neither of the two was changed since that transaction, but for these marks on their tops
     origin = Origin(apart.uuid, apart.created, apart.created)
-    _mark(parting, parent_mark(below, parting.namespace), origin)
+    namespace = parting.namespace
+    mark(layout.content(id), parent_mark(below, namespace), origin, namespace)
     contents.freeze(content, True)
     os.rename(parting.marker, layout.parents_file(id))
 
 
-def _mark(parting: Parting, marks: dict[str, bytes], origin: Origin | None) -> None:
-    content = parting.layout.content(parting.id)
+def mark(
+    content: str, marks: dict[str, bytes], origin: Origin | None, namespace: XattrNamespace
+) -> None:
+    """Write on a subvolume, also a read-only one, what it was made on, and from which state."""
     with _writable(content):
         for name, value in marks.items():
             os.setxattr(content, name, value)
         if origin is not None:
-            write_origin(content, origin, parting.namespace)
+            write_origin(content, origin, namespace)
 
 
 @contextmanager
@@ -156,7 +159,8 @@ def _take_back(store: Store, parting: Parting) -> None:
         # it was made before they were
         above = store.parent[below]
         origin = read_origin(content, parting.namespace)
-        _mark(parting, parent_mark(above, parting.namespace), origin)
+        namespace = parting.namespace
+        mark(layout.content(id), parent_mark(above, namespace), origin, namespace)
         if os.path.lexists(record):
             if not os.path.lexists(parting.marker):
                 os.rename(layout.parents_file(id), parting.marker)

@@ -201,6 +201,11 @@ def rollback(id: str, *, to: str = "") -> Request[results.RolledBack]:
     return Request(results.RolledBack, "rollback", {"id": id, "to": to})
 
 
+def squash(id: str, onto: str) -> Request[results.Squashed]:
+    """Merge the layers from `id` down to `onto`, which stays, into `id`; "": all. LayerInUse."""
+    return Request(results.Squashed, "squash", {"id": id, "onto": onto})
+
+
 def convert(id: str, to: Dialect) -> Request[results.Converted]:
     """Rewrite a layer's whiteouts for another union file system. LayerInUse."""
     return Request(results.Converted, "convert", {"id": id, "to": to})

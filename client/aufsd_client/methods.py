@@ -75,4 +75,5 @@ class Methods:
     check = _method(calls.check)
     checkpoint = _method(calls.checkpoint)
     rollback = _method(calls.rollback)
+    squash = _method(calls.squash)
     convert = _method(calls.convert)

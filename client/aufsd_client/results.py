@@ -326,6 +326,14 @@ class RolledBack:
 
 
 @dataclass(frozen=True, slots=True)
+class Squashed:
+    """What became of the layers in between."""
+
+    removed: list[str]
+    kept: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Converted:
     """False if the layer was in that dialect already."""
 

@@ -86,6 +86,7 @@ OUTPUT: dict[str, tuple[int, str]] = {
     "seal a": (0, "sealed a: 4.1 kB, 2 inodes\n"),
     "checkpoint a b": (0, "a stands on b now\n"),
     "rollback a b": (0, "a is empty, on b\n"),
+    "squash a b": (0, "a stands on b now\nremoved: c\nkept: d\n"),
     "diff-size a": (0, "18 bytes (18 B)\n"),
     "changes a": (0, "A /0\nA /1\nA /2\nA /3\nA /4\nD /\\udcff\n"),
     "changes a --limit 2": (0, "A /0\nA /1\n"),

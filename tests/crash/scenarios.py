@@ -184,6 +184,12 @@ def _rollback_to(client: Client, id: str) -> object:
     return client.rollback(id, to="other")
 
 
+def _squash(client: Client, id: str) -> object:
+    return client.squash(id, "base")
+
+
+_SQUASHED = (_create, _get, _first_kept, _write, _put)
+
 SCENARIOS = (
     Scenario("checkpoint", (_create, _first), _checkpoint),
     Scenario("checkpoint of a mounted layer", (_create, _first, _get, _get), _checkpoint),
@@ -192,6 +198,7 @@ SCENARIOS = (
     Scenario("rollback", (_create, _first), _rollback),
     Scenario("rollback of a mounted layer", (_create, _first, _get), _rollback),
     Scenario("rollback to another", (_create, _first, _get), _rollback_to),
+    Scenario("squash", _SQUASHED, _squash, archive=True),
     Scenario("create", (), _create),
     Scenario("remove", (_create, _first), _remove),
     Scenario("remove by force", (_create, _first, _get), _remove_by_force, between=(_put,)),
@@ -252,6 +259,7 @@ SNAPSHOTS = (
     Scenario("second checkpoint in use", (_create, _get, _first_kept, _write), _checkpoint),
     Scenario("rollback", (_create, _first), _rollback),
     Scenario("rollback to another in use", (_create, _first, _get), _rollback_to),
+    Scenario("squash", _SQUASHED, _squash),
     Scenario("new label", (_own_parent,), _labelled, archive=True),
     Scenario("label to be kept", (_own_parent, _labelled_before), _labelled, archive=True),
     Scenario("kept label", (_own_parent, _labelled_before, _labelled_before), _labelled),

@@ -252,6 +252,11 @@ class FakeDriver:
         await self._work("rollback", id)
         return results.RolledBack(to or "", self.counts.get(id, 0), True)
 
+    async def squash(self, id: LayerId, *, onto: LayerId | None) -> results.Squashed:
+        self._require(id)
+        await self._work("squash", id)
+        return results.Squashed(["c"], ["d"])
+
     async def convert(self, id: LayerId, *, to: Dialect) -> results.Converted:
         self._require(id)
         await self._work("convert", id)

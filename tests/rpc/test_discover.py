@@ -41,6 +41,7 @@ CONTRACT: dict[str, str] = {
     "check": "id='' deep=False repair=False",
     "checkpoint": "id as",
     "rollback": "id to=''",
+    "squash": "id onto",
     "convert": "id to",
     "rpc.discover": "",
 }
@@ -190,6 +191,8 @@ async def test_the_control_socket_serves_every_method(
         params["to"] = "overlay"
     if method == "checkpoint":
         params["as"] = "b"
+    if method == "squash":
+        params["onto"] = ""
     if method.endswith("diff"):
         params["fd"] = 0
     answer = await connect(served.control).ask(method, **params)

@@ -39,6 +39,8 @@ def others(method: str) -> dict[str, object]:
         return {"to": "aufs"}
     if method == "checkpoint":
         return {"as": "b"}
+    if method == "squash":
+        return {"onto": "b"}
     return {"fd": 0} if TABLE[method].streams else {}
 
 

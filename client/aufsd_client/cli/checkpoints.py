@@ -32,4 +32,22 @@ def rollback(session: Session, id: str, to: str) -> None:
         show.line(f"{id} {done}" + (f", on {found.parent}" if found.parent else ""))
 
 
-COMMANDS = (checkpoint, rollback)
+@click.command()
+@click.argument("id")
+@click.argument("onto", default="")
+@click.pass_obj
+def squash(session: Session, id: str, onto: str) -> None:
+    """Merge the layers from ID down to ONTO, which stays, into ID; without ONTO all of them.
+
+    ID shows the same as before, on a shorter chain. Layers in between go, unless others stand on
+    them or they are in use.
+    """
+    found = session.ask(calls.squash(id, onto))
+    if session.human:
+        show.line(f"{id} stands on {onto or 'nothing'} now")
+        for names, what in ((found.removed, "removed"), (found.kept, "kept")):
+            if names:
+                show.line(f"{what}: {' '.join(names)}")
+
+
+COMMANDS = (checkpoint, rollback, squash)
