@@ -11,7 +11,7 @@ APT ?= apt-get
 WORKERS ?= auto
 export APT VENV
 
-.PHONY: help demo test test-all test-crash lint format bench test-vm man dist deb install install-files clean
+.PHONY: help demo test test-all test-crash lint format bench test-vm man dist deb test-deb install install-files clean
 
 help: ## list these commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,12 @@ deb: ## the packages for Debian 12 and 13, Ubuntu 22.04 and 24.04, into build/de
 	cd build/deb/aufsd && PIP_CACHE_DIR=$${PIP_CACHE_DIR:-$$HOME/.cache/pip} dpkg-buildpackage -b -us -uc
 	rm -rf build/deb/aufsd
 	@ls -sh build/deb/*.deb
+
+DEB ?= bookworm trixie jammy noble
+test-deb: $(VENV)/installed ## build the packages, and install, upgrade and remove them under other releases
+	@$(BIN)/python -m tests.packages deb
+	$(MAKE) deb
+	AUFSD_DEB='$(DEB)' $(BIN)/python -m pytest -rs --durations 0 tests/packaging/deb
 
 # --- Installing. PREFIX is where things go, DESTDIR a root to put in front of that. The programs are
 # one directory of Python packages that touches no other, and two launchers. A packager who installs

@@ -1,6 +1,6 @@
 """Debian's packages that the tests and the demo use: which, for what, and how they get here.
 
-    python -m tests.packages setup | tests | demo
+    python -m tests.packages setup | tests | demo | TIER
 
 installs those that are missing, as root and by apt, and says which in one line. What cannot be
 installed is named, and that is no failure: tests that need it are left out (tests/tiers.py), and
@@ -57,6 +57,11 @@ PACKAGES = (
     Package("prometheus", "promtool", "promtool", extract=True),
     Package("skopeo", "skopeo", "oci"),
     Package("socat", "socat", "blocks"),
+    Package("debootstrap", "debootstrap", "deb"),
+    Package("debhelper", "dh", "deb"),
+    Package("dh-python", "dh_python3", "deb"),
+    Package("lintian", "lintian", "deb"),
+    Package("python3-pip", "/usr/bin/pip3", "deb"),
     Package("strace", "strace", "crash"),
     Package("systemd", "/lib/systemd/systemd", "systemd"),
     Package("umoci", "umoci", "oci"),
@@ -152,9 +157,9 @@ def _run(*command: str, cwd: str | None = None) -> tuple[int, str]:
 
 
 def main() -> None:
-    """What the command is told to install: for one of the three, or for a tier."""
+    """What the command is told to install: for one of the three, or for a tier of its own."""
     [what] = sys.argv[1:]
-    tiers = {package.tier for package in PACKAGES} - {"setup", "demo"}
+    tiers = {package.tier for package in PACKAGES} - {"setup", "demo", "deb"}
     install(*(tiers if what == "tests" else {what}))
 
 

@@ -66,6 +66,15 @@ def _docker() -> str:
     return "" if Path("/sys/fs/cgroup").is_mount() else "no cgroups, which dockerd needs"
 
 
+def _deb() -> str:
+    """It builds packages and roots for minutes, from the network, so it is asked for."""
+    if not os.environ.get("AUFSD_DEB"):
+        return "make test-deb runs this tier"
+    if not list((Path(__file__).parents[1] / "build/deb").glob("aufsd_*.deb")):
+        return "there are no packages in build/deb: make deb"
+    return without("deb")
+
+
 def _loop() -> str:
     return "" if os.access("/dev/loop-control", os.R_OK | os.W_OK) else "there are no loop devices"
 
@@ -80,6 +89,7 @@ OFF["root"] = "" if ROOT_IN_HOST else "needs root, and not that of a user namesp
 OFF["service"] = OFF["mounts"] or OFF["root"]
 OFF["systemd"] = OFF["service"] or without("systemd") or box.missing()
 OFF["crash"] = OFF["service"] or without("crash") or untraceable()
+OFF["deb"] = OFF["systemd"] or _deb()
 OFF["aufs"] = OFF["mounts"] or _aufs()
 OFF["dockerd"] = OFF["aufs"] or _dockerd()
 OFF["docker"] = OFF["service"] or _docker()

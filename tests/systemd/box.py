@@ -1,4 +1,4 @@
-"""A real systemd as PID 1 of a namespace, over an overlay of this host's own root.
+"""A real systemd as PID 1 of a namespace, over an overlay of this host's own root, or of another.
 
 Nothing is installed, and nothing of it reaches the host: the box has namespaces of its own for
 processes, mounts, cgroups, network, IPC and the host's name, and ends with the test run. It is no
@@ -25,15 +25,16 @@ _CGROUPS = Path(
 )
 _NAMESPACES = ("--mount", "--uts", "--ipc", "--pid", "--net", "--cgroup")
 
-# Run by the first process of the namespaces. $1: a directory, $2: its own cgroup, $3: the hook, a
-# script that finds the box's root in R and the host's where it is; the rest is the new PID 1.
+# Run by the first process of the namespaces. $1: a directory, $2: the root that the box's lies
+# over, $3: the hook, a script that finds the box's root in R and the host's where it is; the rest
+# is the new PID 1.
 _INIT = r"""
 set -eu
-W=$1 HOOK=$2; shift 2
+W=$1 LOWER=$2 HOOK=$3; shift 3
 mount --make-rprivate /
 mount -t tmpfs -o size=2g,mode=755 box "$W"
 mkdir "$W/upper" "$W/work" "$W/root"
-mount -t overlay -o "lowerdir=/,upperdir=$W/upper,workdir=$W/work" box-root "$W/root"
+mount -t overlay -o "lowerdir=$LOWER,upperdir=$W/upper,workdir=$W/work" box-root "$W/root"
 R=$W/root
 # what is on the host and has no business here
 rm -f "$R"/etc/systemd/system/*.wants/* "$R/etc/fstab"
@@ -98,7 +99,7 @@ def missing() -> str:
     try:
         with _Place() as place:
             done = subprocess.run(
-                [*place.command(), "", "/bin/true"],
+                [*place.command("/"), "", "/bin/true"],
                 capture_output=True,
                 text=True,
                 timeout=BOOT_WITHIN,
@@ -138,7 +139,7 @@ class _Place:
                 else:
                     break
 
-    def command(self) -> list[str]:
+    def command(self, root: str) -> list[str]:
         """What starts `_INIT` in this place. To be followed by the hook and the new PID 1."""
         # The cgroup is entered before the cgroup namespace is made, so that it is the box's root.
         # A run that is killed takes its box along: setpriv does it for unshare, unshare for PID 1.
@@ -147,15 +148,19 @@ class _Place:
             *("sh", "-c", enter, "sh", str(self.cgroup)),
             *("setpriv", "--pdeathsig=KILL"),
             *("unshare", *_NAMESPACES, "--fork", "--kill-child=KILL"),
-            *("sh", "-c", _INIT, "sh", str(self.directory / "w")),
+            *("sh", "-c", _INIT, "sh", str(self.directory / "w"), root),
         ]
 
 
 class Box:
-    """A booted box. `hook` is a shell script that may put things below "$R" before the boot."""
+    """A booted box over a root directory, which is only read.
 
-    def __init__(self, hook: str = "") -> None:
+    `hook` is a shell script that may put things below "$R" before the boot.
+    """
+
+    def __init__(self, hook: str = "", root: str = "/") -> None:
         self._hook = hook
+        self._root = root
         self._place = _Place()
         self.boot_seconds = 0.0
         # PID 1 of the box, as the host numbers it
@@ -196,7 +201,7 @@ class Box:
             with (directory / "console").open("wb") as console:
                 self.process = subprocess.Popen(
                     [
-                        *(*self._place.command(), str(hook)),
+                        *(*self._place.command(self._root), str(hook)),
                         *(SYSTEMD, "--unit=basic.target", "--show-status=yes"),
                     ],
                     stdin=subprocess.DEVNULL,
