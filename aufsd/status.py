@@ -69,6 +69,7 @@ class Overview:
             self._space(),
             self._busy(),
             self._helpers(),
+            self._archives(),
             self._quarantine(),
             self._journal(),
             self._start(),
@@ -114,6 +115,17 @@ class Overview:
             f"{len(dead)} mounts are dead, the next get mounts them again: {', '.join(dead[:5])}"
         )
         return results.HealthCheck("helpers", "degraded", detail)
+
+    def _archives(self) -> results.HealthCheck:
+        stuck = self.jobs.stuck.living()
+        if not stuck:
+            return results.HealthCheck("archives", "ok", "no archive process waits for ever")
+        named = ", ".join(f"{each.pid} ({each.kind} of {each.id})" for each in stuck[:5])
+        detail = (
+            f"{len(stuck)} archive processes cannot be ended until the server of a file answers or "
+            f"ends: {named}; the first waits for {stuck[0].stream[:200]}"
+        )
+        return results.HealthCheck("archives", "degraded", detail)
 
     def _quarantine(self) -> results.HealthCheck:
         damaged = sorted(self.store.damaged)

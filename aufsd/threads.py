@@ -1,7 +1,8 @@
 """The one place where blocking work leaves the event loop.
 
 Work given to a thread is never abandoned. A cancelled caller still waits for the thread and gets
-its result, so the caller always knows what was done.
+its result, so the caller always knows what was done. The one exception is `Closing`, which has no
+result.
 """
 
 import os
@@ -18,6 +19,8 @@ import trio
 
 # eventfds kept for the next calls; each call that waits needs one
 EVENTFDS_KEPT = 8
+# far longer than a close takes where nobody is asked, and short enough for the event loop
+_MOMENT = 0.02  # seconds
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,6 +66,37 @@ class Scans:
     async def run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """See `run` above."""
         return await run(function, self._limiter, *args, **kwargs)
+
+
+class Closing:
+    """Threads that close files whose server does not answer: close(2) asks it, and waits for it.
+
+    That is so with FUSE and network file systems, and no signal ends it.
+    """
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def close(self, fd: int) -> bool:
+        """Close it; False if that still goes on after a moment, in which nobody is served."""
+        thread = threading.Thread(target=_close, args=(fd,), daemon=True)
+        thread.start()
+        thread.join(_MOMENT)
+        if thread.is_alive():
+            self._threads.append(thread)
+        return not thread.is_alive()
+
+    @property
+    def going_on(self) -> int:
+        """How many files are not closed yet."""
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        return len(self._threads)
+
+
+def _close(fd: int) -> None:
+    # what the server says of it is for who wrote to the file
+    with suppress(OSError):
+        os.close(fd)
 
 
 class MountThread:

@@ -1,7 +1,7 @@
 """A file system in user space that is as old, or as silent, as a test wants it: linux/fuse.h.
 
-It has directories, and the file `silent`: that can be opened, and what is read from it or written
-to it is never answered.
+It has directories, and the file `silent`: that can be opened, and a request that `unanswered` names
+(READ and WRITE if nothing is said) is never answered.
 """
 
 import errno
@@ -17,8 +17,9 @@ from pathlib import Path
 
 from aufsd.kernel import syscalls
 
-_LOOKUP, _FORGET, _GETATTR, _SETATTR, _MKDIR, _RMDIR, _RENAME = 1, 2, 3, 4, 9, 11, 12
-_OPEN, _READ, _WRITE, _STATFS, _RELEASE, _FLUSH, _INIT = 14, 15, 16, 17, 18, 25, 26
+READ, WRITE, GETATTR, FLUSH = 15, 16, 3, 25
+_LOOKUP, _FORGET, _SETATTR, _MKDIR, _RMDIR, _RENAME = 1, 2, 4, 9, 11, 12
+_OPEN, _STATFS, _RELEASE, _INIT = 14, 17, 18, 26
 _OPENDIR, _READDIR, _RELEASEDIR, _INTERRUPT, _BATCH_FORGET = 27, 28, 29, 36, 42
 # opcode, nodeid and the rest of struct fuse_in_header; then struct fuse_out_header
 _IN, _OUT = struct.Struct("IIQQIIII"), struct.Struct("IiQ")
@@ -33,6 +34,7 @@ class Served:
     """A mount of it. `asked` is set once something of the silent file is waited for."""
 
     path: Path
+    unanswered: frozenset[int]
     asked: threading.Event = field(default_factory=threading.Event)
     # the directories, by parent and name
     names: dict[tuple[int, bytes], int] = field(default_factory=dict)
@@ -44,9 +46,9 @@ class Served:
 
 
 @contextmanager
-def serving(target: Path) -> Iterator[Served]:
+def serving(target: Path, *unanswered: int) -> Iterator[Served]:
     """Mount it at the directory `target`; at the end whoever waits gets an error."""
-    served = Served(target)
+    served = Served(target, frozenset(unanswered or (READ, WRITE)))
     device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     data = f"fd={device},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()},allow_other"
     syscalls.mount("silent", str(target), "fuse", 0, data)
@@ -74,7 +76,7 @@ def _serve(device: int, stop: int, served: Served) -> None:
         except OSError:  # it is unmounted
             return
         _, opcode, unique, node, *_ = _IN.unpack_from(request)
-        if opcode in (_READ, _WRITE) and node == _SILENT:
+        if opcode in served.unanswered and node == _SILENT:
             served.asked.set()
             continue
         if opcode in (_FORGET, _BATCH_FORGET, _INTERRUPT):
@@ -90,12 +92,12 @@ def _answer(served: Served, opcode: int, node: int, body: bytes) -> bytes | int:
     if opcode == _INIT:
         # protocol 7.22: the kernel refuses the flags of renameat2(2) by itself
         return struct.pack("IIIIHHI", 7, 22, 1 << 16, 0, 12, 9, 1 << 16)
-    if opcode in (_GETATTR, _SETATTR):
+    if opcode in (GETATTR, _SETATTR):
         return struct.pack("QII", 0, 0, 0) + _attributes(node)
     if opcode in (_OPEN, _OPENDIR):
         # FOPEN_DIRECT_IO: what is asked is asked of us
         return struct.pack("QII", 0, 1, 0)
-    if opcode in (_RELEASE, _RELEASEDIR, _FLUSH):
+    if opcode in (_RELEASE, _RELEASEDIR, FLUSH):
         return b""
     if opcode == _STATFS:
         return struct.pack("5Q10I", 0, 0, 0, 0, 0, 4096, 255, 4096, *[0] * 7)

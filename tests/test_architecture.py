@@ -51,7 +51,14 @@ ROOMS = {
     "trio": (
         *("aufsd.__main__", "aufsd.daemon", "aufsd.driver"),
         *("aufsd.tasks", "aufsd.threads"),
-        *("aufsd.active.", "aufsd.layers.", "aufsd.archive.jobs", "aufsd.rpc.", "aufsd.service."),
+        *(
+            "aufsd.active.",
+            "aufsd.layers.",
+            "aufsd.archive.jobs",
+            "aufsd.archive.process",
+            "aufsd.rpc.",
+            "aufsd.service.",
+        ),
         "aufsd_client.trio",
     ),
     "click": ("aufsd_client.cli.",),

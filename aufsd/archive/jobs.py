@@ -4,10 +4,8 @@ The daemon opens what a job may see as detached mounts (open_tree(2)) and sends 
 mean nothing to a child. A job's socket ending without a result means that its child was killed.
 """
 
-import array
-import contextlib
+import fcntl
 import os
-import signal
 import socket
 import time
 from collections import Counter
@@ -22,31 +20,16 @@ import trio
 from aufsd import results
 from aufsd.archive import requests
 from aufsd.archive.fork import ForkServer
+from aufsd.archive.process import ArchiveProcess, NeverBegan, Running
 from aufsd.archive.requests import Branch, Limits, Settings
+from aufsd.archive.stuck import Stuck, is_file, stream_name, stuck_now
 from aufsd.kernel import syscalls as sc
 from aufsd.store.dialect import Dialect
 from aufsd.store.idmap import IdMap
 from aufsd.store.layout import Layout
-from aufsd_client.errors import InternalError, Overloaded, from_wire
+from aufsd_client.errors import InternalError, Overloaded
 
 log = structlog.get_logger(__name__)
-
-_LINE = 1 << 16
-# a page of changes is four megabytes of paths, and one more path, which may be long
-_REPLY_MAX = 64 << 20
-
-
-@dataclass(slots=True)
-class _Running:
-    """A job that has its child, and how far it said it is."""
-
-    id: str
-    kind: str
-    since: float
-    bytes: int = 0
-    entries: int = 0
-    # 0 until the child said its first line
-    pid: int = 0
 
 
 @dataclass(slots=True)
@@ -54,7 +37,8 @@ class Jobs:
     """Runs archive jobs. Every method may raise Overloaded, and InternalError if the child dies.
 
     Cancelled while it waits, a job was not begun. Cancelled later, its child is killed, and the
-    call ends when that is gone; what it wrote by then is where it wrote it.
+    call ends when that is gone, or waits for its stream where no signal reaches it; what it wrote
+    by then is where it wrote it.
     """
 
     layout: Layout
@@ -64,7 +48,9 @@ class Jobs:
     # of their own, so that no mount waits for somebody's slow stream
     conversions: trio.CapacityLimiter
     server: ForkServer
-    jobs: dict[int, _Running] = field(default_factory=dict)
+    jobs: dict[int, Running] = field(default_factory=dict)
+    # processes of jobs that are over
+    stuck: Stuck = field(default_factory=Stuck)
     # for metrics, by kind: jobs that ended, and what they had moved by then
     done: Counter[str] = field(default_factory=Counter)
     done_bytes: Counter[str] = field(default_factory=Counter)
@@ -249,15 +235,17 @@ class Jobs:
         waiting = self.slots.statistics().tasks_waiting
         if limiter is self.slots and waiting >= self.max_waiting:
             raise Overloaded(f"{waiting} archive jobs wait already", limit=self.max_waiting)
+        for fd in passed:
+            self.stuck.refuse_file(stream_name(fd))
         async with limiter:
-            job = _Running(id, kind, time.time())
+            job = Running(id, kind, time.time())
             key = object.__hash__(job)
             self.jobs[key] = job
             try:
                 request = requests.Request(work, self.settings)
                 try:
                     return await self._child(job, request, mounts, passed)
-                except _NeverBegan:
+                except NeverBegan:
                     # the child, or the whole fork server, was killed while it waited for a job
                     log.warning("archive process lost before it began", id=id, kind=kind)
                     return await self._child(job, request, mounts, passed)
@@ -269,7 +257,7 @@ class Jobs:
 
     async def _child(
         self,
-        job: _Running,
+        job: Running,
         request: requests.Request,
         mounts: Sequence[str],
         passed: Sequence[int],
@@ -281,93 +269,20 @@ class Jobs:
                 while not self.server.hand_over(theirs):
                     assert self.server.channel is not None
                     await trio.lowlevel.wait_writable(self.server.channel)
-            child = _Child(job, trio.socket.from_stdlib_socket(ours))
+            file = next(filter(is_file, map(stream_name, passed)), "")
+            child = ArchiveProcess(job, trio.socket.from_stdlib_socket(ours), file)
             try:
                 await child.send(requests.encode(request) + b"\n", [*fds, *passed])
                 # before the child does: the last who closes a detached mount waits for its unmount
                 opened.close()
-                return await child.result()
+                return await child.result_in_time(self.settings.stream_timeout)
             except BaseException:
                 with trio.CancelScope(shield=True):
-                    await child.kill()
+                    if not await child.kill():
+                        self.stuck.add(child.pidfd, stuck_now(job.id, job.kind, job.pid, file))
                 raise
             finally:
                 child.close()
-
-
-@dataclass(slots=True)
-class _Child:
-    """The daemon's end of a job's socket."""
-
-    job: _Running
-    stream: trio.socket.SocketType
-    # names the child for good; it comes with the first line
-    pidfd: int = -1
-    held: bytearray = field(default_factory=bytearray)
-    # how much of that was looked through for the end of a line
-    seen: int = 0
-
-    async def send(self, line: bytes, fds: Sequence[int]) -> None:
-        """Send the request."""
-        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        try:
-            sent = await self.stream.sendmsg([line], ancillary)
-            while sent < len(line):
-                sent += await self.stream.send(line[sent:])
-        except (BrokenPipeError, ConnectionResetError):
-            raise _never_began(self.job) from None
-
-    async def kill(self) -> None:
-        """Kill the child, and wait until it is gone."""
-        while self.pidfd < 0 and await self._receive():
-            pass
-        if self.pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            await trio.lowlevel.wait_readable(self.pidfd)
-
-    def close(self) -> None:
-        """Let go of the child."""
-        if self.pidfd >= 0:
-            os.close(self.pidfd)
-
-    async def result(self) -> requests.Result:
-        """What the child results. Raises what it raised, and InternalError if it was killed."""
-        while True:
-            while (end := self.held.find(b"\n", self.seen)) < 0:
-                self.seen = len(self.held)
-                if not await self._receive():
-                    raise _died(self.job) if self.pidfd >= 0 else _never_began(self.job)
-            line = bytes(self.held[:end])
-            del self.held[: end + 1]
-            self.seen = 0
-            reply: requests.Reply = requests.decode_reply(line)
-            if isinstance(reply, requests.Progress):
-                self.job.bytes, self.job.entries = reply.bytes, reply.entries
-            elif isinstance(reply, requests.Failed):
-                raise from_wire(reply.error)
-            elif not isinstance(reply, requests.Started):
-                return reply
-
-    async def _receive(self) -> bool:
-        """Read more of the replies; False if no more can come.
-
-        Only the first line brings a descriptor. It is sent before the child has seen anything of a
-        stranger's; what came later might name another process, and the kernel discards it here.
-        """
-        room = socket.CMSG_SPACE(array.array("i").itemsize) if self.pidfd < 0 else 0
-        try:
-            data, ancillary, _, _ = await self.stream.recvmsg(_LINE, room, socket.MSG_CMSG_CLOEXEC)
-        except ConnectionResetError:
-            return False
-        for level, kind, payload in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                self.pidfd = array.array("i", payload)[0]
-                self.job.pid = _pid_of(self.pidfd)
-        self.held += data
-        if len(self.held) > _REPLY_MAX:
-            raise InternalError(f"the process of this {self.job.kind} does not stop talking")
-        return bool(data)
 
 
 @asynccontextmanager
@@ -396,18 +311,24 @@ async def open_jobs(
     )
     own = server or ForkServer(layout.private, held)
     own.start()
+    jobs = Jobs(
+        layout,
+        settings,
+        max_waiting,
+        trio.CapacityLimiter(max_jobs),
+        trio.CapacityLimiter(max_jobs),
+        own,
+    )
     try:
-        yield Jobs(
-            layout,
-            settings,
-            max_waiting,
-            trio.CapacityLimiter(max_jobs),
-            trio.CapacityLimiter(max_jobs),
-            own,
-        )
+        yield jobs
     finally:
         if server is None:
             own.stop()
+        if jobs.stuck.living():
+            # a stuck process has these, too, and is no reason for the next daemon to wait
+            for fd in held:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+        jobs.stuck.close()
 
 
 @contextmanager
@@ -419,25 +340,6 @@ def _cloned(path: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
-
-
-def _pid_of(pidfd: int) -> int:
-    """The pid, as /proc shows it to us (proc_pid_fdinfo(5)). Reading this does not block."""
-    with open(f"/proc/self/fdinfo/{pidfd}") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("Pid:")), 0)
-
-
-class _NeverBegan(InternalError):
-    """The child was gone before it had the whole request: nothing was done."""
-
-
-def _never_began(job: _Running) -> _NeverBegan:
-    return _NeverBegan(f"the process of this {job.kind} was killed before it began", id=job.id)
-
-
-def _died(job: _Running) -> InternalError:
-    # the kernel's log names the pid if it was the memory that ran out
-    return InternalError(f"process {job.pid} of this {job.kind} was killed", id=job.id)
 
 
 T = TypeVar("T")

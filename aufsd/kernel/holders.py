@@ -200,7 +200,7 @@ def _leads_to(link: str, device: int, known: Collection[int]) -> bool:
         fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
         try:
             if _mount_id(_read(f"/proc/self/fdinfo/{fd}")) not in known:
-                return syscalls.fstatx_device(fd) == device
+                return syscalls.fstatx(fd).device == device
         finally:
             os.close(fd)
     return False

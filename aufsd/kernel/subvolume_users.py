@@ -44,7 +44,7 @@ def _leads_to(link: str, device: int) -> bool:
     with suppress(OSError):
         fd = os.open(link, os.O_PATH | os.O_CLOEXEC)
         try:
-            return syscalls.fstatx_device(fd) == device
+            return syscalls.fstatx(fd).device == device
         finally:
             os.close(fd)
     return False

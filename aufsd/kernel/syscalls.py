@@ -327,11 +327,18 @@ def statx_place(path: str) -> Place:
     return Place(found.stx_mnt_id if known else 0, device, found.stx_ino)
 
 
-def fstatx_device(fd: int) -> int:
-    """The same of an open file, which O_PATH is enough for."""
+class OpenFile(NamedTuple):
+    """st_mode and st_dev of an open file."""
+
+    mode: int
+    device: int
+
+
+def fstatx(fd: int) -> OpenFile:
+    """What an open file is, without asking a network or FUSE server; O_PATH is enough for it."""
     found, flags = _Statx(), AT_EMPTY_PATH | _AT_STATX_DONT_SYNC
     _check(_libc.statx(fd, b"", flags, 0, ctypes.byref(found)))
-    return os.makedev(found.stx_dev_major, found.stx_dev_minor)
+    return OpenFile(found.stx_mode, os.makedev(found.stx_dev_major, found.stx_dev_minor))
 
 
 class MountIds(NamedTuple):

@@ -1,9 +1,10 @@
 """A batch in progress: its requests are carried out in order and answered in one line."""
 
-import os
 from collections.abc import Sequence
 
 import msgspec
+
+from aufsd.rpc import descriptors
 
 # bytes of a Raw and its place in the list
 _OBJECT = 100
@@ -65,5 +66,5 @@ class Batch:
         """Close the descriptors of requests that are not begun."""
         for fd in self._fds[self._next :]:
             if fd is not None:
-                os.close(fd)
+                descriptors.close(fd)
         self._elements = self._elements[: self._next]

@@ -9,7 +9,13 @@ import os
 import stat
 from collections import deque
 
-from aufsd_client.errors import InvalidDescriptor
+import structlog
+
+from aufsd.kernel import syscalls
+from aufsd.threads import Closing
+from aufsd_client.errors import InvalidDescriptor, Overloaded
+
+log = structlog.get_logger(__name__)
 
 # the text in the document of rpc.discover
 DESCRIPTORS = (
@@ -23,6 +29,9 @@ MAX_UNCLAIMED = 4
 # The kernel may split a longer sendmsg(2) into segments; the descriptors come with the first one
 # (net/unix/af_unix.c, unix_stream_sendmsg: 48 KiB a segment with the usual SO_SNDBUF).
 SEGMENT = 32 << 10
+# with so many files whose server does not answer, none is taken that may have such a one
+_CLOSING_MOST = 16
+_closing = Closing()
 
 
 class Descriptors:
@@ -73,7 +82,25 @@ class Descriptors:
 
 def _close(fds: deque[int]) -> None:
     while fds:
-        os.close(fds.popleft())
+        close(fds.popleft())
+
+
+def close(fd: int) -> None:
+    """Close a descriptor that a peer sent. Waits for no file's server longer than a moment."""
+    if not _may_have_server(syscalls.fstatx(fd)):
+        os.close(fd)
+        return
+    name = os.readlink(f"/proc/self/fd/{fd}")
+    if not _closing.close(fd):
+        log.warning("the server of a file does not answer its close", file=name[:200])
+
+
+def _may_have_server(file: syscalls.OpenFile) -> bool:
+    """Whether somebody has to be asked about the file: it lies on no block device.
+
+    Such are FUSE and NFS, and tmpfs and btrfs too, of which a close takes no time.
+    """
+    return not (stat.S_ISFIFO(file.mode) or stat.S_ISSOCK(file.mode) or os.major(file.device))
 
 
 def require_stream(fd: int | None, *, write: bool) -> int:
@@ -82,7 +109,9 @@ def require_stream(fd: int | None, *, write: bool) -> int:
         raise InvalidDescriptor(
             "no descriptor came with the call: send it with SCM_RIGHTS in the sendmsg of the line"
         )
-    mode = os.fstat(fd).st_mode
+    # stat(2) would ask a server
+    file = syscalls.fstatx(fd)
+    mode = file.mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or stat.S_ISREG(mode)):
         raise InvalidDescriptor("the descriptor is not a pipe, a socket or a regular file")
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
@@ -90,4 +119,10 @@ def require_stream(fd: int | None, *, write: bool) -> int:
     if flags & os.O_PATH or flags & os.O_ACCMODE not in (wanted, os.O_RDWR):
         way = "writing" if write else "reading"
         raise InvalidDescriptor(f"the descriptor is not open for {way}")
+    if _may_have_server(file) and _closing.going_on >= _CLOSING_MOST:
+        raise Overloaded(
+            f"{_CLOSING_MOST} files that came with calls cannot be closed, for their server does "
+            "not answer; send the archive through a pipe",
+            limit=_CLOSING_MOST,
+        )
     return fd

@@ -4,7 +4,6 @@ A call runs to its end even if the peer goes away. The exceptions are `diff` and
 stream to or from the peer, and `usage`: they are cancelled.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import trio
 
 from aufsd.driver import Driver
 from aufsd.kernel.peer import Peer
-from aufsd.rpc import dispatch
+from aufsd.rpc import descriptors, dispatch
 from aufsd.rpc.access_log import AccessLog
 from aufsd.rpc.admission import Admission
 from aufsd.rpc.batch import Batch
@@ -158,7 +157,7 @@ class Runner:
                 message,
             )
         if fd is not None:
-            os.close(fd)
+            descriptors.close(fd)
         self._reply_later(request, batch, 0.0)
 
     def _begin(self, message: object, fd: int | None, size: int, batch: Batch | None) -> None:
@@ -187,7 +186,7 @@ class Runner:
             self._start(self._run, request, batch, began, size)
             return
         if fd is not None:
-            os.close(fd)
+            descriptors.close(fd)
         self._reply_later(request, batch, time.perf_counter() - began)
 
     # --- calls that wait ----------------------------------------------------------------------
@@ -229,7 +228,7 @@ class Runner:
             raise
         finally:
             if request.call.fd is not None:
-                os.close(request.call.fd)
+                descriptors.close(request.call.fd)
             if request.row.streams:
                 self._admission.end_archive(self._peer.uid)
 
