@@ -12,9 +12,9 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
-from aufsd.archive.measure import Used
+from aufsd.archive.compact import Ordered, Seen, once
+from aufsd.archive.measure import UNIT, Used, is_first
 from aufsd.archive.meter import shown
-from aufsd.archive.ordered import Ordered, once
 from aufsd.archive.pack import (
     Inspected,
     Packer,
@@ -316,51 +316,44 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
 
 
 def _write(packer: Packer, event: Event) -> None:
-    name = event.way.name
+    name, above = event.way.name, event.way.above
+    assert above is not None
     if event.now is None:
-        assert event.way.above is not None
-        packer.whiteout(Way(event.way.above, marks.WHITEOUT + name).path())
+        packer.whiteout(Way(above, marks.WHITEOUT + name).path())
         return
     path = event.way.path()
     mode, at = event.now.stat.st_mode, event.now.place.fd
     if stat.S_ISDIR(mode):
         packer.directory(path, packer.inspect(event.fd, event.now.place.layer))
     elif stat.S_ISREG(mode):
-        pack_file(packer, path, name, at)
+        pack_file(packer, path, above, name, at)
     else:
-        pack_other(packer, path, name, at)
+        pack_other(packer, path, above, name, at)
 
 
 def size(now: list[Place], then: list[Place], settings: Settings) -> int:
     """Bytes of the regular files that `pack` would write, each inode once."""
-    seen: set[int] = set()
+    linked = Seen()
     total = 0
-    for event in events(now, then, settings):
-        if isinstance(event, Leave) or event.now is None or event.kind == "same":
-            continue
-        found = event.now.stat
-        if not stat.S_ISREG(found.st_mode) or found.st_ino in seen:
-            continue
-        if found.st_nlink > 1:
-            seen.add(found.st_ino)
-        total += found.st_size
+    for found in _differing(now, then, settings):
+        if stat.S_ISREG(found.st_mode) and is_first(found, linked):
+            total += found.st_size
     return total
 
 
 def used(now: list[Place], then: list[Place], settings: Settings) -> Used:
     """Allocated bytes and inodes of what differs, each inode once; the top directory counts."""
-    top = os.fstat(now[0].fd)
-    seen = {top.st_ino}
-    total = top.st_blocks * 512
-    inodes = 1
-    for event in events(now, then, settings):
-        if isinstance(event, Leave) or event.now is None or event.kind == "same":
-            continue
-        found = event.now.stat
-        if found.st_ino in seen:
-            continue
-        if found.st_nlink > 1 and not stat.S_ISDIR(found.st_mode):
-            seen.add(found.st_ino)
-        inodes += 1
-        total += found.st_blocks * 512
+    linked = Seen()
+    total, inodes = os.fstat(now[0].fd).st_blocks * UNIT, 1
+    for found in _differing(now, then, settings):
+        if stat.S_ISDIR(found.st_mode) or is_first(found, linked):
+            inodes += 1
+            total += found.st_blocks * UNIT
     return Used(total, inodes)
+
+
+def _differing(now: list[Place], then: list[Place], settings: Settings) -> Iterator[os.stat_result]:
+    """What `now` has that differs."""
+    for event in events(now, then, settings):
+        if isinstance(event, Event) and event.now is not None and event.kind != "same":
+            yield event.now.stat

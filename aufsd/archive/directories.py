@@ -4,6 +4,7 @@ They hang together by their names: no path is kept, and none has to be shorter t
 takes. The layer is the root of the process, and nobody else moves what lies in it.
 """
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -52,6 +53,38 @@ class Directory:
             here = pending.pop()
             yield here
             pending += [below for below in here.below.values() if below.above is here]
+
+
+class Marks:
+    """aufs's marks: each is a link of the layer's first one, as aufs and Docker make them."""
+
+    def __init__(self) -> None:
+        self._first: bytes | None = None
+
+    def make(self, here: Directory, path: bytes) -> bool:
+        """Make one at a path from the current directory, which is `here`; False if it is there."""
+        try:
+            if self._first is not None:
+                os.link(self._first, path)
+                return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            # the first one is gone, or has all the links that one may have
+            if error.errno not in (errno.ENOENT, errno.EMLINK, errno.ENAMETOOLONG):
+                raise
+        try:
+            os.mknod(path, stat.S_IFREG | 0o444)
+        except FileExistsError:
+            return False
+        if here.setgid:
+            os.chown(path, 0, 0)
+        os.utime(path, ns=(0, 0))
+        self._first = None
+        if here.way.size + len(path) < PATH_MAX - 2:
+            at = here.way.path()
+            self._first = b"/%b/%b" % (at, path) if at else b"/" + path
+        return True
 
 
 def step(start: Directory, target: Directory, *, known: bool) -> None:

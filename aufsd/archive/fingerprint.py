@@ -18,10 +18,10 @@ from typing import Final, NamedTuple
 from isal.isal_zlib import crc32 as crc32
 
 from aufsd.archive.attributes import CAPABILITY, may_travel, read_xattr
+from aufsd.archive.compact import Ordered
 from aufsd.archive.listing import FILE, OPAQUE, SUBDIRECTORY, WHITEOUT, Listing, listed
 from aufsd.archive.meter import Meter
-from aufsd.archive.ordered import Ordered
-from aufsd.archive.pack import read_link
+from aufsd.archive.pack import Links, read_link
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import Layer
 from aufsd.kernel.syscalls import AT_FDCWD
@@ -236,8 +236,7 @@ class _Reading:
         self._plain = memory is not None and memory.plain
         self._names = hashlib.blake2b(digest_size=_SIZE)
         self._contents = hashlib.blake2b(digest_size=_SIZE)
-        # the first name of each inode that has several
-        self._links: dict[int, Way] = {}
+        self._links = Links()
 
     def run(self) -> str:
         """See `fingerprint`."""
@@ -312,10 +311,10 @@ class _Reading:
         """What a directory says of an entry that is none; of a file its number too."""
         self._meter.entries += 1
         name, mode = way.name, found.st_mode
-        if found.st_nlink > 1:
-            first = self._links.setdefault(found.st_ino, way)
-            if first is not way:
-                return b"%b\0=%b\0" % (name, first.path())
+        assert way.above is not None
+        first = self._links.first(way.above, name, found)
+        if first:
+            return b"%b\0=%b\0" % (name, first)
         size, target = 0, b""
         if stat.S_ISREG(mode):
             size = found.st_size

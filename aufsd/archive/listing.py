@@ -7,8 +7,8 @@ import os
 from collections.abc import Collection, Iterator
 from typing import Final, NamedTuple
 
+from aufsd.archive.compact import Ordered, once
 from aufsd.archive.meter import Meter, shown
-from aufsd.archive.ordered import Ordered, once
 from aufsd.archive.view import GONE, Layer
 from aufsd.store import dialect as marks
 from aufsd.store.walk import Way

@@ -3,6 +3,7 @@
 import os
 from typing import Final, NamedTuple
 
+from aufsd.archive.compact import Seen
 from aufsd.kernel.syscalls import AT_FDCWD
 from aufsd.store import dialect as marks
 from aufsd.store.walk import walk
@@ -23,7 +24,7 @@ class Used(NamedTuple):
 
 
 # in units of 512 bytes (inode(7)), whatever the block size is
-_UNIT: Final = 512
+UNIT: Final = 512
 
 
 def measure(*, aufs: bool) -> Content:
@@ -32,7 +33,7 @@ def measure(*, aufs: bool) -> Content:
     `aufs`: names that begin with `.wh.` are marks.
     """
     size = count = 0
-    linked: set[tuple[int, int]] = set()
+    linked = Seen()
     for here in walk(AT_FDCWD):
         os.fchdir(here.fd)
         with os.scandir(b".") as found:
@@ -46,7 +47,7 @@ def measure(*, aufs: bool) -> Content:
                     here.later(name)
                 elif entry.is_file(follow_symlinks=False):
                     status = _status(name)
-                    if status is not None and _is_first(status, linked):
+                    if status is not None and is_first(status, linked):
                         size += status.st_size
     return Content(size, count)
 
@@ -54,8 +55,8 @@ def measure(*, aufs: bool) -> Content:
 def used(*, aufs: bool) -> Used:
     """What the layer that the current directory is the root of takes up of its file system."""
     top = os.stat(".")
-    size, inodes = top.st_blocks * _UNIT, 1
-    linked: set[tuple[int, int]] = set()
+    size, inodes = top.st_blocks * UNIT, 1
+    linked = Seen()
     for here in walk(AT_FDCWD):
         os.fchdir(here.fd)
         with os.scandir(b".") as found:
@@ -65,8 +66,8 @@ def used(*, aufs: bool) -> Used:
                     continue
                 directory = entry.is_dir(follow_symlinks=False)
                 status = _status(name)
-                if status is not None and (directory or _is_first(status, linked)):
-                    size += status.st_blocks * _UNIT
+                if status is not None and (directory or is_first(status, linked)):
+                    size += status.st_blocks * UNIT
                     inodes += 1
                 if directory:
                     here.later(name)
@@ -81,12 +82,6 @@ def _status(name: bytes) -> os.stat_result | None:
         return None
 
 
-def _is_first(status: os.stat_result, linked: set[tuple[int, int]]) -> bool:
+def is_first(status: os.stat_result, linked: Seen) -> bool:
     """Whether this is the first name of its inode; `linked` are those that have several."""
-    if status.st_nlink == 1:
-        return True
-    inode = status.st_dev, status.st_ino
-    if inode in linked:
-        return False
-    linked.add(inode)
-    return True
+    return status.st_nlink == 1 or linked.add(b"%x.%x" % (status.st_dev, status.st_ino))

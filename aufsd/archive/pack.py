@@ -19,7 +19,7 @@ from aufsd.archive.requests import Settings
 from aufsd.archive.sink import Sink
 from aufsd.archive.view import GONE, Layer
 from aufsd.kernel.syscalls import AT_FDCWD
-from aufsd.store.walk import Descent
+from aufsd.store.walk import Descent, Way
 from aufsd_client.errors import LayerDamaged
 
 # not to wait for a writer, should a name have become a fifo since it was listed
@@ -36,17 +36,39 @@ class Inspected(NamedTuple):
     xattrs: dict[str, bytes]
 
 
+class Links:
+    """The first names of files that have several, until all were met."""
+
+    __slots__ = ("_first",)
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[int, int], tuple[Way, int]] = {}
+
+    def first(self, above: Way, name: bytes, found: os.stat_result) -> bytes:
+        """The path that the file was met under before; empty the first time.
+
+        It is `name` in the directory `above` now.
+        """
+        if found.st_nlink == 1:
+            return b""
+        inode = found.st_dev, found.st_ino
+        first, left = self._first.pop(inode, (None, found.st_nlink))
+        if left > 1:
+            self._first[inode] = first or Way(above, name), left - 1
+        return first.path() if first else b""
+
+
 class Packer:
     """Writes entries. Knows what one looks like in a tar, not which there are."""
 
-    __slots__ = ("_incomplete", "_links", "_owners", "_settings", "meter", "sink")
+    __slots__ = ("_incomplete", "_owners", "_settings", "links", "meter", "sink")
 
     def __init__(self, sink: Sink, settings: Settings, meter: Meter) -> None:
         self.sink = sink
         self.meter = meter
         self._settings = settings
         self._owners = Owners(settings, outward=True)
-        self._links: dict[tuple[int, int], bytes] = {}
+        self.links = Links()
         overlay = f"{settings.namespace}.overlay"
         self._incomplete = (f"{overlay}.redirect", f"{overlay}.metacopy")
 
@@ -81,9 +103,8 @@ class Packer:
             )
         )
 
-    def file(self, name: bytes, fd: int, found: os.stat_result) -> None:
+    def file(self, name: bytes, fd: int, found: os.stat_result, link: bytes) -> None:
         """A regular file with its content, or a link to the name it was written under before."""
-        link = self._linked(name, found) if found.st_nlink > 1 else b""
         names = () if link else os.listxattr(fd)
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         mode, size, mtime = found.st_mode, found.st_size, found.st_mtime_ns // 1_000_000_000
@@ -113,8 +134,8 @@ class Packer:
                 f"{shown(name)} shrank by {missing} bytes while it was read; zeros stand there"
             )
 
-    def other(self, name: bytes, found: os.stat_result, target: bytes) -> None:
-        """A symlink (to `target`), device or fifo; a socket is left out."""
+    def other(self, name: bytes, found: os.stat_result, target: bytes, link: bytes) -> None:
+        """A symlink (to `target`), device or fifo, or a link as in `file`; a socket is left out."""
         mode = found.st_mode
         device = None
         if stat.S_ISLNK(mode):
@@ -130,7 +151,6 @@ class Packer:
         else:
             self.vanished(name, replaced())
             return
-        link = self._linked(name, found) if found.st_nlink > 1 else b""
         uid, gid = self._owners.both(found.st_uid, found.st_gid, name)
         self.meter.entries += 1
         self.sink.write(
@@ -156,11 +176,6 @@ class Packer:
         if error.errno not in GONE:
             raise error
         self.meter.warn(f"{shown(name)} went away while the layer was read")
-
-    def _linked(self, name: bytes, found: os.stat_result) -> bytes:
-        key = (found.st_dev, found.st_ino)
-        first = self._links.setdefault(key, name)
-        return b"" if first is name else first
 
     def _xattrs(
         self, read: Callable[[str], bytes], name: bytes, names: Collection[str]
@@ -193,7 +208,7 @@ def pack(packer: Packer, layer: Layer) -> None:
                 name, kind = row[:-2], row[-1]
                 path = prefix + name
                 if kind == FILE:
-                    pack_file(packer, path, name)
+                    pack_file(packer, path, here.way, name)
                 elif kind == SUBDIRECTORY:
                     opaque = listing.beside and layer.hides(here.fd, name)
                     try:
@@ -206,7 +221,7 @@ def pack(packer: Packer, layer: Layer) -> None:
                     )
                     break
                 elif kind == OTHER:
-                    pack_other(packer, path, name)
+                    pack_other(packer, path, here.way, name)
                 else:
                     packer.whiteout(path)
             else:
@@ -233,8 +248,13 @@ def _enter(
     return listed(packer.meter, layer, here.way, opaque=opaque, cut=cut)
 
 
-def pack_file(packer: Packer, path: bytes, name: bytes, directory: int | None = None) -> None:
-    """Write the regular file `name` of a directory, the current one if None, as `path`."""
+def pack_file(
+    packer: Packer, path: bytes, above: Way, name: bytes, directory: int | None = None
+) -> None:
+    """Write the regular file `name` of a directory, the current one if None, as `path`.
+
+    The directory is `above` in the tar.
+    """
     try:
         fd = os.open(name, _FILE, dir_fd=directory)
     except OSError as error:
@@ -243,14 +263,16 @@ def pack_file(packer: Packer, path: bytes, name: bytes, directory: int | None = 
     try:
         found = os.fstat(fd)
         if stat.S_ISREG(found.st_mode):
-            packer.file(path, fd, found)
+            packer.file(path, fd, found, packer.links.first(above, name, found))
         else:
             packer.vanished(path, replaced())
     finally:
         os.close(fd)
 
 
-def pack_other(packer: Packer, path: bytes, name: bytes, directory: int | None = None) -> None:
+def pack_other(
+    packer: Packer, path: bytes, above: Way, name: bytes, directory: int | None = None
+) -> None:
     """Write what is neither a regular file nor a directory; as `pack_file`."""
     try:
         found = os.stat(name, dir_fd=directory, follow_symlinks=False)
@@ -258,7 +280,7 @@ def pack_other(packer: Packer, path: bytes, name: bytes, directory: int | None =
     except OSError as error:
         packer.vanished(path, error)
     else:
-        packer.other(path, found, target)
+        packer.other(path, found, target, packer.links.first(above, name, found))
 
 
 def read_link(name: bytes, directory: int | None = None) -> bytes:

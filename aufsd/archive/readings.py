@@ -15,8 +15,8 @@ from itertools import groupby
 from typing import Final, NamedTuple
 
 from aufsd.archive import strays, view
+from aufsd.archive.compact import Ordered
 from aufsd.archive.meter import shown
-from aufsd.archive.ordered import Ordered
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
 from aufsd.results import Problem

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Final
 
-from aufsd.archive.directories import PATH_MAX, Directory, step
+from aufsd.archive.compact import Seen
+from aufsd.archive.directories import PATH_MAX, Directory, Marks, step
 from aufsd.archive.erase import erase
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
@@ -31,9 +32,9 @@ _KNOWN_MAX: Final = 1 << 16
 class Tree:
     """Moves through the layer, makes and removes. `fresh` says that it was empty at the start.
 
-    In a layer with earlier content `put` are the names that this archive put there, by the inode of
-    their directory. `hidden` are names that stand beside an aufs whiteout of theirs; while `hides`
-    is false there are none. `at` is the path of the current directory, as the archive has it.
+    In a layer with earlier content `_put` are the names that this archive put there. `_hidden` are
+    names that an aufs whiteout stands for, in a layer without earlier content; while `hides` is
+    false there are none. `at` is the path of the current directory, as the archive has it.
     """
 
     def __init__(self, dialect: Dialect, namespace: str, *, fresh: bool) -> None:
@@ -48,18 +49,22 @@ class Tree:
         self.removed = False
         self._namespace = namespace
         self._opaque_xattr = marks.opaque_xattr(namespace)
-        self._put: dict[int, set[bytes]] = {}
-        self._hidden: dict[int, set[bytes]] = {}
+        self._put = Seen()
+        self._hidden = Seen()
+        # how often an inode has been a directory's that went, for the names in those two
+        self._went: dict[int, int] = {}
         self.hides = dialect is Dialect.AUFS and not fresh
         # directories in which whiteouts were made: some of them may have nothing below to hide
         self.marked: dict[int, Directory] = {}
+        # whether there are more than those
+        self.marked_more = False
         # symlinks that lead to a known directory: where they lie, and their names
         self._links: list[tuple[Directory, bytes]] = []
         self._known = 1
         # whether one that was known may be met again as if it were not
         self._forgot = False
         self.at: bytes | None = ROOT
-        self._mark_file: bytes | None = None
+        self._marks = Marks()
 
     # --- moving -------------------------------------------------------------------------------
 
@@ -90,6 +95,10 @@ class Tree:
             self.go(self.here)
             return os.fsencode(error.filename)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+
+    def moved(self) -> None:
+        """Somebody else has changed the current directory of the process."""
+        self._stand = None
 
     def go(self, directory: Directory) -> None:
         """Make a known directory the current one."""
@@ -255,11 +264,15 @@ class Tree:
 
     def _note(self, directory: Directory, name: bytes) -> None:
         if not self.fresh:
-            self._put.setdefault(directory.inode, set()).add(name)
+            self._put.add(self._key(directory.inode, name))
+
+    def _key(self, inode: int, name: bytes) -> bytes:
+        """A name in a directory, as `_put` and `_hidden` have it."""
+        return b"%x.%x.%b" % (inode, self._went.get(inode, 0), name)
 
     def is_put(self, name: bytes) -> bool:
         """Whether this archive put `name` here."""
-        return self.fresh or name in self._put.get(self.here.inode, ())
+        return self.fresh or self._key(self.here.inode, name) in self._put
 
     def make_directory(self, name: bytes, mode: int) -> bool:
         """Make a directory, or keep the one that is there; whether it is new.
@@ -287,10 +300,10 @@ class Tree:
         if not self.hides:
             return False
         if self.fresh:
-            hidden = self._hidden.get(self.here.inode, ())
-            if name not in hidden:
+            key = self._key(self.here.inode, name)
+            if key not in self._hidden:
                 return False
-            self._hidden[self.here.inode].remove(name)
+            self._hidden.discard(key)
         try:
             os.unlink(marks.WHITEOUT + name)
         except FileNotFoundError:
@@ -343,7 +356,7 @@ class Tree:
             os.setxattr(name, self._opaque_xattr, b"y", follow_symlinks=False)
             return
         if not self.fresh:
-            self._put.setdefault(os.stat(name).st_ino, set()).add(marks.OPAQUE)
+            self._put.add(self._key(os.stat(name).st_ino, marks.OPAQUE))
         self._make_mark(name + b"/" + marks.OPAQUE)
 
     def keep_put(self, name: bytes) -> None:
@@ -383,8 +396,9 @@ class Tree:
             os.unlink(name)
         except IsADirectoryError:
             for inode in erase(name):
-                for known in (self.marked, self._hidden, self._put):
-                    known.pop(inode, None)
+                self.marked.pop(inode, None)
+                if self.hides or not self.fresh:
+                    self._went[inode] = self._went.get(inode, 0) + 1
             self.at = None
         gone = self.here.below.pop(name, None)
         if gone is not None and gone.above is self.here:
@@ -400,42 +414,23 @@ class Tree:
         if self.dialect is Dialect.NONE:
             # what was to be hidden is gone
             return False
-        self.marked[self.here.inode] = self.here
+        if len(self.marked) < _KNOWN_MAX:
+            self.marked[self.here.inode] = self.here
+        else:
+            self.marked_more = True
         if self.dialect is Dialect.OVERLAY:
             os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
             self.note(name)
             return True
-        self._hidden.setdefault(self.here.inode, set()).add(name)
+        if self.fresh:
+            self._hidden.add(self._key(self.here.inode, name))
         self.hides = True
         return self._make_mark(marks.WHITEOUT + name)
 
     def _make_mark(self, path: bytes) -> bool:
-        """An aufs mark: a link of the layer's first one, as aufs and Docker make them."""
         if b"/" not in path:
             self.note(path)
-        try:
-            if self._mark_file is not None:
-                os.link(self._mark_file, path)
-                return True
-        except FileExistsError:
-            return False
-        except OSError as error:
-            # the first one is gone, or has all the links that one may have
-            if error.errno not in (errno.ENOENT, errno.EMLINK, errno.ENAMETOOLONG):
-                raise
-        try:
-            os.mknod(path, stat.S_IFREG | 0o444)
-        except FileExistsError:
-            return False
-        if self.here.setgid:
-            os.chown(path, 0, 0)
-        os.utime(path, ns=(0, 0))
-        if self.here.way.size + len(path) < PATH_MAX - 2:
-            here = self.here.way.path()
-            self._mark_file = b"/%b/%b" % (here, path) if here else b"/" + path
-        else:
-            self._mark_file = None
-        return True
+        return self._marks.make(self.here, path)
 
     def _is_whiteout(self, found: os.stat_result) -> bool:
         return self.dialect is Dialect.OVERLAY and marks.is_whiteout_node(found)

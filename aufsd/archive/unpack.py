@@ -375,13 +375,12 @@ class Unpacker:
         if self._dialect is Dialect.NONE:
             # what is hidden goes from the layer itself, and lies nowhere else
             lies_below = whiteouts.nowhere
-        rows = self._waiting.those_to_make(tree, lies_below)
-        for directory, name in rows:
+        for directory, name in self._waiting.those_to_make(tree, lies_below):
             tree.enter(directory, self._implied)
             self._tally.add(tree.whiteout(name))
         taken = whiteouts.settle(tree, lies_below)
         self._tally.add(-taken)
-        self.settled = bool(taken) or self._waiting.left_out(rows)
+        self.settled = bool(taken) or self._waiting.left_out
 
     def _housekeeping(self, path: bytes, member: Member) -> bool:
         """aufs's own at the top of a branch is dropped; what links point to is kept meanwhile."""

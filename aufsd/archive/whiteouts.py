@@ -7,19 +7,20 @@ There it hides nothing, so it is not kept. The layer's root is always merged.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from aufsd.archive.directories import Directory
 from aufsd.archive.meter import shown
 from aufsd.archive.tree import Tree
+from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
-from aufsd.store.walk import Way, way_of
+from aufsd.store.walk import Names, Way, walk, way_of
 from aufsd_client.errors import LimitExceeded
 
 # bytes of whiteouts whose directory is not there yet
-_WAITING_MAX: Final = 4 << 20
+_WAITING_MAX: Final = 16 << 20
 # whether the layers below show this directory
 Below = Callable[[Way], bool]
 
@@ -37,72 +38,99 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[bytes, bytes]] = []
+        # directory and name, one after the other
+        self._rows = Names()
         self._held = 0
+        # whether some of them hid nothing, once all were asked for
+        self.left_out = False
 
     def add(self, directory: bytes, name: bytes) -> None:
         """Keep one for later. Raises LimitExceeded."""
-        self._rows.append((directory, name))
-        self._held += len(directory) + len(name) + 128
+        self._rows.add(directory)
+        self._rows.add(name)
+        self._held += len(directory) + len(name) + 2
         if self._held > _WAITING_MAX:
             raise LimitExceeded(
                 "too many whiteouts lie in directories that the archive has not put before them, "
                 f"such as {shown(directory)}"
             )
 
-    def left_out(self, made: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Whether some of them are not among these."""
-        return len(made) < len(self._rows)
-
-    def those_to_make(self, tree: Tree, lies_below: Below) -> list[tuple[bytes, bytes]]:
-        """Directory and name of those that hide something."""
+    def those_to_make(self, tree: Tree, lies_below: Below) -> Iterator[tuple[bytes, bytes]]:
+        """Directory and name of those that hide something, each to be made before the next."""
         opaque = _Opaque(tree)
-        found = []
         path = way = None
-        for row in self._rows:
+        for directory, name in zip(self._rows, self._rows, strict=True):
             # of those in one directory, one way is asked for
-            if way is None or row[0] != path:
-                path, way = row[0], way_of(row[0])
-            if tree.reach(path) or _shows_below(tree, path, way, lies_below, opaque):
-                found.append(row)
-        return found
+            if way is None or directory != path:
+                path, way = directory, way_of(directory)
+            if tree.reach(directory) or _shows_below(tree, directory, way, lies_below, opaque):
+                yield directory, name
+            else:
+                self.left_out = True
 
 
 def settle(tree: Tree, lies_below: Below) -> int:
     """Take away the whiteouts of this archive that hide nothing; how many those were."""
+    if tree.marked_more:
+        return _settle_all(tree, lies_below)
     taken = 0
     opaque = _Opaque(tree)
     for directory in list(tree.marked.values()):
         if directory is tree.root or (not opaque.cuts(directory) and lies_below(directory.way)):
             continue
         tree.go(directory)
-        before = os.stat(b".").st_mtime_ns
-        some = _take_away(tree.dialect)
-        if some:
-            # it may be one that has got its time already
-            os.utime(b".", ns=(before, before))
-        taken += some
+        taken += _take_away(tree.dialect)
+    return taken
+
+
+def _settle_all(tree: Tree, lies_below: Below) -> int:
+    """The same where nobody knows any more in which directories whiteouts were made."""
+    taken = 0
+    # of each directory on the way, whether what it holds has nothing below it
+    cut: list[bool] = []
+    top = os.open(b"/", DIRECTORY)
+    for here in walk(top):
+        os.fchdir(here.fd)
+        tree.moved()
+        del cut[here.depth :]
+        cut.append(tree.is_opaque() or (here.depth > 0 and cut[-1]))
+        if here.depth:
+            cut[-1] = cut[-1] or not lies_below(here.way)
+            if cut[-1]:
+                taken += _take_away(tree.dialect)
+        with os.scandir(b".") as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    here.later(entry.name)
+    os.close(top)
+    tree.go(tree.root)
     return taken
 
 
 def _take_away(dialect: Dialect) -> int:
-    """Remove every whiteout in the current directory; how many there were."""
+    """Remove every whiteout in the current directory, which keeps its time; how many there were."""
+    before = os.stat(b".").st_mtime_ns
+    found = Names()
     with os.scandir(b".") as entries:
-        found = [
-            entry.name
-            for entry in entries
-            if (
-                marks.deleted_name(entry.name) is not None
-                if dialect is Dialect.AUFS
-                else not (
-                    entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
-                )
-                and marks.is_whiteout_node(os.lstat(entry.name))
-            )
-        ]
+        for entry in entries:
+            if _is_whiteout(entry, dialect):
+                found.add(entry.name)
+    count = 0
     for name in found:
         os.unlink(name)
-    return len(found)
+        count += 1
+    if count:
+        # it may be one that has got its time already
+        os.utime(b".", ns=(before, before))
+    return count
+
+
+def _is_whiteout(entry: "os.DirEntry[bytes]", dialect: Dialect) -> bool:
+    if dialect is Dialect.AUFS:
+        return marks.deleted_name(entry.name) is not None
+    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+        return False
+    return marks.is_whiteout_node(os.lstat(entry.name))
 
 
 class _Opaque:
