@@ -30,7 +30,7 @@ from aufsd.layers.checkpoints import Checkpoints
 from aufsd.layers.content import Content
 from aufsd.layers.squash import Squashes
 from aufsd.status import Overview
-from aufsd.store import seals
+from aufsd.store import removal, seals
 from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
@@ -168,7 +168,7 @@ class Driver:
         try:
             async with self.active.removing(id, force=force):
                 self.chains.forget(id)
-                left = await self.disk.run(self.store.remove_on_disk, id)
+                left = await self.disk.run(removal.remove_on_disk, self.store, id)
                 self.store.forget(id)
         except LayerInUse as error:
             references = error.data["references"]

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from aufsd.store import dialect
+from aufsd.store import creation, dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.opening import open_store
 from bench.daemon import Daemon, Line, daemon, namespace, request, require_result
@@ -34,7 +34,7 @@ def fill(root: Path, layers: int) -> list[LayerId]:
             chain: tuple[LayerId, ...] = ()
             for depth in range(DEPTH):
                 id = name(f"{number}/{depth}")
-                store.create_on_disk(id, chain, marks)
+                creation.create_on_disk(store, id, chain, marks)
                 chain = (id, *chain)
             tops.append(chain[0])
     finally:

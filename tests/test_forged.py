@@ -9,7 +9,7 @@ import pytest
 
 from aufsd.digits import number
 from aufsd.kernel import probe
-from aufsd.store import content, origin, seals
+from aufsd.store import content, creation, origin, seals
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.opening import open_store
@@ -74,7 +74,7 @@ def test_what_a_sealed_layer_takes_up_is_counted_where_no_count_stands(
     store = open_store(str(tmp_path), adopt=False, xattr_namespace=NAMESPACE)
     try:
         store.register(id, None)
-        store.create_on_disk(id, (), {})
+        creation.create_on_disk(store, id, (), {})
         seals.seal(store, id, seals.Usage(LAST, 1))
         assert seals.read_usage(store, id) == seals.Usage(LAST, 1)
         for words in ((text, "1"), ("1", text)):

@@ -27,6 +27,7 @@ from aufsd.layers.access import Access
 from aufsd.layers.background import Upkeep
 from aufsd.layers.branches import Chains
 from aufsd.layers.directories import Directories
+from aufsd.store import creation
 from aufsd.store import dialect as dialects
 from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.ids import LayerId
@@ -108,7 +109,7 @@ async def mounts(tmp_path: Path) -> AsyncIterator[Mounts]:
 def make(store: Store, id: LayerId, *parents: LayerId) -> None:
     store.register(id, parents[0] if parents else None)
     xattrs = dialects.xattrs(Dialect.OVERLAY, store.xattr_namespace)
-    store.create_on_disk(id, parents, xattrs)
+    creation.create_on_disk(store, id, parents, xattrs)
 
 
 def spoil(content: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import probe, syscalls
-from aufsd.store import recovery
+from aufsd.store import creation, recovery, removal, staging
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -43,7 +43,7 @@ NAMESPACE: XattrNamespace = "user" if probe.in_user_namespace() else "trusted"
 
 def make(store: Store, id: LayerId, *parents: LayerId) -> None:
     store.register(id, parents[0] if parents else None)
-    store.create_on_disk(id, parents, {})
+    creation.create_on_disk(store, id, parents, {})
 
 
 def names(root: Path) -> dict[str, list[str]]:
@@ -107,7 +107,7 @@ def test_a_taken_id_changes_nothing(tmp_path: Path) -> None:
         with pytest.raises(LayerExists):
             store.register(B, None)
         with pytest.raises(LayerExists):
-            store.create_on_disk(B, (), {})
+            creation.create_on_disk(store, B, (), {})
         assert tree(tmp_path / "s") == before
 
 
@@ -115,7 +115,7 @@ def test_a_create_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as store:
         before = names(tmp_path / "s")
         with pytest.raises(OSError, match=r"not permitted|not supported"):
-            store.create_on_disk(A, (), {"nonsense.xattr": b""})
+            creation.create_on_disk(store, A, (), {"nonsense.xattr": b""})
         assert names(tmp_path / "s") == before
         assert os.listdir(store.layout.staging) == []
 
@@ -125,7 +125,7 @@ def test_content_that_belongs_to_no_layer_is_never_taken_over(tmp_path: Path) ->
         (tmp_path / "s/diff/a").mkdir()
         (tmp_path / "s/diff/a/precious").write_text("x")
         with pytest.raises(LayerExists, match="not empty"):
-            store.create_on_disk(A, (), {})
+            creation.create_on_disk(store, A, (), {})
         assert (tmp_path / "s/diff/a/precious").read_text() == "x"
 
 
@@ -133,10 +133,10 @@ def test_a_removed_layer_is_gone_from_all_three_and_then_from_the_disk(tmp_path:
     with opened(tmp_path / "s") as store:
         make(store, A)
         (tmp_path / "s/diff/a/deep/er").mkdir(parents=True)
-        assert store.remove_on_disk(A) == []
+        assert removal.remove_on_disk(store, A) == []
         store.forget(A)
         assert names(tmp_path / "s") == {"layers": [], "diff": [], "mnt": []}
-        assert store.erase_removed() == {}
+        assert removal.erase_removed(store) == {}
         assert os.listdir(store.layout.removing) == []
 
 
@@ -150,23 +150,23 @@ def test_nothing_is_deleted_through_a_mount(tmp_path: Path) -> None:
         inside.mkdir()
         syscalls.mount("tmpfs", str(inside), "tmpfs", 0, "size=64k")
         (inside / "file").write_text("x")
-        store.remove_on_disk(A)
+        removal.remove_on_disk(store, A)
         store.forget(A)
-        (left,) = store.erase_removed().values()
+        (left,) = removal.erase_removed(store).values()
         moved = next(Path(store.layout.removing).glob("*/inside"))
         assert (left.path, left.errno) == (str(moved), errno.EXDEV)
         assert (moved / "file").read_text() == "x"
         syscalls.umount2(str(moved))
-        assert store.erase_removed() == {}
+        assert removal.erase_removed(store) == {}
 
 
 def test_swapped_in_content_takes_the_place_in_one_step(tmp_path: Path) -> None:
     with opened(tmp_path / "s") as store:
         make(store, A)
         (tmp_path / "s/diff/a/old").write_text("x")
-        staged = Path(store.stage(A, {}))
+        staged = Path(staging.stage(store, A, {}))
         (staged / "new").write_text("y")
-        store.swap_in(A, str(staged))
+        staging.swap_in(store, A, str(staged))
         assert os.listdir(tmp_path / "s/diff/a") == ["new"]
         assert not staged.exists()
 
@@ -287,7 +287,7 @@ def test_recovery_leaves_each_layer_wholly_there_or_wholly_gone(
         assert (root / "diff/b/kept").exists()
         assert os.listdir(store.layout.staging) == []
         assert recovery.recover(store) == []
-        store.erase_removed()
+        removal.erase_removed(store)
         assert os.listdir(store.layout.removing) == []
 
 

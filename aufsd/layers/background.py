@@ -12,6 +12,7 @@ import trio
 from aufsd.active.table import Table
 from aufsd.archive.jobs import Jobs
 from aufsd.archive.requests import Branch
+from aufsd.store import removal
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -57,7 +58,7 @@ class Upkeep:
         self.store.identity.verify()
         left = await self._finish_removals()
         await self.disk.run(discard_trials, self.store)
-        undeleted = await self.disk.run(self.store.erase_removed)
+        undeleted = await self.disk.run(removal.erase_removed, self.store)
         self.store.undeleted = len(undeleted)
         left += [one.error() for one in undeleted.values()]
         if left:
@@ -67,7 +68,7 @@ class Upkeep:
         """Move away the rest of layers whose removal was committed but interrupted."""
         left: list[OSError] = []
         try:
-            half = await self.disk.run(self.store.half_removed)
+            half = await self.disk.run(removal.half_removed, self.store)
         except OSError as error:
             return [error]
         for id in half:
@@ -75,7 +76,7 @@ class Upkeep:
             try:
                 # a new layer may have this id by now
                 if not self.store.exists(id):
-                    left += await self.disk.run(self.store.finish_removal, id)
+                    left += await self.disk.run(removal.finish_removal, self.store, id)
             finally:
                 self.table.end(id)
         return left

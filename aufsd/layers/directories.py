@@ -15,6 +15,7 @@ from aufsd.archive.requests import Branch
 from aufsd.layers import check, fingerprints
 from aufsd.layers.branches import Chains
 from aufsd.results import Problem
+from aufsd.store import creation, removal, staging
 from aufsd.store import dialect as dialects
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -41,7 +42,7 @@ class Directories:
     ) -> list[str]:
         """As Content.create. Neither `label` nor `size` has an effect here."""
         xattrs = dialects.xattrs(self.backend.dialect, self.store.xattr_namespace)
-        await self.disk.run(self.store.create_on_disk, id, parents, xattrs)
+        await self.disk.run(creation.create_on_disk, self.store, id, parents, xattrs)
         # moby b937aa8e69: the aufs driver takes a label at Get and not at Create
         return ["mount_label counts at get; create does not keep it"] if label else []
 
@@ -61,13 +62,13 @@ class Directories:
                 await self.jobs.clone(id, staged)
             made = await self.jobs.apply_recorded(chain, staged, source, digest=digest)
             await self.disk.run(
-                self.store.swap_in, id, staged, made.fingerprint, settled=made.settled
+                staging.swap_in, self.store, id, staged, made.fingerprint, settled=made.settled
             )
             staged = ""
         finally:
             if staged:
                 with trio.CancelScope(shield=True):
-                    await self.disk.run(self.store.discard_staged, staged)
+                    await self.disk.run(removal.discard_staged, self.store, staged)
             self.deletion_due.set()
         return made.streamed
 
@@ -103,7 +104,7 @@ class Directories:
             # nothing to keep: written in the backend's dialect, so it is never converted
             chain = (Branch(ids[0], self.backend.dialect), *chain[1:])
         xattrs = dialects.xattrs(chain[0].dialect, self.store.xattr_namespace)
-        return chain, empty, self.store.stage(ids[0], xattrs)
+        return chain, empty, staging.stage(self.store, ids[0], xattrs)
 
     def _is_empty(self, id: LayerId) -> bool:
         content = self.store.layout.content(id)

@@ -19,8 +19,8 @@ from aufsd.archive.requests import Branch
 from aufsd.layers import check
 from aufsd.results import Problem
 from aufsd.store import content as contents
+from aufsd.store import creation, labelled, removal, staging
 from aufsd.store import dialect as dialects
-from aufsd.store import labelled
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -65,7 +65,7 @@ class Snapshots:
         try:
             # a layer on its own -init layer has the label already, with that snapshot
             if label in NO_LABEL or parent == f"{id}-init":
-                staged = await self.disk.run(self.store.stage_child, parent, size)
+                staged = await self.disk.run(staging.stage_child, self.store, parent, size)
             else:
                 staged = await self._stage_labelled(id, parent, label, size)
             if parent is not None:
@@ -73,7 +73,9 @@ class Snapshots:
                     warnings.append(f"subvolumes inside of parent {parent} show as empty here")
                 if parent not in self.table.entries:
                     await self.disk.run(contents.freeze, self._content(parent), True)
-            await self.disk.run(self.store.create_on_disk, id, parents, self._xattrs(), staged)
+            await self.disk.run(
+                creation.create_on_disk, self.store, id, parents, self._xattrs(), staged
+            )
         finally:
             await self._discard(staged)
         return warnings
@@ -81,7 +83,7 @@ class Snapshots:
     async def _stage_labelled(
         self, id: LayerId, parent: LayerId | None, label: str, size: int
     ) -> str:
-        """As Store.stage_child, with the label on every inode.
+        """As staging.stage_child, with the label on every inode.
 
         To label each inode is slow. So for each read-only parent one labelled snapshot is kept, and
         further children with this label are cloned from it. It is kept when a label comes again
@@ -92,7 +94,7 @@ class Snapshots:
             staged, place = await self.disk.run(labelled.stage, store, parent, label, size)
         if staged:
             return staged
-        staged = await self.disk.run(store.stage_child, parent, size)
+        staged = await self.disk.run(staging.stage_child, store, parent, size)
         try:
             await self.jobs.relabel(id, staged, label)
             # the kept snapshot would have the limit too
@@ -145,14 +147,14 @@ class Snapshots:
         await self.disk.run(labelled.discard, self.store, id)
         staged = ""
         try:
-            staged = await self.disk.run(self.store.stage_snapshot, id, self._xattrs())
+            staged = await self.disk.run(staging.stage_snapshot, self.store, id, self._xattrs())
             own = (Branch(id, Dialect.NONE),)
             result = await self.jobs.apply(own, staged, source, digest=digest)
             size = await self.jobs.staged_size(id, staged, self.store.parent[id] or "")
             most = self.jobs.settings.limits.bytes
             if most and size > most:
                 raise LimitExceeded(f"the layer would hold more than {most} bytes", limit=most)
-            await self.disk.run(self.store.swap_in, id, staged)
+            await self.disk.run(staging.swap_in, self.store, id, staged)
         finally:
             await self._discard(staged)
         return msgspec.structs.replace(result, size=size)
@@ -169,7 +171,7 @@ class Snapshots:
         """Delete a staging. "" if there is none; a staging that fails deletes itself."""
         if staged:
             with trio.CancelScope(shield=True):
-                await self.disk.run(self.store.discard_staged, staged)
+                await self.disk.run(removal.discard_staged, self.store, staged)
         self.deletion_due.set()
 
     def _xattrs(self) -> dict[str, bytes]:

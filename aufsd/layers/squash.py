@@ -14,7 +14,7 @@ from aufsd.archive.requests import Branch
 from aufsd.layers.branches import Chains
 from aufsd.layers.checkpoints import refused
 from aufsd.store import dialect as dialects
-from aufsd.store import replacing, seals, squashing
+from aufsd.store import removal, replacing, seals, squashing, staging
 from aufsd.store.ids import LayerId
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
@@ -129,7 +129,7 @@ class Squashes:
         store, backend = self.mounts.store, self.mounts.backend
         branches = await self.disk.run(self._branches, (id, *between))
         xattrs = dialects.xattrs(backend.dialect, store.xattr_namespace)
-        staged = await self.disk.run(store.stage, id, xattrs)
+        staged = await self.disk.run(staging.stage, store, id, xattrs)
         try:
             work = requests.Squash(
                 branches,
@@ -142,7 +142,7 @@ class Squashes:
             await self.jobs.squash(work)
         except BaseException:
             with trio.CancelScope(shield=True):
-                await self.disk.run(store.discard_staged, staged)
+                await self.disk.run(removal.discard_staged, store, staged)
             raise
         return staged
 
@@ -166,7 +166,7 @@ class Squashes:
 
     async def _removed(self, id: LayerId) -> bool:
         try:
-            left = await self.disk.run(self.mounts.store.remove_on_disk, id)
+            left = await self.disk.run(removal.remove_on_disk, self.mounts.store, id)
         except OSError as error:
             log.warning("a squashed layer stays", id=id, error=str(error))
             return False

@@ -21,7 +21,7 @@ from aufsd.kernel.beneath import DIRECTORY
 from aufsd.kernel.subvolume_users import users_of
 from aufsd.layers.checkpoints import refuse_checkpoint, refuse_rollback, refused
 from aufsd.store import content as contents
-from aufsd.store import replacing, subvolumes
+from aufsd.store import removal, replacing, subvolumes
 from aufsd.store.ids import LayerId
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
@@ -77,7 +77,7 @@ class SnapshotCheckpoints:
                         await self._refuse_open(id)
                 except BaseException:
                     with trio.CancelScope(shield=True):
-                        await self.disk.run(store.discard_staged, staged)
+                        await self.disk.run(removal.discard_staged, store, staged)
                     raise
                 with trio.CancelScope(shield=True):
                     await self.disk.run(self._exchange, id, parent, staged, entry)

@@ -9,6 +9,7 @@ import hashlib
 import os
 
 from aufsd.store import content as contents
+from aufsd.store import removal, staging
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
 
@@ -16,7 +17,8 @@ _KEPT = "labelled-"
 
 
 def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, str]:
-    """As Store.stage_child, from what is kept with this label; "" if nothing is. And its place.
+    """As staging.stage_child, from the snapshot kept with this label, "" if there is none. And its
+    place.
 
     A change of any inode of the parent makes it another place, a snapshot of the parent does not
     (btrfs_update_root_times()).
@@ -24,7 +26,7 @@ def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, st
     found = contents.state(store.layout.content(parent))
     name = hashlib.sha256(f"{found.uuid.hex()} {found.changed} {label}".encode()).hexdigest()
     kept = f"{store.layout.work(parent)}/{_KEPT}{name}"
-    return store.stage_child(parent, size, kept) if os.path.isdir(kept) else "", kept
+    return staging.stage_child(store, parent, size, kept) if os.path.isdir(kept) else "", kept
 
 
 def keep(store: Store, parent: LayerId, staged: str, kept: str) -> None:
@@ -43,4 +45,4 @@ def discard(store: Store, parent: LayerId) -> None:
         return
     for name in names:
         if name.startswith(_KEPT):
-            store.discard_staged(f"{directory}/{name}")
+            removal.discard_staged(store, f"{directory}/{name}")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from aufsd.kernel import mountinfo, syscalls
+from aufsd.store import removal
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layers import Store
 from aufsd.store.layout import TRIAL_LEFT
@@ -65,7 +66,7 @@ def _trials(store: Store) -> Iterator[Recovered]:
     for row in reversed(mountinfo.mounted_under(probes)):
         syscalls.umount2(row.mount_point, syscalls.UMOUNT_NOFOLLOW)
     for name in names:
-        store.discard(f"{probes}/{name}")
+        removal.discard(store, f"{probes}/{name}")
         yield Recovered("undone", "trial mount", name)
 
 
@@ -74,7 +75,7 @@ def discard_trials(store: Store) -> None:
     probes = store.layout.probes
     for name in os.listdir(probes):
         if name.startswith(TRIAL_LEFT):
-            store.discard(f"{probes}/{name}")
+            removal.discard(store, f"{probes}/{name}")
 
 
 def _replacements(store: Store) -> Iterator[Recovered]:
@@ -95,19 +96,19 @@ def _staged(store: Store) -> Iterator[Recovered]:
         # one of a layer's own stays until `_creations` has taken away what it speaks of
         if store.layout.marked((name,)):
             continue
-        store.discard(f"{store.layout.staging}/{name}")
+        removal.discard(store, f"{store.layout.staging}/{name}")
         if not name.startswith("parents-"):
             yield Recovered("undone", "apply_diff", name)
 
 
 def _removals(store: Store) -> Iterator[Recovered]:
     """After their commit: the parents file is in `removing` already."""
-    for id in store.half_removed():
+    for id in removal.half_removed(store):
         if store.exists(id):
             # made anew since; the record of the old one was not deleted in time
             os.unlink(store.layout.removal(id))
             continue
-        for error in store.finish_removal(id):
+        for error in removal.finish_removal(store, id):
             raise error
         yield Recovered("finished", "remove", id)
 
@@ -117,7 +118,7 @@ def _removals_by_docker(store: Store) -> Iterator[Recovered]:
     for directory in (store.layout.diff, store.layout.mnt):
         for name in sorted(os.listdir(directory)):
             if name.endswith("-removing") and is_id(name.removesuffix("-removing")):
-                store.discard(f"{directory}/{name}")
+                removal.discard(store, f"{directory}/{name}")
                 yield Recovered("finished", "remove by Docker", name)
 
 
@@ -135,7 +136,7 @@ def _creations(store: Store) -> Iterator[Recovered]:
                 except OSError:
                     if name not in coming or directory == store.layout.mnt:
                         continue
-                    store.discard(path)
+                    removal.discard(store, path)
                 found.add(name)
     for id in coming:
         os.unlink(store.layout.creation(id))
@@ -148,5 +149,5 @@ def _work(store: Store) -> Iterator[Recovered]:
     directory = os.path.dirname(store.layout.work(LayerId("any")))
     for name in sorted(os.listdir(directory)):
         if not (is_id(name) and store.exists(LayerId(name))):
-            store.discard(f"{directory}/{name}")
+            removal.discard(store, f"{directory}/{name}")
             yield Recovered("finished", "remove", f"work directory of {name}")

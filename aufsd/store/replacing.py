@@ -26,6 +26,7 @@ from typing import Final, Literal, NamedTuple
 from aufsd.kernel import syscalls
 from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import dialect as dialects
+from aufsd.store import removal
 from aufsd.store.content import copy_attributes, fsync, is_copied
 from aufsd.store.dialect import Dialect
 from aufsd.store.format import write_durably
@@ -124,7 +125,7 @@ def require_free(store: Store, below: LayerId) -> None:
                 f"there is no layer {below}, but {path} exists; `aufsctl check` says more", id=below
             )
     if os.path.lexists(layout.removal(below)):
-        store.finish_removal(below)
+        removal.finish_removal(store, below)
 
 
 def prepare_rollback(
@@ -186,7 +187,7 @@ def discard_old(store: Store, id: LayerId) -> None:
     """Let go of what a roll back or a squash took out, to be deleted later."""
     move = Move(store.layout, "rollback", id)
     for path in (move.content, move.record):
-        store.discard_staged(path)
+        removal.discard_staged(store, path)
 
 
 def checkpoint_in_index(store: Store, id: LayerId, below: LayerId) -> None:
@@ -321,7 +322,7 @@ def _take_back(store: Store, move: Move) -> None:
         _rename(move.content, layout.content(id))
     # a marker that stays is of something that did not begin
     for path in (move.fresh, move.marker):
-        store.discard_staged(path)
+        removal.discard_staged(store, path)
     if move.below is not None:
         with suppress(OSError):
             os.rmdir(layout.mount_point(move.below))

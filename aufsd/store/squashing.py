@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Final
 
-from aufsd.store import subvolumes
+from aufsd.store import removal, subvolumes
 from aufsd.store.content import fsync
 from aufsd.store.dialect import Dialect
 from aufsd.store.format import write_durably
@@ -42,7 +42,7 @@ def squash_directory(
         ready = prepare_staged(store, move, parents)
     except BaseException:
         for path in (staged, move.fresh, move.marker):
-            store.discard_staged(path)
+            removal.discard_staged(store, path)
         forget_gone(store, id)
         raise
     try:
@@ -74,7 +74,7 @@ def squash_subvolume(
         write_durably(fresh, text, store.sync, like=os.lstat(file))
         os.rename(fresh, file)
     except BaseException:
-        store.discard_staged(fresh)
+        removal.discard_staged(store, fresh)
         forget_gone(store, id)
         raise
     parent = parents[0] if parents else None
@@ -100,7 +100,7 @@ def _note_gone(store: Store, id: LayerId, gone: Sequence[LayerId]) -> None:
 
 def forget_gone(store: Store, id: LayerId) -> None:
     """They are gone, or nothing was done."""
-    store.discard_staged(_list(store, id))
+    removal.discard_staged(store, _list(store, id))
 
 
 def _list(store: Store, id: LayerId) -> str:
@@ -128,7 +128,7 @@ def _remove(store: Store, id: LayerId, gone: Sequence[LayerId]) -> Iterator[Laye
         _mark(store, id, store.parent[id], None)
     for each in gone:
         if each in store.parent and not store.children_of(each):
-            for error in store.remove_on_disk(each):
+            for error in removal.remove_on_disk(store, each):
                 raise error
             store.forget(each)
             yield each

@@ -21,6 +21,7 @@ from typing import Final, Literal
 from aufsd.kernel import btrfs, syscalls
 from aufsd.store import content as contents
 from aufsd.store import dialect as dialects
+from aufsd.store import removal, staging
 from aufsd.store.content import fsync
 from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.format import write_durably
@@ -173,7 +174,7 @@ def _take_back(store: Store, parting: Parting) -> None:
             fsync(layout.layers)
             fsync(layout.diff)
     for path in (parting.snapshot, parting.marker):
-        store.discard_staged(path)
+        removal.discard_staged(store, path)
     with suppress(OSError):
         os.rmdir(layout.mount_point(below))
 
@@ -213,7 +214,7 @@ def _resume(
     return "undone"
 
 
-# --- roll back ------------------------------------------------------------------------------------
+# --- roll back --------------------------------------------------------------------------------
 
 
 def stage_rollback(store: Store, id: LayerId, to: LayerId | None) -> str:
@@ -222,7 +223,7 @@ def stage_rollback(store: Store, id: LayerId, to: LayerId | None) -> str:
     Raises OSError; then there is none.
     """
     size = contents.limit_of(store.layout.content(id), store.xattr_namespace)
-    return store.stage_child(to, size)
+    return staging.stage_child(store, to, size)
 
 
 def prepare_rollback(
@@ -247,5 +248,5 @@ def prepare_rollback(
         return prepare_staged(store, move, parents)
     except BaseException:
         for path in (staged, move.fresh, move.marker):
-            store.discard_staged(path)
+            removal.discard_staged(store, path)
         raise

@@ -17,6 +17,7 @@ from aufsd.driver import Driver
 from aufsd.kernel import btrfs
 from aufsd.root import open_root
 from aufsd.service.metrics import Metrics
+from aufsd.store import creation, removal
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.tasks import Tasks
@@ -89,10 +90,10 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
                 nursery.start_soon(call)
             await trio.testing.wait_all_tasks_blocked()
             driver.chains.forget(TOP)
-            store.remove_on_disk(TOP)
+            removal.remove_on_disk(store, TOP)
             store.forget(TOP)
             store.register(TOP, SIDE)
-            store.create_on_disk(TOP, (SIDE,), {"trusted.aufsd.dialect": b"overlay"})
+            creation.create_on_disk(store, TOP, (SIDE,), {"trusted.aufsd.dialect": b"overlay"})
         with trio.fail_after(30):
             while len(found) < 3:
                 await trio.sleep(0.01)
@@ -207,7 +208,7 @@ async def test_a_check_beside_creates_and_removes_ends_and_finds_nothing(tmp_pat
         nursery.cancel_scope.cancel()
 
 
-# --- snapshots ------------------------------------------------------------------------------------
+# --- snapshots --------------------------------------------------------------------------------
 
 
 @asynccontextmanager
