@@ -8,9 +8,10 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
 
-from aufsd_client import calls, parsing, results, streams
+from aufsd_client import calls, checkpoints, parsing, results, streams
 from aufsd_client.address import reachable
 from aufsd_client.calls import Hold, Request
+from aufsd_client.errors import LayerExists
 from aufsd_client.methods import Methods
 from aufsd_client.wire import (
     READ_SIZE,
@@ -142,6 +143,51 @@ class Client(Methods):
             yield path
         finally:
             await self._waits.finish(lambda: self.put(id))
+
+    async def checkpoint_next(self, id: str, as_: str = "") -> results.Checkpointed:
+        """Checkpoint a layer as `as_`, or as ID.1, ID.2, and so on. LayerExists, UnmountBusy."""
+        if as_:
+            return await self._ask(calls.checkpoint(id, as_))
+        for _ in range(checkpoints.TRIES):
+            taken = [row.id async for row in self.iter_layers(prefix=checkpoints.stem(id))]
+            with suppress(LayerExists):
+                return await self._ask(calls.checkpoint(id, checkpoints.next_name(id, taken)))
+        return await self._ask(calls.checkpoint(id, checkpoints.next_name(id, taken)))
+
+    async def fork(self, id: str, new: str, as_: str = "") -> results.Checkpointed:
+        """Checkpoint a layer, and create the layer `new` on the checkpoint, which is the result.
+
+        If `new` cannot be created the checkpoint stays. Raises LayerExists, UnmountBusy.
+        """
+        if (await self.exists(new)).exists:
+            raise LayerExists(f"layer {new} exists already", id=new)
+        made = await self.checkpoint_next(id, as_)
+        await self.create(new, parent=made.parent)
+        return made
+
+    async def log(self, id: str) -> list[checkpoints.LogRow]:
+        """A layer's chain, newest first: when each layer was made, and how large it is."""
+        own = (await self.get_metadata(id)).metadata
+        found = [checkpoints.row(id, own, await self.usage(id))]
+        for each in checkpoints.chain(id, own)[1:]:
+            metadata = (await self.get_metadata(each)).metadata
+            found.append(checkpoints.row(each, metadata, await self.usage(each)))
+        return found
+
+    @asynccontextmanager
+    async def attempt(self, id: str, as_: str = "") -> AsyncIterator[str]:
+        """Checkpoint a layer before the block, and roll it back unless the block ends well.
+
+        The name of the checkpoint in the block. What the layer is changed by meanwhile stays, or
+        goes with an exception or a cancellation. Raises UnmountBusy, also at the roll back, if it
+        is in use.
+        """
+        name = (await self.checkpoint_next(id, as_)).parent
+        try:
+            yield name
+        except BaseException:
+            await self._waits.finish(lambda: self.rollback(id))
+            raise
 
     # --- how a call is made -------------------------------------------------------------------
 

@@ -3,13 +3,14 @@
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import TracebackType
 from typing import Self, TypeVar
 
-from aufsd_client import calls, parsing, results, streams
+from aufsd_client import calls, checkpoints, parsing, results, streams
 from aufsd_client.calls import Hold, Request
+from aufsd_client.errors import LayerExists
 from aufsd_client.link import Link, deadline_after
 from aufsd_client.methods import Methods
 from aufsd_client.wire import DEFAULT_SOCKET, encode_request, match
@@ -115,6 +116,50 @@ class Client(Methods):
             yield path
         finally:
             self.put(id)
+
+    def checkpoint_next(self, id: str, as_: str = "") -> results.Checkpointed:
+        """Checkpoint a layer as `as_`, or as ID.1, ID.2, and so on. LayerExists, UnmountBusy."""
+        if as_:
+            return self._ask(calls.checkpoint(id, as_))
+        for _ in range(checkpoints.TRIES):
+            taken = [row.id for row in self.iter_layers(prefix=checkpoints.stem(id))]
+            with suppress(LayerExists):
+                return self._ask(calls.checkpoint(id, checkpoints.next_name(id, taken)))
+        return self._ask(calls.checkpoint(id, checkpoints.next_name(id, taken)))
+
+    def fork(self, id: str, new: str, as_: str = "") -> results.Checkpointed:
+        """Checkpoint a layer, and create the layer `new` on the checkpoint, which is the result.
+
+        If `new` cannot be created the checkpoint stays. Raises LayerExists, UnmountBusy.
+        """
+        if self.exists(new).exists:
+            raise LayerExists(f"layer {new} exists already", id=new)
+        made = self.checkpoint_next(id, as_)
+        self.create(new, parent=made.parent)
+        return made
+
+    def log(self, id: str) -> list[checkpoints.LogRow]:
+        """A layer's chain, newest first: when each layer was made, and how large it is."""
+        own = self.get_metadata(id).metadata
+        found = [checkpoints.row(id, own, self.usage(id))]
+        for each in checkpoints.chain(id, own)[1:]:
+            metadata = self.get_metadata(each).metadata
+            found.append(checkpoints.row(each, metadata, self.usage(each)))
+        return found
+
+    @contextmanager
+    def attempt(self, id: str, as_: str = "") -> Iterator[str]:
+        """Checkpoint a layer before the block, and roll it back unless the block ends well.
+
+        The name of the checkpoint in the block. What the layer is changed by meanwhile stays, or
+        goes with an exception. Raises UnmountBusy, also at the roll back, if it is in use.
+        """
+        name = self.checkpoint_next(id, as_).parent
+        try:
+            yield name
+        except BaseException:
+            self.rollback(id)
+            raise
 
     # --- how a call is made -------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def _method(build: Callable[P, Request[T]]) -> _Method[P, T]:
 
 
 class Methods:
-    """One method for each of the API's but diff and apply_diff, which move a tar."""
+    """One method for each of the API's but those that each kind of client has in its own way."""
 
     version = _method(calls.version)
     ping = _method(calls.ping)

@@ -245,6 +245,7 @@ class FakeDriver:
     async def checkpoint(self, id: LayerId, *, below: LayerId) -> results.Checkpointed:
         self._require(id)
         await self._work("checkpoint", id)
+        self.parents[below] = self.parents[id]
         return results.Checkpointed(below, False, self.counts.get(id, 0), [])
 
     async def rollback(self, id: LayerId, *, to: LayerId | None) -> results.RolledBack:

@@ -1,23 +1,78 @@
 """Verbs that keep what a layer holds as a layer of its own, or throw it away."""
 
+import json
+from dataclasses import asdict
+
 import click
 
 from aufsd_client import calls
+from aufsd_client.checkpoints import LogRow
 from aufsd_client.cli import show
-from aufsd_client.cli.ids import LAYER
+from aufsd_client.cli.ids import LAYER, short
 from aufsd_client.cli.session import Session, warn
 
 
 @click.command()
 @click.argument("id", **LAYER)
-@click.argument("name", metavar="AS")
+@click.argument("name", metavar="[AS]", default="")
 @click.pass_obj
 def checkpoint(session: Session, id: str, name: str) -> None:
-    """Keep what a layer holds as the sealed layer AS below it; the layer goes on, in use or not."""
-    found = session.ask(calls.checkpoint(id, name))
+    """Keep what a layer holds as the sealed layer AS below it; the layer goes on, in use or not.
+
+    Without AS it is called ID.1, ID.2, and so on.
+    """
+    if name:
+        found = session.ask(calls.checkpoint(id, name))
+    else:
+        with session.client() as client:
+            found = client.checkpoint_next(id)
+        _print(session, asdict(found))
     if session.human:
         warn(found.warnings)
         show.line(f"{id} stands on {found.parent} now")
+
+
+@click.command()
+@click.argument("id", **LAYER)
+@click.argument("new")
+@click.argument("name", metavar="[AS]", default="")
+@click.pass_obj
+def fork(session: Session, id: str, new: str, name: str) -> None:
+    """Checkpoint a layer as AS, and create the layer NEW on that: both go on from there."""
+    with session.client() as client:
+        found = client.fork(id, new, name)
+    _print(session, asdict(found))
+    if session.human:
+        warn(found.warnings)
+        show.line(f"{id} and {new} stand on {found.parent} now")
+
+
+@click.command()
+@click.argument("id", **LAYER)
+@click.pass_obj
+def log(session: Session, id: str) -> None:
+    """List a layer and what it stands on, newest first, with times and sizes."""
+    with session.client() as client:
+        found = client.log(id)
+    _print(session, {"layers": [asdict(row) for row in found]})
+    if session.human:
+        rows = [
+            (short(row.id), show.moment(row.created), show.size(row.size), _state(row))
+            for row in found
+        ]
+        show.table(["LAYER", "CREATED", "SIZE", "STATE"], rows, empty="")
+
+
+def _state(row: LogRow) -> str:
+    if row.references:
+        return f"in use ({row.references})"
+    return "sealed" if row.sealed else "-"
+
+
+def _print(session: Session, result: dict[str, object]) -> None:
+    """The result object, if that is what is wanted."""
+    if session.as_json:
+        click.echo(json.dumps(result))
 
 
 @click.command()
@@ -33,8 +88,8 @@ def rollback(session: Session, id: str, to: str) -> None:
 
 
 @click.command()
-@click.argument("id")
-@click.argument("onto", default="")
+@click.argument("id", **LAYER)
+@click.argument("onto", default="", **LAYER)
 @click.pass_obj
 def squash(session: Session, id: str, onto: str) -> None:
     """Merge the layers from ID down to ONTO, which stays, into ID; without ONTO all of them.
@@ -50,4 +105,4 @@ def squash(session: Session, id: str, onto: str) -> None:
                 show.line(f"{what}: {' '.join(names)}")
 
 
-COMMANDS = (checkpoint, rollback, squash)
+COMMANDS = (checkpoint, rollback, squash, fork, log)

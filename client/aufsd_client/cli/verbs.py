@@ -11,7 +11,7 @@ MODULES: Final = {
         *("exists", "create", "remove", "get", "put", "seal", "usage", "get-metadata", "list"),
         *("mounts", "holders"),
     ),
-    "checkpoints": ("checkpoint", "rollback", "squash"),
+    "checkpoints": ("checkpoint", "rollback", "squash", "fork", "log"),
     "content": ("diff", "apply-diff", "diff-size", "changes"),
     "conversion": ("convert",),
     "export": ("export",),
