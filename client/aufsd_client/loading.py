@@ -11,7 +11,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,14 @@ from aufsd_client.images import Image, ImageError, ImageLayer, RootTar
 _GZIP = b"\x1f\x8b"
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _CHUNK = 1 << 20
+
+
+# entered with a layer's id and the descriptor that its tar comes from, while it is unpacked
+Watched = Callable[[str, int], AbstractContextManager[None]]
+
+
+def _unwatched(_id: str, _fd: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,18 +62,22 @@ def load(
     name: str = "",
     platform: str = "",
     told: Callable[[str, int], None] = lambda id, size: None,
+    watched: Watched = _unwatched,
 ) -> Loaded:
     """Load an image, or a tar of a root file system, from a path; all or nothing.
 
     `name`: an empty layer of this id is made on top, to be found by it. `told(id, size)` hears of
-    each layer that is made. Raises ImageError, OSError, and what the calls raise.
+    each layer that is made. `watched(id, fd)` is entered while a layer is unpacked. Raises
+    ImageError, OSError, and what the calls raise.
     """
     with images.opened(source, ref, platform) as found:
         image = _rootfs(found.path) if isinstance(found, RootTar) else found
-        return _load(client, image, name, told)
+        return _load(client, image, name, told, watched)
 
 
-def _load(client: Client, found: Image, name: str, told: Callable[[str, int], None]) -> Loaded:
+def _load(
+    client: Client, found: Image, name: str, told: Callable[[str, int], None], watched: Watched
+) -> Loaded:
     ids = [f"sha256-{each.partition(':')[2]}" for each in _chain(found)]
     with _one_at_a_time(client):
         _refuse_name(client, name, ids[-1])
@@ -75,7 +87,8 @@ def _load(client: Client, found: Image, name: str, told: Callable[[str, int], No
                 below = ids[:number]
                 if not _is_there(client, id, below):
                     made.append(id)
-                    told(id, _make(client, id, below[-1] if below else "", layer))
+                    parent = below[-1] if below else ""
+                    told(id, _make(client, id, parent, layer, watched))
             if name and not client.exists(name).exists:
                 made.append(name)
                 client.create(name, parent=ids[-1])
@@ -121,11 +134,11 @@ def _is_there(client: Client, id: str, below: Sequence[str]) -> bool:
     return False
 
 
-def _make(client: Client, id: str, parent: str, layer: ImageLayer) -> int:
+def _make(client: Client, id: str, parent: str, layer: ImageLayer, watched: Watched) -> int:
     """Make a layer, checked while it is unpacked, and seal it; how large its content is."""
     client.create(id, parent=parent)
     try:
-        with layer.blob.stream() as fd:
+        with layer.blob.stream() as fd, watched(id, fd):
             found = client.apply_diff(id, _Descriptor(fd), digest=True)
     except BadArchive as error:
         which = layer.digest or layer.diff_id

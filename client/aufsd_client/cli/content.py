@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 import click
 
 from aufsd_client import calls, results, streams
-from aufsd_client.cli import show
+from aufsd_client.cli import progress, show
 from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, hint, warn
 
@@ -34,7 +34,7 @@ def diff(session: Session, id: str, output: str | None, parent: str, digest: boo
     The result goes to standard error where the tar goes to standard output.
     """
     request = calls.diff(id, parent=parent, digest=digest)
-    with tar_out(output) as fd:
+    with tar_out(output) as fd, progress.of_tar(session, "diff", id, fd):
         found = session.ask(request, fd=fd, stderr=output is None)
     if session.human:
         show_stream(found, stderr=output is None)
@@ -58,7 +58,7 @@ def tar_out(path: str | None) -> AbstractContextManager[int]:
 def apply_diff(session: Session, id: str, source: str | None, parent: str, digest: bool) -> None:
     """Unpack a tar into a layer: `aufsctl apply ID < layer.tar`. Also called `apply`."""
     request = calls.apply_diff(id, parent=parent, digest=digest)
-    with _input(source) as fd:
+    with _input(source) as fd, progress.of_tar(session, "apply_diff", id, fd, reads=True):
         found = session.ask(request, fd=fd)
     if session.human:
         show_stream(found)

@@ -5,7 +5,7 @@ import json
 import click
 
 from aufsd_client import __version__, calls
-from aufsd_client.cli import show
+from aufsd_client.cli import progress, show
 from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.report import Exit
 from aufsd_client.cli.session import Session
@@ -101,7 +101,8 @@ def cleanup(session: Session) -> Exit:
 @click.pass_obj
 def check(session: Session, id: str, deep: bool, repair: bool) -> None:
     """Hold the store, the table and the kernel against each other."""
-    found = session.ask(calls.check(id, deep=deep, repair=repair))
+    with progress.of_work(session, f"check {id or 'every layer'}"):
+        found = session.ask(calls.check(id, deep=deep, repair=repair))
     if session.human:
         rows = [
             (each.id, each.problem, each.detail, show.yes(each.repaired)) for each in found.problems

@@ -11,7 +11,7 @@ from typing import IO
 import click
 
 from aufsd_client import Client, calls, oci, results
-from aufsd_client.cli import content, show
+from aufsd_client.cli import content, progress, show
 from aufsd_client.cli.ids import LAYER
 from aufsd_client.cli.session import Session, warn
 from aufsd_client.errors import LayerHasChildren, LayerNotFound, ParentNotFound
@@ -64,7 +64,7 @@ def _whole(session: Session, client: Client, id: str, fd: int, *, stderr: bool) 
     """Write what differs between a layer and nothing: all that it shows."""
     while True:
         try:
-            with _nothing(client) as nothing:
+            with _nothing(client) as nothing, progress.of_tar(session, "diff", id, fd):
                 return session.ask(calls.diff(id, parent=nothing), fd=fd, stderr=stderr)
         except (LayerNotFound, ParentNotFound) as error:
             # gone before it was read: another export took it for one left behind
@@ -109,7 +109,8 @@ def _images(
     with session.client() as client:
 
         def write_layer(id: str, file: IO[bytes]) -> None:
-            found = client.diff(id, file)
+            with progress.of_tar(session, "diff", id, file.fileno()):
+                found = client.diff(id, file)
             if session.human:
                 warn(found.warnings)
                 show.line(f"layer {id}: {show.size(found.size)}", stderr=True)

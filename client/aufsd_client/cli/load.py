@@ -2,12 +2,13 @@
 
 import json
 import signal
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 
 import click
 
 from aufsd_client import loading
-from aufsd_client.cli import show
+from aufsd_client.cli import progress, show
 from aufsd_client.cli.session import Session
 
 
@@ -28,13 +29,18 @@ def load(session: Session, source: str, ref: str, name: str, platform: str) -> N
     """
 
     def told(id: str, size: int) -> None:
-        show.line(f"layer {id}: {show.size(size)}", stderr=True)
+        if session.human:
+            show.line(f"layer {id}: {show.size(size)}", stderr=True)
+
+    def watched(id: str, fd: int) -> AbstractContextManager[None]:
+        return progress.of_tar(session, "apply_diff", id, fd, reads=True)
 
     # who reads a layer may end before it is written, which is an error here and not our end
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    quiet = {} if not session.human else {"told": told}
     with session.client() as client:
-        found = loading.load(client, source, ref, name=name, platform=platform, **quiet)
+        found = loading.load(
+            client, source, ref, name=name, platform=platform, told=told, watched=watched
+        )
     if session.as_json:
         click.echo(json.dumps(asdict(found), ensure_ascii=False))
         return
