@@ -77,6 +77,7 @@ async def open_driver(
                 sync=config.sync,
                 acls=config.acls,
                 xattr_namespace=store.xattr_namespace,
+                node_whiteouts=backend.node_whiteouts,
                 held=(store.jobs_fd,),
             ) as jobs,
             open_mounts(table, backend, recorded, tasks) as active,

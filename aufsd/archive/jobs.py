@@ -298,6 +298,7 @@ async def open_jobs(
     sync: Literal["filesystem", "none"] = "filesystem",
     acls: bool = False,
     xattr_namespace: Literal["trusted", "user"] = "trusted",
+    node_whiteouts: bool = False,
     held: tuple[int, ...] = (),
     server: ForkServer | None = None,
 ) -> AsyncIterator[Jobs]:
@@ -307,7 +308,14 @@ async def open_jobs(
     for ForkServer; a `server` that is given is used, and left running.
     """
     settings = Settings(
-        tuple(uid_maps), tuple(gid_maps), limits, sync, acls, xattr_namespace, stream_timeout
+        tuple(uid_maps),
+        tuple(gid_maps),
+        limits,
+        sync,
+        acls,
+        xattr_namespace,
+        stream_timeout,
+        node_whiteouts,
     )
     own = server or ForkServer(layout.private, held)
     own.start()

@@ -41,6 +41,8 @@ class Settings(Struct, frozen=True):
     namespace: Literal["trusted", "user"] = "trusted"
     # seconds that a peer may leave its end of a stream unmoved; 0 for no limit
     stream_timeout: float = 0.0
+    # as Backend.node_whiteouts
+    node_whiteouts: bool = False
 
 
 # --- requests; beside each, the descriptors that come with it ----------------------------------

@@ -331,7 +331,8 @@ class Unpacker:
         number = 0
         if member.kind != headers.FIFO:
             number = device(member, path)
-            if kind == stat.S_IFCHR and number == 0 and self._dialect is Dialect.OVERLAY:
+            hidden = self._dialect is Dialect.OVERLAY or self._settings.node_whiteouts
+            if kind == stat.S_IFCHR and number == 0 and hidden:
                 raise ArchiveEscape(f"{shown(path)} would read as a deleted file in this store")
         try:
             self._make(name, partial(os.mknod, name, kind | member.mode & 0o777, number))

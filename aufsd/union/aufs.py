@@ -49,6 +49,7 @@ class Aufs:
     name: str = "aufs"
     dialect: Dialect = Dialect.AUFS
     snapshots: bool = False
+    node_whiteouts: bool = False
     storage_options: frozenset[str] = frozenset()
     namespace: XattrNamespace = "trusted"
     # udba=reval, the default, looks again at a name in the branch that it came from, not in those

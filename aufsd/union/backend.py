@@ -76,6 +76,10 @@ class Backend(Protocol):
         """Whether a layer is a snapshot of its parent; if not, it is mounted over its parents."""
 
     @property
+    def node_whiteouts(self) -> bool:
+        """Whether a device 0:0 in a branch reads as a deleted file, whatever its dialect."""
+
+    @property
     def storage_options(self) -> frozenset[str]:
         """The keys of `storage_opt` that `create` understands."""
 

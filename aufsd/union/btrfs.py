@@ -37,6 +37,7 @@ class Btrfs:
     name: str = NAME
     dialect: Dialect = Dialect.NONE
     snapshots: bool = True
+    node_whiteouts: bool = False
     storage_options: frozenset[str] = frozenset({"size"})
     namespace: XattrNamespace = "trusted"
     max_branches: int = _MOST

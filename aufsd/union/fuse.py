@@ -68,6 +68,7 @@ class Fuse:
     name: str = NAME
     dialect: Dialect = Dialect.AUFS
     snapshots: bool = False
+    node_whiteouts: bool = True
     storage_options: frozenset[str] = frozenset()
     # it has no limit of its own; more than this no other backend of the store would mount
     max_branches: int = LOWERS_MAX

@@ -50,6 +50,7 @@ class Overlay:
     name: str = "overlay"
     dialect: Dialect = Dialect.OVERLAY
     snapshots: bool = False
+    node_whiteouts: bool = True
     storage_options: frozenset[str] = frozenset()
     max_branches: int = LOWERS_MAX
     live_lower_warning: str = (

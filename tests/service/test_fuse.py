@@ -10,6 +10,8 @@ import pytest
 
 from aufsd.kernel import mountinfo
 from aufsd_client import Client
+from aufsd_client.errors import ArchiveEscape
+from tests.archive import tars
 from tests.archives import tar
 from tests.daemon import Daemon, daemon, eventually
 
@@ -146,6 +148,20 @@ def test_what_is_written_through_a_live_mount_is_in_the_diff(
         ["tar", "-xOf", str(tmp_path / "tar"), "new"], capture_output=True, check=True
     )
     assert listed.stdout == b"x" * 300_000
+
+
+@pytest.mark.parametrize("layer", ["base", "top"])
+def test_a_device_that_the_helper_takes_for_a_whiteout_is_refused(
+    client: Client, layer: str
+) -> None:
+    """It would be there for `diff`, and not for who looks into the mount."""
+    client.create("base")
+    client.create("top", parent="base")
+    archive = tars.tar(tars.entry("d", type=tars.CHARACTER, devmajor=0, devminor=0))
+    with pytest.raises(ArchiveEscape, match="deleted file"):
+        client.apply_diff(layer, archive)
+    client.apply_diff(layer, tars.tar(tars.entry("d", type=tars.CHARACTER, devmajor=1)))
+    assert os.listdir(client.get("top").path) == ["d"]
 
 
 def test_ordinary_work_in_a_mount_is_no_problem_to_a_deep_check(
