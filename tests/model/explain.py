@@ -70,7 +70,9 @@ def _beside(event: Event, history: Sequence[Event]) -> Beside:
 def explain(start: State, history: Sequence[Event]) -> State | None:
     """A state that the history may have led to; None if no order of the calls explains it."""
     events = sorted(
-        (event for event in history if event.call.method != "full"), key=lambda each: each.ended
+        (event for event in history if event.call.method != "full"),
+        # what may not have been done comes last, so that it is left out where it can be
+        key=lambda each: (each.optional, each.ended),
     )
     needed = sum(1 << at for at, event in enumerate(events) if not event.optional)
     # those that have to come before each, and those that cannot
@@ -125,18 +127,13 @@ def shortest(start: State, history: Sequence[Event]) -> list[Event]:
     First the earliest moment at which it cannot be explained any more, then without the questions
     that do not matter. Calls that were under way at that moment count as not answered yet.
     """
+    # one after the other: to explain a beginning is quick, and to find that it has none is not
     moments = [*sorted(event.ended for event in history if event.ended < inf), inf]
-    low, high = 0, len(moments) - 1
-    while low < high:
-        middle = (low + high) // 2
-        if explain(start, _until(history, moments[middle])) is None:
-            high = middle
-        else:
-            low = middle + 1
-    found = _until(history, moments[low])
+    last = next(each for each in moments if explain(start, _until(history, each)) is None)
+    found = _until(history, last)
     for event in sorted(found, key=lambda each: each.began):
         # the last answer is the one that cannot be explained
-        if _asks_only(event) and event.ended != moments[low]:
+        if _asks_only(event) and event.ended != last:
             without = [each for each in found if each is not event]
             if explain(start, without) is None:
                 found = without

@@ -25,6 +25,14 @@ def test_calls_that_overlap_are_explained_in_any_order() -> None:
     assert explain(State(), [BASE, early]) is not None
 
 
+def test_what_may_not_have_been_done_is_left_out_where_it_can_be() -> None:
+    cut = event(Call("apply_diff", "a", tar=(("f", 2),)), UNKNOWN, 2, inf)
+    death = event(Call("death", "a", hold="pid:7"), DONE, 3, inf)
+    found = explain(State(), [BASE, cut, event(Call("diff", "a"), frozenset(), 4, 5), death])
+    assert found is not None
+    assert found.layers[0][1].own == frozenset()
+
+
 def test_two_that_overlap_cannot_both_be_first() -> None:
     first, second = event(GET, GOT, 2, 4), event(GET, GOT, 3, 5)
     assert explain(State(), [BASE, first]) is not None

@@ -231,7 +231,7 @@ def _get(state: State, call: Call, beside: Beside) -> Iterator[Outcome]:
         answer = ("got", len(more), each.union, each.read_only, new)
         yield answer, state.put(call.id, layer._replace(entry=each))
     if beside.full:
-        yield "MountFailed", state
+        yield NO_SPACE, state
     if beside.killed and made.union and call.hold:
         # mounted, and not in the journal yet: whose it was is lost
         anonymous = tuple(sorted((*holds, ANONYMOUS)))
