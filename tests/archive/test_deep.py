@@ -27,7 +27,7 @@ from tests.trees import DEEP, deepen, in_memory, open_descriptors
 pytestmark = pytest.mark.mounts
 
 LABEL = "system_u:object_r:container_file_t:s0"
-WIDE = 100_000
+WIDE = 20_000
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def convert_in_little_memory(top: Path, target: Dialect) -> None:
     fd = os.open(top, os.O_RDONLY)
     tracemalloc.start()
     conversion.convert(fd, target, NAMESPACE, sync=False)
-    assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
 
 
 def test_the_names_that_a_flush_has_to_link_are_found_in_a_deep_union(memory: Path) -> None:

@@ -1,103 +1,39 @@
-"""Jobs as processes: limits, a full disk, killed and cancelled children, progress, descriptors."""
+"""Jobs as processes: killed, cancelled, confined; their server, progress and descriptors."""
 
 import contextlib
 import os
 import signal
 import stat
-import struct
 import subprocess
 import tempfile
-from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-import zstandard
 
 from aufsd.archive.fork import ForkServer
-from aufsd.archive.requests import Limits
 from aufsd.kernel import syscalls
-from aufsd.results import Streamed
-from aufsd.store.dialect import WITH_MARKS, Dialect
-from aufsd.store.idmap import IdMap
+from aufsd.store.dialect import Dialect
 from aufsd_client.errors import (
     AufsdError,
     BadArchive,
     InternalError,
-    LayerDamaged,
-    LimitExceeded,
-    NoSpace,
     Overloaded,
 )
-from tests.archive.shelf import Shelf, needs_root, open_shelf, snapshot
-from tests.archive.tars import directory, entry, link, listing, tar
-from tests.daemon import eventually
+from tests.archive.running import (
+    apply,
+    children_of,
+    descriptors,
+    failure,
+    pipe,
+    stop,
+    until_running,
+)
+from tests.archive.shelf import Shelf, open_shelf
+from tests.archive.tars import entry, listing, tar
 
 pytestmark = pytest.mark.mounts
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def children_of(pid: int) -> list[int]:
-    with open(f"/proc/{pid}/task/{pid}/children") as file:
-        return [int(pid) for pid in file.read().split()]
-
-
-def stop(pid: int) -> None:
-    """Stop a process, and wait until it is, or has ended: till then it may fork, or take a job."""
-
-    def stopped() -> bool:
-        try:
-            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "TZX"
-        except (FileNotFoundError, ProcessLookupError):
-            return True
-
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)
-    eventually(stopped)
-
-
-def processes(server: ForkServer) -> list[int]:
-    """What was forked from the server: the first of its namespace, and the children of that."""
-    assert server.process is not None
-    # none of either while it still gets ready
-    first = children_of(server.process.pid)
-    return [*first, *(child for pid in first for child in children_of(pid))]
-
-
-@contextlib.contextmanager
-def pipe() -> Iterator[tuple[int, int]]:
-    r, w = os.pipe()
-    try:
-        yield r, w
-    finally:
-        for fd in (r, w):
-            with contextlib.suppress(OSError):
-                os.close(fd)
-
-
-async def until_running(shelf: Shelf, size: int = 0) -> int:
-    """Wait until a job has its child and said that it is so far; the child's pid."""
-    while True:
-        for job in shelf.jobs.jobs.values():
-            if job.pid and job.bytes >= size:
-                return job.pid
-        await trio.sleep(0.005)
-
-
-async def apply(shelf: Shelf, source: int, id: str = "a") -> Streamed:
-    return await shelf.jobs.apply(shelf.chain(id), str(shelf.path(id)), source)
-
-
-async def failure(call: Awaitable[object], into: list[AufsdError]) -> None:
-    """Put what the call raises into a list."""
-    try:
-        await call
-    except AufsdError as error:
-        into.append(error)
 
 
 async def test_a_killed_child_is_an_error_and_nothing_stays(shelf: Shelf) -> None:
@@ -253,250 +189,6 @@ async def test_progress_is_told_while_a_job_runs(shelf: Shelf) -> None:
             assert 100_000 < job.bytes <= at + 200_000
             await trio.to_thread.run_sync(os.write, w, stream[at + 200_000 :])
             os.close(w)
-
-
-@needs_root
-@pytest.mark.parametrize("fs", ["tmpfs", pytest.param("ext4", marks=pytest.mark.ext4)])
-async def test_a_full_disk_is_no_space(tmp_path: Path, server: ForkServer, fs: str) -> None:
-    root = tmp_path / "store"
-    root.mkdir()
-    if fs == "tmpfs":
-        syscalls.mount("none", str(root), "tmpfs", 0, "size=1m")
-    else:
-        image = tmp_path / "image"
-        with image.open("wb") as file:
-            file.truncate(8 << 20)
-        _run("mkfs.ext4", "-q", "-N", "64", str(image))
-        _run("mount", "-o", "loop", str(image), str(root))
-    try:
-        async with open_shelf(root, server) as shelf:
-            shelf.add("a")
-            with pytest.raises(NoSpace):
-                await shelf.apply(tar(entry("big", bytes(9_000_000))), "a")
-            (shelf.path("a") / "big").unlink()
-            if fs == "ext4":
-                with pytest.raises(NoSpace):
-                    await shelf.apply(tar(*(entry(f"f{n}") for n in range(100))), "a")
-    finally:
-        syscalls.umount2(str(root))
-
-
-def _run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
-
-
-# --- limits -------------------------------------------------------------------------------------
-
-
-async def test_bytes_and_entries_are_limited(tmp_path: Path, server: ForkServer) -> None:
-    limits = Limits(bytes=1000, entries=3, depth=4)
-    async with open_shelf(tmp_path, server, limits=limits) as shelf:
-        fits = tar(entry("a", b"x" * 400), entry("b", b"x" * 600), entry("c"))
-        shelf.add("ok")
-        assert (await shelf.apply(fits, "ok")).size == 1000
-        for number, stream in enumerate(
-            (
-                tar(entry("a", b"x" * 1001)),
-                tar(entry("a", b"x" * 500), entry("b", b"x" * 501)),
-                tar(*(entry(str(n)) for n in range(4))),
-                tar(entry("a/b/c/d")),  # three directories that it implies
-                tar(entry("a"), link("b", "a"), entry(".wh.x"), entry("y")),
-                tar(entry("a/../1/2/3/4/5")),
-                tar(entry("a", b"x" * 999), entry("a", b"x" * 1001)),
-            )
-        ):
-            shelf.add(str(number))
-            with pytest.raises(LimitExceeded):
-                await shelf.apply(stream, str(number))
-
-
-async def test_limits_count_what_the_layer_holds_in_the_end(
-    tmp_path: Path, server: ForkServer
-) -> None:
-    async with open_shelf(tmp_path, server, limits=Limits(bytes=1000, entries=2)) as shelf:
-        shelf.add("a")
-        stream = tar(entry("a", b"x" * 900), entry("b", b"x" * 100))
-        assert (await shelf.apply(stream, "a")).size == 1000
-        # each replaces what was there
-        assert (await shelf.merge(stream, "a")).size == 1000
-        assert (await shelf.merge(tar(entry("a", b"y" * 800)), "a")).size == 900
-        with pytest.raises(LimitExceeded):
-            await shelf.merge(tar(entry("b", b"y" * 201)), "a")
-        with pytest.raises(LimitExceeded):
-            await shelf.merge(tar(entry("c")), "a")
-
-
-async def test_a_sparse_file_counts_with_its_size(tmp_path: Path, server: ForkServer) -> None:
-    async with open_shelf(tmp_path, server, limits=Limits(bytes=1 << 20)) as shelf:
-        shelf.add("a")
-        records = {"GNU.sparse.size": str(1 << 40), "GNU.sparse.map": ""}
-        with pytest.raises(LimitExceeded):
-            await shelf.apply(tar(entry("x", pax_headers=records)), "a")
-
-
-async def test_a_decompression_bomb_meets_the_limit_and_flat_memory(
-    tmp_path: Path, server: ForkServer
-) -> None:
-    bomb = zstandard.ZstdCompressor().compress(tar(entry("x", bytes(300 << 20))))
-    assert len(bomb) < 100_000
-    async with open_shelf(tmp_path, server, limits=Limits(bytes=200 << 20)) as shelf:
-        shelf.add("a")
-        with pytest.raises(LimitExceeded):
-            await shelf.apply(bomb, "a")
-
-
-# --- owners -------------------------------------------------------------------------------------
-
-MAPS = (IdMap(0, 100_000, 1000), IdMap(1000, 1_000_000, 1))
-
-
-@needs_root
-async def test_owners_are_mapped_both_ways_and_whiteouts_are_not(
-    tmp_path: Path, server: ForkServer
-) -> None:
-    async with open_shelf(tmp_path, server, uid_maps=MAPS, gid_maps=MAPS) as shelf:
-        stream = tar(
-            directory(".", mode=0o755),
-            entry(".wh.gone"),
-            directory("d"),
-            entry("d/.wh..wh..opq"),
-            entry("one", uid=999, gid=1000),
-            entry("zero"),
-        )
-        for dialect in WITH_MARKS:
-            id = str(dialect)
-            at = shelf.add(id, dialect)
-            await shelf.apply(stream, id)
-            found = {name: (e.uid, e.gid) for name, e in snapshot(at).items()}
-            assert found[b"one"] == (100_999, 1_000_000)
-            assert found[b"zero"] == found[b"d"] == found[b"."] == (100_000, 100_000)
-            if dialect is Dialect.AUFS:
-                assert found[b".wh.gone"] == found[b"d/.wh..wh..opq"] == (0, 0)
-            members = listing(await shelf.diff(id))
-            assert [(m.name, m.uid, m.gid) for m in members] == [
-                (".", 0, 0),
-                (".wh.gone", 0, 0),
-                ("d", 0, 0),
-                ("d/.wh..wh..opq", 0, 0),
-                ("one", 999, 1000),
-                ("zero", 0, 0),
-            ]
-
-
-@needs_root
-async def test_an_owner_without_a_counterpart_is_an_error(
-    tmp_path: Path, server: ForkServer
-) -> None:
-    async with open_shelf(tmp_path, server, uid_maps=MAPS, gid_maps=MAPS) as shelf:
-        at = shelf.add("a")
-        with pytest.raises(BadArchive, match="user 1001"):
-            await shelf.apply(tar(entry("x", uid=1001)), "a")
-        (at / "x").unlink()
-        os.chown(at, 100_000, 100_000)
-        (at / "y").touch()
-        with pytest.raises(LayerDamaged, match="y belongs to user 0"):
-            await shelf.diff("a")
-
-
-@needs_root
-async def test_a_capability_belongs_to_the_root_of_the_map(
-    tmp_path: Path, server: ForkServer
-) -> None:
-    """Without the id of that root it would count for nobody (moby 95eb490780 is the way back)."""
-    v2 = struct.pack("<IIIII", 0x02000001, 1 << 13, 0, 0, 0)
-    stream = tar(
-        directory("."), entry("x", pax_headers={"SCHILY.xattr.security.capability": v2.decode()})
-    )
-    async with open_shelf(tmp_path, server, uid_maps=MAPS, gid_maps=MAPS) as shelf:
-        at = shelf.add("a")
-        await shelf.apply(stream, "a")
-        value = os.getxattr(at / "x", "security.capability")
-        assert value == struct.pack("<IIIIII", 0x03000001, 1 << 13, 0, 0, 0, 100_000)
-        member = listing(await shelf.diff("a"))[1]
-        assert member.pax_headers["SCHILY.xattr.security.capability"].encode() == v2
-
-
-@needs_root
-async def test_acls_travel_if_asked_for(tmp_path: Path, server: ForkServer) -> None:
-    def acl(user: int) -> bytes:
-        rows = ((1, 7, -1), (2, 4, user), (4, 5, -1), (16, 5, -1), (32, 0, -1))
-        return struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *row) for row in rows)
-
-    name = "system.posix_acl_access"
-    async with open_shelf(tmp_path / "1", server, acls=True, uid_maps=MAPS, gid_maps=MAPS) as shelf:
-        at = shelf.add("a")
-        os.chown(at, 100_000, 100_000)
-        (at / "x").touch()
-        (at / "none").touch()
-        os.chown(at / "x", 100_000, 100_000)
-        os.chown(at / "none", 100_000, 100_000)
-        os.setxattr(at / "x", name, acl(100_005))
-        os.setxattr(at, "system.posix_acl_default", acl(100_006))
-        (at / "d").mkdir()
-        os.chown(at / "d", 100_000, 100_000)
-        stream = await shelf.diff("a")
-        shelf.add("b")
-        await shelf.apply(stream, "b")
-        assert os.getxattr(shelf.path("b") / "x", name) == acl(100_005)
-        assert snapshot(shelf.path("b")) == snapshot(at)
-        assert await shelf.diff("b") == stream
-    async with open_shelf(tmp_path / "2", server) as plain:
-        plain.add("c")
-        warnings = (await plain.apply(stream, "c")).warnings
-        assert len(warnings) == 4
-        assert name not in os.listxattr(plain.path("c") / "x")
-        assert b"posix_acl" not in await plain.diff("c")
-
-
-# --- memory -------------------------------------------------------------------------------------
-
-
-async def test_memory_stays_flat_whatever_the_size(shelf: Shelf) -> None:
-    """Two gigabytes both ways; nothing of it passes through this process."""
-    size = 2 << 30
-    at = shelf.add("a")
-    with (at / "huge").open("wb") as file:
-        for offset in range(0, size, size // 8):
-            os.pwrite(file.fileno(), os.urandom(1 << 20), offset)
-        file.truncate(size)
-    shelf.add("b")
-    before = _begin_peak()
-    peaks: list[int] = []
-    with pipe() as (r, w):
-        async with trio.open_nursery() as nursery:
-
-            async def pack() -> None:
-                await shelf.jobs.diff(shelf.chain("a"), w)
-                os.close(w)
-
-            async def watch() -> None:
-                while True:
-                    for pid in processes(shelf.jobs.server):
-                        with contextlib.suppress(OSError):
-                            peaks.append(_peak(pid))
-                    await trio.sleep(0.02)
-
-            nursery.start_soon(pack)
-            nursery.start_soon(watch)
-            result = await apply(shelf, r, "b")
-            nursery.cancel_scope.cancel()
-    assert result.size == size
-    assert _peak(os.getpid()) - before < 32 << 10
-    assert shelf.jobs.server.process is not None
-    assert max(peaks) - _peak(shelf.jobs.server.process.pid) < 32 << 10
-    assert (shelf.path("b") / "huge").stat().st_blocks * 512 < 64 << 20, "holes are holes again"
-
-
-def _begin_peak() -> int:
-    """Forget the peak that this process had: it is what it holds now, in KiB (proc(5))."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _peak(os.getpid())
-
-
-def _peak(pid: int) -> int:
-    """Peak resident size of a process in KiB."""
-    with open(f"/proc/{pid}/status") as file:
-        return next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
 
 
 RESTRICTED = os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC
