@@ -14,6 +14,7 @@ import structlog
 import trio
 
 from aufsd import __version__, listing, results
+from aufsd.active import clearing
 from aufsd.active.in_use import HolderLookup
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import Entry, Reference
@@ -166,7 +167,7 @@ class Driver:
     async def remove(self, id: LayerId, *, force: bool) -> results.Removed:
         """Remove a layer without children; with `force`, even if it has references."""
         try:
-            async with self.active.removing(id, force=force):
+            async with clearing.removing(self.active, id, force=force):
                 self.chains.forget(id)
                 left = await self.disk.run(removal.remove_on_disk, self.store, id)
                 self.store.forget(id)
@@ -280,7 +281,7 @@ class Driver:
 
     async def cleanup(self) -> results.Cleanup:
         """Unmount every mount of the store, even with references."""
-        done, failed = await self.active.cleanup()
+        done, failed = await clearing.cleanup(self.active)
         rows = []
         for id, failure in failed.items():
             name = str(failure.data["errno"])

@@ -25,6 +25,7 @@ LEVELS = {
     "aufsd.layers": 4,
     "aufsd.rescue": 4,
     "aufsd.active.mounts": 3,
+    "aufsd.active.clearing": 3,
     "aufsd.active.opening": 3,
     "aufsd.active.remount": 3,
     "aufsd.archive": 3,

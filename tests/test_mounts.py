@@ -11,7 +11,7 @@ from typing import cast
 import pytest
 import trio
 
-from aufsd.active import journal
+from aufsd.active import clearing, journal
 from aufsd.active.journal import Journal
 from aufsd.active.mounts import Mounts
 from aufsd.active.opening import open_mounts
@@ -103,7 +103,7 @@ async def mounts(tmp_path: Path) -> AsyncIterator[Mounts]:
             make(made.store, id, *parents)
         Path(made.store.layout.content(BASE), "lower").write_text("x")
         yield made
-        await made.cleanup()
+        await clearing.cleanup(made)
 
 
 def make(store: Store, id: LayerId, *parents: LayerId) -> None:
@@ -216,9 +216,9 @@ async def test_another_overlay_in_the_place_of_the_union_is_not_the_layer(
     # nor is it taken down with the last reference, by force, or by cleanup
     assert (await mounts.put(TOP, pid=1)).entry is None
     with pytest.raises(UnmountBusy, match="did not mount"):
-        async with mounts.removing(TOP, force=True):
+        async with clearing.removing(mounts, TOP, force=True):
             pytest.fail("a layer was given away with something mounted at its mount point")
-    done, failed = await mounts.cleanup()
+    done, failed = await clearing.cleanup(mounts)
     assert (done, list(failed)) == ([], [TOP])
     assert os.listdir(target) == ["FOREIGN"]
     syscalls.umount2(target)
@@ -234,7 +234,7 @@ async def test_what_lies_over_a_union_is_named_and_stays(mounts: Mounts) -> None
     with pytest.raises(UnmountBusy, match="tmpfs that aufsd did not mount is mounted over it"):
         await mounts.put(TOP, pid=1)
     assert mounts.table.busy() == [TOP]
-    done, failed = await mounts.cleanup()
+    done, failed = await clearing.cleanup(mounts)
     assert (done, list(failed)) == ([], [TOP])
     assert [row.fstype for row in mountinfo.mounted_under(target)] == ["overlay", "tmpfs"]
     syscalls.umount2(target)
@@ -266,7 +266,7 @@ async def test_at_start_a_stranger_is_not_taken_for_the_union(
         assert count(second, LayerId("covered")) == (1 if journal_is == "there" else 0)
         for id in (TOP, LayerId("covered")):
             syscalls.umount2(layout.mount_point(id))
-        await second.cleanup()
+        await clearing.cleanup(second)
         assert mountinfo.mounted_under(layout.mnt) == []
 
 
@@ -343,7 +343,7 @@ async def test_a_layer_that_cannot_be_settled_ends_no_start_and_is_settled_later
             # nobody was given what was there in part; of the other one somebody may have been
             assert (count(second, TOP), count(second, SIDE)) == (0, 1)
             assert not is_mounted(second, TOP)
-            await second.cleanup()
+            await clearing.cleanup(second)
     finally:
         if inside >= 0:
             os.close(inside)
@@ -370,10 +370,10 @@ async def test_a_damaged_layer_that_is_mounted_is_counted_and_not_removed_under_
         assert TOP in second.store.damaged
         assert count(second, TOP) == 1
         with pytest.raises(LayerInUse):
-            async with second.removing(TOP, force=False):
+            async with clearing.removing(second, TOP, force=False):
                 pytest.fail("given away under who uses it")
         # that of the layer that is gone goes too
-        done, failed = await second.cleanup()
+        done, failed = await clearing.cleanup(second)
         assert (done, failed) == ([SIDE, TOP], {})
         assert mountinfo.mounted_under(layout.mnt) == []
         assert second.table.entries == {}
@@ -382,7 +382,7 @@ async def test_a_damaged_layer_that_is_mounted_is_counted_and_not_removed_under_
 async def test_cleanup_drops_what_is_counted_of_a_mount_that_vanished(mounts: Mounts) -> None:
     await get(mounts, TOP, MANUAL, label="")
     syscalls.umount2(mounts.store.layout.mount_point(TOP))
-    assert await mounts.cleanup() == ([], {})
+    assert await clearing.cleanup(mounts) == ([], {})
     assert TOP not in mounts.table.entries
 
 
@@ -467,7 +467,7 @@ async def test_a_mount_that_others_take_away_at_once_is_made_again_or_is_none(
             assert (await get(mounts, TOP, MANUAL, label="")).read_only
         assert is_mounted(mounts, TOP) is stands
         assert count(mounts, TOP) == int(stands)
-        await mounts.cleanup()
+        await clearing.cleanup(mounts)
 
 
 async def test_something_foreign_on_the_mount_point_is_not_taken_for_the_union(
@@ -569,12 +569,12 @@ async def test_a_cancelled_get_counts_nothing_and_leaves_nothing_mounted(mounts:
 async def test_remove_waits_for_nobody_and_refuses_what_is_used(mounts: Mounts) -> None:
     await get(mounts, TOP, MANUAL, label="")
     with pytest.raises(LayerInUse):
-        async with mounts.removing(TOP, force=False):
+        async with clearing.removing(mounts, TOP, force=False):
             pytest.fail("a referenced layer was given away")
     with pytest.raises(LayerHasChildren):
-        async with mounts.removing(BASE, force=True):
+        async with clearing.removing(mounts, BASE, force=True):
             pytest.fail("a parent was given away")
-    async with mounts.removing(TOP, force=True):
+    async with clearing.removing(mounts, TOP, force=True):
         assert not is_mounted(mounts, TOP)
     assert TOP not in mounts.table.entries
 
@@ -621,7 +621,7 @@ async def test_what_is_read_is_not_changed(mounts: Mounts) -> None:
 async def test_a_parent_cannot_go_while_a_child_is_made(mounts: Mounts) -> None:
     async with mounts.table.creating(LayerId("child"), SIDE):
         with pytest.raises(LayerHasChildren):
-            async with mounts.removing(SIDE, force=True):
+            async with clearing.removing(mounts, SIDE, force=True):
                 pytest.fail("a parent was given away")
     with pytest.raises(ParentNotFound):
         async with mounts.table.creating(LayerId("new"), LayerId("nosuch")):
@@ -637,7 +637,7 @@ async def test_cleanup_unmounts_everything_whatever_its_count(mounts: Mounts) ->
         await get(mounts, TOP, MANUAL, label="")
     await get(mounts, SIDE, MANUAL, label="")
     with open(f"{mounts.store.layout.mount_point(SIDE)}/lower") as _:
-        done, failed = await mounts.cleanup()
+        done, failed = await clearing.cleanup(mounts)
     assert done == [TOP]
     assert list(failed) == [SIDE]
     assert mounts.table.busy() == [SIDE]

@@ -5,7 +5,6 @@ one mount thread and none under the lock. A count changes right after its system
 task, with no await between.
 """
 
-import errno
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -32,14 +31,9 @@ from aufsd.union.backend import Backend, NotFlushed
 from aufsd_client.errors import (
     AufsdError,
     LabelConflict,
-    LayerHasChildren,
-    UnmountBusy,
 )
 
 log = structlog.get_logger(__name__)
-
-# between two tries to unmount what stayed busy without a reference
-BUSY_RETRY = 30.0  # seconds
 
 
 class Dropped(NamedTuple):
@@ -212,7 +206,7 @@ class Mounts:
                     table.begin(id)
                     break
             await waiting.wait()
-        await self._take_down(id)
+        await self.take_down(id)
         return Dropped(None, at is not None)
 
     def put_now(self, id: LayerId, *, pid: int, name: str = "") -> Entry | None:
@@ -242,7 +236,7 @@ class Mounts:
         try:
             await self._drop_all(id, lambda other: other is reference)
         except (AufsdError, OSError) as error:
-            # `retry_busy` tries the mount again
+            # `clearing.retry_busy` tries the mount again
             log.warning("put of a reference that was taken back failed", id=id, error=str(error))
 
     async def _drop_all(self, id: LayerId, is_own: Callable[[Reference], bool]) -> None:
@@ -262,16 +256,16 @@ class Mounts:
                     table.begin(id)
                     break
             await waiting.wait()
-        await self._take_down(id)
+        await self.take_down(id)
 
-    async def _take_down(self, id: LayerId) -> bool:
-        """As `_unmount`, and end the id's transition, which the caller has begun."""
+    async def take_down(self, id: LayerId) -> bool:
+        """As `unmount`, and end the id's transition, which the caller has begun."""
         try:
-            return await self._unmount(id)
+            return await self.unmount(id)
         finally:
             self.table.end(id)
 
-    async def _unmount(self, id: LayerId, *, flush: bool = True) -> bool:
+    async def unmount(self, id: LayerId, *, flush: bool = True) -> bool:
         """Unmount a layer, and drop its entry and references. Whether it was mounted until now.
 
         The caller has begun the id's transition. A mount that aufsd did not make is left alone. It
@@ -329,81 +323,6 @@ class Mounts:
                 await self.thread.run(self.backend.flush, self.store.layout.mount_point(id))
             except NotFlushed as failed:
                 raise in_use.not_readable(id, failed) from failed
-
-    # --- unmounting for other operations ------------------------------------------------------
-
-    @asynccontextmanager
-    async def removing(self, id: LayerId, *, force: bool) -> AsyncIterator[None]:
-        """Claim a layer for removal, unmounted.
-
-        Raises LayerNotFound, LayerHasChildren, LayerInUse (with `references`), UnmountBusy.
-        """
-        table = self.table
-
-        def refuse(id: LayerId) -> None:
-            if id not in self.store.damaged:
-                self.store.require(id)
-            children = sorted(self.store.children_of(id))
-            if children:
-                raise LayerHasChildren(
-                    f"other layers stand on {id} ({len(children)} in all); remove those first",
-                    id=id,
-                    children=children[:20],
-                )
-            entry = table.entries.get(id)
-            if (entry and entry.references and not force) or table.is_read(id):
-                raise table.in_use(id)
-
-        await table.claim(id, refuse)
-        try:
-            if id in table.entries or self.is_mount_point(id):
-                # The content is deleted next, so nothing is flushed: on a full disk a flush would
-                # fail, and the removal is what frees space.
-                await self._unmount(id, flush=False)
-            if self.is_mount_point(id):
-                raise in_use.not_ours(id, self.store.layout.mount_point(id))
-            yield
-        finally:
-            table.end(id)
-
-    async def cleanup(self) -> tuple[list[LayerId], dict[LayerId, AufsdError]]:
-        """Unmount every mount of the store that the kernel has. The ids done, and the failures.
-
-        A layer whose mount has vanished loses its references. The mount of a layer that is gone is
-        unmounted too. A mount that aufsd did not make stays, and is a failure.
-        """
-        done: list[LayerId] = []
-        failed: dict[LayerId, AufsdError] = {}
-        found = set(await self.thread.run(observed.rows_at, self.store.layout))
-        counted = {id for id, entry in self.table.entries.items() if entry.mounted}
-        for id in sorted(found | counted):
-            await self.table.claim(id)
-            try:
-                was = await self._take_down(id)
-                if self.is_mount_point(id):
-                    raise in_use.not_ours(id, self.store.layout.mount_point(id))
-                # somebody else may have unmounted it meanwhile
-                done += [id] if was else []
-            except AufsdError as error:
-                failed[id] = error
-            except OSError as error:
-                name = errno.errorcode.get(error.errno or 0, "EIO")
-                failed[id] = UnmountBusy(f"layer {id}: {error.strerror}", id=id, errno=name)
-        return done, failed
-
-    async def retry_busy(self) -> None:
-        """After BUSY_RETRY seconds, try to unmount what stayed busy without a reference."""
-        await trio.sleep(BUSY_RETRY)
-        for id in self.table.busy():
-            # a `get` may have come while another layer was tried
-            if self.table.in_transition(id) or id not in self.table.busy():
-                continue
-            self.table.begin(id)
-            try:
-                await self._take_down(id)
-                log.info("busy mount unmounted", id=id)
-            except (AufsdError, OSError) as error:
-                log.debug("mount is still busy", id=id, error=str(error))
 
     # --- questions to the kernel --------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from functools import partial
 import structlog
 import trio
 
-from aufsd.active import observed
+from aufsd.active import clearing, observed
 from aufsd.active.mounts import Mounts
 from aufsd.active.refs import BIND, Entry
 from aufsd.active.remount import make_up
@@ -90,7 +90,7 @@ async def open_mounts(
             if entry.unmounted and entry.backend in (backend.name, BIND):
                 nursery.start_soon(make_up, mounts, id)
         retries = tasks.add("retries", "unmounts that stayed busy are tried again")
-        nursery.start_soon(retries.repeat, mounts.retry_busy)
+        nursery.start_soon(retries.repeat, partial(clearing.retry_busy, mounts))
         try:
             yield mounts
         finally:

@@ -11,6 +11,7 @@ import trio
 import trio.testing
 
 from aufsd import results
+from aufsd.active import clearing
 from aufsd.config import Config
 from aufsd.daemon import open_driver
 from aufsd.driver import Driver
@@ -85,7 +86,7 @@ async def test_what_waited_for_a_layer_sees_the_one_that_is_there_then(tmp_path:
             got = await driving.get(driver, TOP)
             found.append(os.listdir(got.path))
 
-        async with driver.active.removing(TOP, force=False):
+        async with clearing.removing(driver.active, TOP, force=False):
             for call in (changes, size, get):
                 nursery.start_soon(call)
             await trio.testing.wait_all_tasks_blocked()

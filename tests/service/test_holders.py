@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from aufsd import results
-from aufsd.active import mounts
+from aufsd.active import clearing
 from aufsd.active.processes import ended
 from aufsd.driver import Driver
 from aufsd.kernel import syscalls
@@ -183,7 +183,7 @@ def test_a_descriptor_in_flight_and_what_the_kernel_has_are_told(
 async def test_a_busy_mount_goes_in_the_background_once_it_can(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mounts, "BUSY_RETRY", 0.01)
+    monkeypatch.setattr(clearing, "BUSY_RETRY", 0.01)
     async with opened(tmp_path) as driver:
         got = await driving.get(driver, TOP)
         with open(f"{got.path}/file", "rb"):

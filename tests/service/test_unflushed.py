@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from aufsd.active import mounts
+from aufsd.active import clearing
 from aufsd.driver import Driver
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.union import plink
@@ -55,7 +55,7 @@ async def driver(
     tmp_path: Path, fail: Fail, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Driver]:
     """`top` is mounted, with one reference."""
-    monkeypatch.setattr(mounts, "BUSY_RETRY", 0.01)
+    monkeypatch.setattr(clearing, "BUSY_RETRY", 0.01)
     async with opened(tmp_path) as driver:
         await driving.get(driver, TOP)
         yield driver
