@@ -89,7 +89,8 @@ DEB ?= bookworm trixie jammy noble
 test-deb: $(VENV)/installed ## build the packages, and install, upgrade and remove them under other releases
 	@$(BIN)/python -m tests.packages deb
 	$(MAKE) deb
-	AUFSD_DEB='$(DEB)' $(BIN)/python -m pytest -rs --durations 0 tests/packaging/deb
+	AUFSD_DEB='$(DEB)' $(BIN)/python -m pytest -rs --durations 0 \
+		-o faulthandler_timeout=1200 tests/packaging/deb
 
 # --- Installing. PREFIX is where things go, DESTDIR a root to put in front of that. The programs are
 # one directory of Python packages that touches no other, and two launchers. A packager who installs

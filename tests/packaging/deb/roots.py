@@ -26,7 +26,7 @@ def root(suite: str, packages: Sequence[Path]) -> Path:
     if not (place / "var/cache/apt/ready").exists():
         shutil.rmtree(place, ignore_errors=True)
         ROOTS.mkdir(parents=True, exist_ok=True)
-        if said := _bootstrap(suite, place) or _fill(place, packages):
+        if said := _bootstrap(suite, place) or _fill(suite, place, packages):
             pytest.skip(f"no root of {suite}: {said}")
         (place / "var/cache/apt/ready").touch()
     return place
@@ -37,8 +37,9 @@ def _bootstrap(suite: str, place: Path) -> str:
     with _scripts(suite) as scripts:
         return _run(
             *("debootstrap", "--variant=minbase", f"--include={','.join(INCLUDED)}"),
-            # Python 3.11 of Ubuntu 22.04 is in universe
-            *(["--components=main,universe"] if _ubuntu(suite) else []),
+            # Python 3.11 of Ubuntu 22.04 is in universe. Debian has no key of Ubuntu's, and then
+            # debootstrap would turn to Debian's mirror; apt in the root has the key, and checks.
+            *(["--components=main,universe", "--no-check-gpg"] if _ubuntu(suite) else []),
             *(suite, str(place)),
             DEBOOTSTRAP_DIR=str(scripts),
         )
@@ -64,8 +65,13 @@ def _scripts(suite: str) -> Iterator[Path]:
         shutil.rmtree(copy)
 
 
-def _fill(place: Path, packages: Sequence[Path]) -> str:
+def _fill(suite: str, place: Path, packages: Sequence[Path]) -> str:
     """Download what they need; what went wrong."""
+    if _ubuntu(suite):
+        # as Ubuntu installs itself; Python 3.11 of 22.04 is an update
+        sources = place / "etc/apt/sources.list"
+        lines = sources.read_text()
+        sources.write_text(lines + lines.replace(f" {suite} ", f" {suite}-updates "))
     for package in packages:
         shutil.copy(package, place / "tmp")
     paths = [f"/tmp/{package.name}" for package in packages]

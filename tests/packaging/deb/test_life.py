@@ -174,16 +174,17 @@ def is_what_the_pages_say(machine: Machine) -> None:
 
 
 def keeps_all_through_an_upgrade(machine: Machine, upgraded: Path, path: str) -> None:
-    """Mounts, counts, the configuration and the very sockets."""
+    """Mounts, counts, the configuration and the very socket that calls wait in."""
     machine("sed -i '1i max_jobs = 3' /etc/aufsd/aufsd.toml")
-    sockets = "stat -c '%i %n' /run/aufsd/aufsd.sock /run/aufsd/monitor.sock"
-    before = machine(sockets)
+    control = "stat -c '%i %n' /run/aufsd/aufsd.sock"
+    before = machine(control)
     # a process that has a file of the layer open is not disturbed
     machine(f"systemd-run -q --unit=user sh -c 'exec 3<{path}/file; sleep 1000'")
     machine.install(upgraded)
     assert f"aufsd     {NEXT}\n" in machine("aufsctl version")
     assert machine("aufsd --version") == f"aufsd {NEXT}\n"
     assert (machine.references(), machine.mounted()) == ({"work": 2}, [path])
-    assert machine(sockets) == before
+    assert machine(control) == before
+    assert "the daemon is ok" in machine("aufsctl --socket /run/aufsd/monitor.sock health")
     assert "max_jobs = 3" in machine("cat /etc/aufsd/aufsd.toml")
     machine("systemctl is-active user; systemctl stop user")
