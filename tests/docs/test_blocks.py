@@ -30,7 +30,8 @@ TOUR = (
 JOURNAL = "journalctl -u aufsd -p warning"
 MONITORING = "check_aufsd  "
 IMAGES = "layer=$(aufsctl load image.tar)"
-RUN = (*TOUR, JOURNAL, MONITORING, IMAGES)
+SESSION = "$ top=$(aufsctl load image.tar)"
+RUN = (*TOUR, JOURNAL, MONITORING, IMAGES, SESSION)
 
 
 @pytest.mark.parametrize("block", shell_blocks(), ids=str)

@@ -21,10 +21,11 @@ _SOON: Final = 2.0  # seconds
 _LONG: Final = re.compile(r"((?:sha256-)?[0-9a-f]{12})[0-9a-f]{52}")
 
 
-def short(id: str) -> str:
-    """An id for a table: 12 of its 64 digits on a terminal, all of them elsewhere."""
+def short(id: str, *, stderr: bool = False) -> str:
+    """An id to look at: 12 of its 64 digits on a terminal, all of them elsewhere."""
     found = _LONG.fullmatch(id)
-    return found[1] if found and sys.stdout.isatty() else id
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return found[1] if found and terminal else id
 
 
 def _beginning(path: str, beginning: str, timeout: float | None) -> list[str]:

@@ -9,6 +9,7 @@ import click
 
 from aufsd_client import loading
 from aufsd_client.cli import progress, show
+from aufsd_client.cli.ids import short
 from aufsd_client.cli.session import Session
 
 
@@ -30,7 +31,7 @@ def load(session: Session, source: str, ref: str, name: str, platform: str) -> N
 
     def told(id: str, size: int) -> None:
         if session.human:
-            show.line(f"layer {id}: {show.size(size)}", stderr=True)
+            show.line(f"layer {short(id, stderr=True)}: {show.size(size)}", stderr=True)
 
     def watched(id: str, fd: int) -> AbstractContextManager[None]:
         return progress.of_tar(session, "apply_diff", id, fd, reads=True)
