@@ -240,12 +240,12 @@ def _squash(work: requests.Squash, root: int, settings: Settings, meter: Meter) 
     _drop(settings, confine.WRITING, trusted=True)
     squash.squash(
         work.chain,
+        work.below,
         work.kept,
         work.staging,
         work.to,
         settings.namespace,
         meter,
-        base=work.base,
         roots_hide=work.roots_hide,
     )
     if settings.sync == "filesystem":

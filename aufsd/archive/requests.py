@@ -110,10 +110,10 @@ class Squash(Struct, frozen=True, tag=True):
     """Merge branches into staging (squash.py). Descriptors: the store's root."""
 
     chain: tuple[Branch, ...]
+    below: tuple[Branch, ...]
     kept: tuple[str, ...]
     staging: str
     to: Dialect
-    base: bool
     roots_hide: bool
 
 

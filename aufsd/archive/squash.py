@@ -16,7 +16,7 @@ from typing import Final
 from aufsd.archive.attributes import read_xattr
 from aufsd.archive.meter import Meter
 from aufsd.archive.requests import Branch
-from aufsd.archive.view import Layer, Place, ascend, keep, root
+from aufsd.archive.view import Layer, Place, ascend, descend, keep, lookup, root, roots
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
@@ -32,44 +32,52 @@ _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXE
 
 def squash(
     chain: Sequence[Branch],
+    below: Sequence[Branch],
     kept: Sequence[str],
     staging: str,
     to: Dialect,
     namespace: str,
     meter: Meter,
     *,
-    base: bool,
     roots_hide: bool,
 ) -> None:
     """Write into the empty directory `staging` what a chain shows by itself, its nearest first.
 
-    `kept` are the ids in it whose content stays in use. `base`: nothing lies below the chain, so
-    nothing has to be hidden. `roots_hide`: an opaque `/` hides what lies below, as it does not for
-    aufs. Paths are those below the current root. Raises OSError.
+    `below` is what it stands on. `kept` are the ids in it whose content stays in use. `roots_hide`:
+    an opaque `/` hides what lies below, as it does not for aufs. Paths are those below the current
+    root. Raises OSError.
     """
     store = os.open("/diff", DIRECTORY)
     target = open_beneath(os.open("/", DIRECTORY), staging.lstrip("/"))
     places: list[Place] = []
     hidden = False
+    # and the directories that are made
+    kept_open = keep(len(chain) + len(below) + 1)
     for branch in chain:
-        # and the directories that are made
-        place = root(store, branch, namespace, keep(len(chain) + 1))
+        place = root(store, branch, namespace, kept_open)
         places.append(place)
         if marks.is_settled(place.fd, namespace):
             marks.mark_settled(target, namespace)
         if roots_hide and place.layer.is_opaque(place.fd):
             hidden = True
             break
-    with Descent(target, keep(len(chain) + 1)) as made:
-        merge = _Merge(to, namespace, meter, base, frozenset(kept), made, target)
-        merge.tree(places, hidden=hidden)
+    under = [] if hidden else roots(store, below, namespace, beside=len(chain) + 1)
+    with Descent(target, kept_open) as made:
+        merge = _Merge(to, namespace, meter, bool(below), frozenset(kept), made, target)
+        merge.tree(places, under, hidden=hidden)
+        if merge.settled:
+            marks.mark_settled(target, namespace)
 
 
 @dataclass(slots=True)
 class _Level:
-    """A merged directory on the way: its branches' directories, and what is still to be done."""
+    """A merged directory on the way: its branches' directories, and what is still to be done.
+
+    `under` are those of what the chain stands on, none if nothing shows from there.
+    """
 
     places: list[Place]
+    under: list[Place]
     hidden: bool
     below: list[tuple[bytes, int]]
 
@@ -78,23 +86,25 @@ class _Level:
 class _Merge:
     """One squash, in a dialect; `made` is where it stands in the new content, `root` its top.
 
-    `copies` has the first copy of each inode with several names in a layer that is kept,
-    `whiteout` the first one that was made.
+    `stands`: whether the chain stands on something. `settled`: whether a whiteout was left out, for
+    what lies below has no such directory. `copies` has the first copy of each inode with several
+    names in a layer that is kept, `whiteout` the first one that was made.
     """
 
     to: Dialect
     namespace: str
     meter: Meter
-    base: bool
+    stands: bool
     kept: frozenset[str]
     made: Descent
     root: int
     copies: dict[tuple[int, int], bytes] = field(default_factory=dict)
     whiteout: bytes = b""
+    settled: bool = False
 
-    def tree(self, places: list[Place], *, hidden: bool) -> None:
+    def tree(self, places: list[Place], under: list[Place], *, hidden: bool) -> None:
         """Merge directories, and all below them. `hidden`: what lies below the chain is hidden."""
-        levels = [self._enter(places, hidden=hidden, own=hidden)]
+        levels = [self._enter(places, under, hidden=hidden, own=hidden)]
         while levels:
             level = levels[-1]
             if level.below:
@@ -104,21 +114,22 @@ class _Merge:
                 self.made.down(name)
                 # it hides what a directory above hides already: no mark of its own is needed
                 own = ends and not level.hidden
-                levels.append(self._enter(inner, hidden=ends or level.hidden, own=own))
+                under = [] if ends else _below(level.under, name)
+                levels.append(self._enter(inner, under, hidden=ends or level.hidden, own=own))
                 continue
             levels.pop()
             self._leave(level)
 
-    def _enter(self, places: list[Place], *, hidden: bool, own: bool) -> _Level:
+    def _enter(self, places: list[Place], under: list[Place], *, hidden: bool, own: bool) -> _Level:
         """Do all of a directory but the directories in it, and note those.
 
         `hidden`: what lies below the chain does not show here; `own`: by this directory's own mark.
         """
-        level = _Level(places, hidden, [])
+        level = _Level(places, under, hidden, [])
         done: set[bytes] = set()
         for index, place in enumerate(places):
             self._one(level, index, place, done)
-        if own and not self.base:
+        if own and self.stands:
             self._mark_opaque(self.made.fd)
         return level
 
@@ -142,12 +153,12 @@ class _Merge:
                     level.below.append((name, index))
                     continue
                 if layer.may_be_whiteout(entry) and layer.is_whiteout(name, os.lstat(name), None):
-                    self._whiteout(name, hidden=level.hidden)
+                    self._whiteout(name, level)
                     continue
                 self._file(self.made.fd, name, layer)
                 self.meter.entries += 1
         for name in deleted - done - here:
-            self._whiteout(name, hidden=level.hidden)
+            self._whiteout(name, level)
         done |= here
         done |= deleted
 
@@ -165,7 +176,8 @@ class _Merge:
         if not depth:
             return
         self.made.up()
-        if ascend(level.places, depth - 1) != depth - 1 or self.made.depth != depth - 1:
+        reached = ascend((*level.places, *level.under), depth - 1)
+        if reached != depth - 1 or self.made.depth != depth - 1:
             raise OSError(errno.ESTALE, "directories were moved while layers were squashed")
 
     def _skipped(self, *, top: bool) -> tuple[str, ...]:
@@ -182,9 +194,13 @@ class _Merge:
         else:
             os.close(os.open(marks.OPAQUE, _NEW, 0o444, dir_fd=target))
 
-    def _whiteout(self, name: bytes, *, hidden: bool) -> None:
-        """Say that a name is deleted, unless nothing can be below that has it."""
-        if hidden or self.base:
+    def _whiteout(self, name: bytes, level: _Level) -> None:
+        """Say that a name is deleted, unless nothing can be below that has it.
+
+        In a directory that nothing else is merged into overlayfs lists a whiteout as a name.
+        """
+        if not level.under:
+            self.settled = self.settled or (self.stands and not level.hidden)
             return
         target = self.made.fd
         if self.to is Dialect.OVERLAY:
@@ -288,6 +304,14 @@ def _descend(merged: Sequence[Place], name: bytes) -> tuple[list[Place], bool]:
         if hidden or place.layer.is_opaque(place.fd):
             return below, True
     return below, False
+
+
+def _below(merged: Sequence[Place], name: bytes) -> list[Place]:
+    """Go into the directory that a merged view has under a name: the places that did."""
+    top = lookup(merged, name) if merged else None
+    if top is None or not stat.S_ISDIR(top.stat.st_mode):
+        return []
+    return descend(merged, name, top)
 
 
 def _copy_data(source: int, target: int) -> None:

@@ -56,7 +56,7 @@ class Squashes:
             try:
                 for each in gone:
                     await table.wait_unread(each)
-                async with table.reading(lambda: (between[len(gone) :],)):
+                async with table.reading(lambda: (chain[1 + len(gone) :],)):
                     parents = chain[1 + len(between) :]
                     try:
                         removed = await self._squash(id, between, parents, gone)
@@ -112,7 +112,7 @@ class Squashes:
                 squashing.squash_subvolume, store, id, parents, between[-1], tuple(gone)
             )
         else:
-            staged = await self._merge(id, between, kept=between[len(gone) :], base=not parents)
+            staged = await self._merge(id, between, parents, kept=between[len(gone) :])
             commit = partial(squashing.squash_directory, store, id, parents, staged, gone)
         removed: list[LayerId] = []
         with trio.CancelScope(shield=True):
@@ -123,20 +123,26 @@ class Squashes:
         return removed
 
     async def _merge(
-        self, id: LayerId, between: tuple[LayerId, ...], *, kept: tuple[LayerId, ...], base: bool
+        self,
+        id: LayerId,
+        between: tuple[LayerId, ...],
+        parents: tuple[LayerId, ...],
+        *,
+        kept: tuple[LayerId, ...],
     ) -> str:
         """What the layers show together, in staging; its path."""
         store, backend = self.mounts.store, self.mounts.backend
-        branches = await self.disk.run(self._branches, (id, *between))
+        branches = await self.disk.run(self._branches, (id, *between, *parents))
+        merged = 1 + len(between)
         xattrs = dialects.xattrs(backend.dialect, store.xattr_namespace)
         staged = await self.disk.run(staging.stage, store, id, xattrs)
         try:
             work = requests.Squash(
-                branches,
+                branches[:merged],
+                branches[merged:],
                 kept,
                 staged.removeprefix(store.layout.root),
                 backend.dialect,
-                base,
                 backend.name != _AUFS,
             )
             await self.jobs.squash(work)

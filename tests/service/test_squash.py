@@ -186,6 +186,24 @@ def test_files_are_links_and_not_copies(served: Daemon, client: Client) -> None:
     assert (served.root / "diff/top/big").stat().st_ino == inode
 
 
+@on_unions
+def test_where_nothing_lies_below_no_whiteout_is_left(served: Daemon, client: Client) -> None:
+    with client.mounted("top") as path:
+        Path(path, "new").mkdir()
+        Path(path, "new/f").touch()
+    client.checkpoint("top", "n0")
+    with client.mounted("top") as path:
+        Path(path, "new/f").unlink()
+        Path(path, "a/x").unlink()
+    client.squash("top", "base")
+    # overlayfs would list it, and nobody could open it
+    assert os.listdir(served.root / "diff/top/new") == []
+    assert len(os.listdir(served.root / "diff/top/a")) == 1
+    with client.mounted("top") as path:
+        assert os.listdir(Path(path, "new")) == []
+    assert client.check(deep=True).problems == []
+
+
 def test_what_cannot_be_squashed_is_refused(served: Daemon, client: Client) -> None:
     def call(kind: type[errors.AufsdError], id: str, onto: str) -> None:
         before = client.list().layers
