@@ -22,7 +22,7 @@ def copy_attributes(source: str, target: str) -> None:
 
     Raises OSError, also if one is no directory.
     """
-    with _opened(source) as like, _opened(target) as fresh:
+    with opened_directory(source) as like, opened_directory(target) as fresh:
         found = os.fstat(like)
         os.chown(fresh, found.st_uid, found.st_gid)
         for name in os.listxattr(like):
@@ -43,7 +43,7 @@ def is_copied(name: str) -> bool:
 
 def fsync(path: str) -> None:
     """fsync(2) of a directory."""
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         os.fsync(fd)
 
 
@@ -53,7 +53,7 @@ def fsync(path: str) -> None:
 def make_subvolume(path: str) -> None:
     """An empty subvolume, 0755, at a path where nothing is."""
     directory, name = os.path.split(path)
-    with _opened(directory) as fd:
+    with opened_directory(directory) as fd:
         btrfs.subvol_create(fd, os.fsencode(name))
     os.chmod(path, 0o755)
 
@@ -65,13 +65,13 @@ def snapshot(source: str, path: str) -> None:
     there.
     """
     directory, name = os.path.split(path)
-    with _opened(directory) as fd, _opened(source) as top:
+    with opened_directory(directory) as fd, opened_directory(source) as top:
         btrfs.snap_create(fd, os.fsencode(name), top)
 
 
 def state(path: str) -> btrfs.Subvolume:
     """What btrfs says of a subvolume."""
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         return btrfs.subvol_info(fd)
 
 
@@ -83,14 +83,14 @@ def note_origin(path: str, parent: str, namespace: XattrNamespace) -> None:
 
 def freeze(path: str, read_only: bool) -> None:
     """Set the property `ro` of a subvolume. One that has it cannot be renamed either."""
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         if btrfs.is_read_only(fd) != read_only:
             btrfs.set_read_only(fd, read_only)
 
 
 def thaw(path: str) -> None:
     """Let a subvolume be written and renamed; a directory that is none can be already."""
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         try:
             frozen = btrfs.is_read_only(fd)
         except OSError as error:
@@ -107,7 +107,7 @@ def limit(path: str, size: int, namespace: XattrNamespace) -> None:
 
     Turns on quota groups for the whole file system, if they are off: that takes a scan of it.
     """
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         name = f"{namespace}.{_SIZE_XATTR}"
         if not size:
             # a snapshot inherits the limit too (btrfs_qgroup_inherit())
@@ -130,12 +130,13 @@ def limit_of(where: Where, namespace: XattrNamespace) -> int:
 
 def holds_subvolumes(path: str) -> bool:
     """Whether other subvolumes lie in one."""
-    with _opened(path) as fd:
+    with opened_directory(path) as fd:
         return bool(btrfs.nested(fd))
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[int]:
+def opened_directory(path: str) -> Iterator[int]:
+    """A descriptor of a directory that no symlink leads to. Raises OSError."""
     fd = os.open(path, _DIRECTORY)
     try:
         yield fd

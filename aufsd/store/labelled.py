@@ -12,6 +12,7 @@ from aufsd.store import content as contents
 from aufsd.store import removal, staging
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.opened import own_directory
 
 _KEPT = "labelled-"
 
@@ -25,6 +26,7 @@ def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, st
     """
     found = contents.state(store.layout.content(parent))
     name = hashlib.sha256(f"{found.uuid.hex()} {found.changed} {label}".encode()).hexdigest()
+    own_directory(store.layout.work(parent))
     kept = f"{store.layout.work(parent)}/{_KEPT}{name}"
     return staging.stage_child(store, parent, size, kept) if os.path.isdir(kept) else "", kept
 
@@ -32,7 +34,7 @@ def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, st
 def keep(store: Store, parent: LayerId, staged: str, kept: str) -> None:
     """Keep a copy of the labelled content `staged` at the place `kept`, and nothing else."""
     discard(store, parent)
-    os.makedirs(store.layout.work(parent), 0o700, exist_ok=True)
+    own_directory(store.layout.work(parent))
     contents.snapshot(staged, kept)
 
 

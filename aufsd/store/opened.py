@@ -7,6 +7,7 @@ written by descriptor.
 
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
@@ -63,3 +64,16 @@ def converting_to(identity: Identity, id: LayerId, namespace: str) -> Dialect | 
 def damaged(id: LayerId, problem: str) -> LayerDamaged:
     """The error of a layer that cannot be worked with."""
     return LayerDamaged(f"layer {id} is damaged: {problem}", id=id, problem=problem)
+
+
+def own_directory(path: str) -> None:
+    """Have a directory at `path`, in one that is ours alone. Raises OSError.
+
+    A symlink there would have a file system delete what lies elsewhere: it is removed.
+    """
+    try:
+        os.makedirs(path, 0o700)
+    except FileExistsError:
+        if not stat.S_ISDIR(os.lstat(path).st_mode):
+            os.unlink(path)
+            os.mkdir(path, 0o700)

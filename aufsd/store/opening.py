@@ -10,7 +10,7 @@ from typing import Final
 
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store import subvolumes
-from aufsd.store.content import fsync
+from aufsd.store.content import fsync, opened_directory
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.format import Format, Sync, new_id, read_format, write_format
 from aufsd.store.identity import identify
@@ -26,7 +26,7 @@ _MODE: Final = 0o710
 # what lies in a root where a store was begun, and on a new file system
 _OWN: Final = frozenset({"layers", "diff", "mnt", ".aufsd", "lost+found"})
 _PRIVATE: Final = tuple(
-    f".aufsd/{name}" for name in ("staging", "removing", "quarantine", "probes", "work")
+    f".aufsd/{name}" for name in ("staging", "removing", "quarantine", "probes", "work", "empty")
 )
 # a minute in all, for a disk that is slow to give back what waits for it
 _JOBS_TRIES: Final = 6000
@@ -65,12 +65,13 @@ def open_store(
         jobs_fd = _wait_for_jobs(layout)
         for path in (root, layout.layers, layout.diff, layout.mnt):
             os.makedirs(path, _MODE, exist_ok=True)
-            found = os.lstat(path)
-            # nothing is written where nothing has to be: the disk may be full, or read-only
-            if (found.st_uid, found.st_gid) != (0, gid):
-                os.chown(path, 0, gid)
-            if stat.S_IMODE(found.st_mode) != _MODE:
-                os.chmod(path, _MODE)
+            with opened_directory(path) as fd:
+                found = os.fstat(fd)
+                # nothing is written where nothing has to be: the disk may be full, or read-only
+                if (found.st_uid, found.st_gid) != (0, gid):
+                    os.chown(fd, 0, gid)
+                if stat.S_IMODE(found.st_mode) != _MODE:
+                    os.chmod(fd, _MODE)
         for path in (
             layout.staging,
             layout.removing,

@@ -18,6 +18,7 @@ from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.dialect import HOUSEKEEPING, Dialect, XattrNamespace
 from aufsd.store.layout import Layout
+from aufsd.store.opened import own_directory
 from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall, plan_aufs
@@ -77,7 +78,7 @@ class Aufs:
         """As Backend.mount. EBUSY: another live union, maybe a detached one, writes its branch."""
         calls = self.plan(union)
         with runner.prepared(union.id, calls[0], self.log):
-            os.makedirs(union.work, 0o700, exist_ok=True)
+            own_directory(union.work)
             with suppress(FileNotFoundError):
                 # unlinked by aufs as soon as it is open; there only if the machine stopped then
                 os.unlink(f"{union.work}/xino")

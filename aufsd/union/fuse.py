@@ -31,11 +31,12 @@ from aufsd.store.dialect import Dialect, XattrNamespace, is_opaque_root
 from aufsd.store.erase import erase_at
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
-from aufsd.store.walk import Descent, walk
+from aufsd.store.opened import own_directory
 from aufsd.union import exclusive, helper, plink, runner
 from aufsd.union.backend import NotFlushed, Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse
 from aufsd.union.causes import PASSING, refused
+from aufsd.union.fuse_marks import strip
 from aufsd.union.helper import Helper
 from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import AufsdError, MountFailed, NoSpace
@@ -116,9 +117,9 @@ class Fuse:
                 raise exclusive.in_use(union)
             if not union.read_only:
                 exclusive.refuse_if_written(union, self.layout.probes, self.namespace)
-            os.makedirs(union.work, 0o700, exist_ok=True)
+            own_directory(union.work)
             # of a union that ended without us
-            _let_go(union.work, self.namespace)
+            _let_go(self.layout, union.work, self.namespace)
             erase_at(f"{union.work}/work")
         self.log.mark()
         with ExitStack() as opened:
@@ -193,10 +194,10 @@ class Fuse:
         work = self._work(target)
         if helper.is_alive(work):
             syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
-            _let_go(work, self.namespace)
+            _let_go(self.layout, work, self.namespace)
         elif not self.clear(target):
             # unmounted behind our back, or never one of ours
-            _let_go(work, self.namespace)
+            _let_go(self.layout, work, self.namespace)
             plink.unmount(target, flush=flush)
 
     def is_mounted(self, target: str) -> bool:
@@ -229,7 +230,7 @@ class Fuse:
         if helper.is_alive(work) or not _is_dead(target):
             return False
         _detach(target)
-        _let_go(work, self.namespace)
+        _let_go(self.layout, work, self.namespace)
         return True
 
     def _work(self, target: str) -> str:
@@ -313,42 +314,7 @@ def _try_out(backend: Fuse) -> None:
             trial.unmount(target)
 
 
-def strip(top: str, namespace: XattrNamespace) -> None:
-    """Remove from a writable branch what fuse-overlayfs noted for itself.
-
-    `trusted.overlay.opaque` beside every `.wh..wh..opq`, which aufs would copy up into other
-    layers, and `user.fuseoverlayfs.*`. Walks the branch, opens nothing but directories.
-    """
-    own = ("trusted.overlay.", "user.fuseoverlayfs.")
-    prefixes = (*own, "user.overlay.") if namespace == "user" else own
-    root = os.open(top, _DIRECTORY)
-    try:
-        for here in walk(root):
-            _strip_here(here, prefixes)
-    finally:
-        os.close(root)
-
-
-def _strip_here(here: Descent, prefixes: tuple[str, ...]) -> None:
-    """Strip a directory and the files in it."""
-    # setxattr(2) takes no directory and a name, and the whole path may be longer than a path can be
-    at = f"/proc/self/fd/{here.fd}"
-    _strip(f"{at}/.", prefixes)
-    with os.scandir(here.fd) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                here.later(entry.name)
-            elif entry.is_file(follow_symlinks=False):
-                _strip(f"{at}/{entry.name}", prefixes)
-
-
-def _strip(path: str, prefixes: tuple[str, ...]) -> None:
-    for name in os.listxattr(path, follow_symlinks=False):
-        if name.startswith(prefixes):
-            os.removexattr(path, name, follow_symlinks=False)
-
-
-def _let_go(work: str, namespace: XattrNamespace) -> None:
+def _let_go(layout: Layout, work: str, namespace: XattrNamespace) -> None:
     """After an unmount: the helper ends, and its branch becomes a plain layer's.
 
     One that does not end serves a copy of the mount in another mount namespace: it stays written
@@ -359,9 +325,9 @@ def _let_go(work: str, namespace: XattrNamespace) -> None:
         if not helper.wait(found.pid, found.start, _END_WITHIN) and helper.is_alive(work):
             log.info("a helper runs on, for another mount namespace", pid=found.pid)
             return
-        top = os.fsdecode(found.top)
+        top = layout.content(LayerId(os.path.basename(work)))
         try:
-            if top:
+            if found.top:
                 strip(top, namespace)
         except OSError as error:
             log.warning("a helper's marks stay in a layer", path=top, error=str(error))

@@ -10,13 +10,15 @@ is three system calls on a local file: it waits for nobody, survives a restart o
 reused pid can answer in its place. Who it is stands beside it, for those who wait for it.
 """
 
+import errno
 import fcntl
 import os
 import select
 import signal
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -26,6 +28,10 @@ _LOG: Final = "helper.log"
 _NAME: Final = "helper"
 # of what it said, for an error
 _SAID_MAX: Final = 2048
+_LONGEST: Final = 1 << 20
+# a fifo would be waited for
+_READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_NO_FILE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 
 
 class Helper(msgspec.Struct, frozen=True):
@@ -34,7 +40,7 @@ class Helper(msgspec.Struct, frozen=True):
     `start` is its start time in clock ticks since boot (proc_pid_stat(5), field 22).
     """
 
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 31)]
     start: int
     device: int
     top: bytes
@@ -43,8 +49,10 @@ class Helper(msgspec.Struct, frozen=True):
 def is_alive(work: str) -> bool:
     """Whether the helper of this work directory lives. Does not block."""
     try:
-        log = os.open(f"{work}/{_LOG}", os.O_RDONLY | os.O_CLOEXEC)
-    except (FileNotFoundError, NotADirectoryError):
+        log = os.open(f"{work}/{_LOG}", _READ)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
         return False
     try:
         fcntl.flock(log, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -58,18 +66,19 @@ def is_alive(work: str) -> bool:
 def read(work: str) -> Helper | None:
     """The helper that was last recorded here, alive or not."""
     try:
-        with open(f"{work}/{_NAME}", "rb") as file:
-            return msgspec.json.decode(file.read(), type=Helper)
-    except (FileNotFoundError, NotADirectoryError, msgspec.DecodeError):
+        return msgspec.json.decode(_read(work, _NAME), type=Helper)
+    except msgspec.DecodeError:
         return None
 
 
 def record(work: str, helper: Helper) -> None:
     """Write down who the helper is, in one step."""
-    fresh = f"{work}/{_NAME}.new"
-    with open(fresh, "wb") as file:
-        file.write(msgspec.json.encode(helper))
-    os.rename(fresh, f"{work}/{_NAME}")
+    fresh = _new_file(work, _NAME)
+    try:
+        os.write(fresh, msgspec.json.encode(helper))
+    finally:
+        os.close(fresh)
+    os.rename(f"{work}/{_NAME}.new", f"{work}/{_NAME}")
 
 
 def forget(work: str) -> None:
@@ -81,10 +90,8 @@ def forget(work: str) -> None:
 
 def said(work: str) -> str:
     """The last that the helper of this work directory said, on one line."""
-    with suppress(FileNotFoundError), open(f"{work}/{_LOG}", "rb") as file:
-        text = file.read()[-_SAID_MAX:].decode("utf-8", "replace")
-        return "; ".join(line for line in text.splitlines() if line)
-    return ""
+    text = _read(work, _LOG)[-_SAID_MAX:].decode("utf-8", "replace")
+    return "; ".join(line for line in text.splitlines() if line)
 
 
 def start(
@@ -142,9 +149,31 @@ def _new_log(work: str) -> int:
 
     Opened to append, because the helper's messages come whenever they come.
     """
-    fresh = f"{work}/{_LOG}.new"
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC
-    log = os.open(fresh, flags, 0o600)
+    log = _new_file(work, _LOG)
     fcntl.flock(log, fcntl.LOCK_EX)
-    os.rename(fresh, f"{work}/{_LOG}")
+    os.rename(f"{work}/{_LOG}.new", f"{work}/{_LOG}")
     return log
+
+
+def _new_file(work: str, name: str) -> int:
+    """A new file beside `name`, that nothing else leads to or from; its descriptor."""
+    with suppress(FileNotFoundError):
+        os.unlink(f"{work}/{name}.new")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+    return os.open(f"{work}/{name}.new", flags, 0o600)
+
+
+def _read(work: str, name: str) -> bytes:
+    """What a file of the work directory holds, in its end; nothing, if it is none."""
+    try:
+        fd = os.open(f"{work}/{name}", _READ)
+    except OSError as error:
+        if error.errno not in _NO_FILE:
+            raise
+        return b""
+    try:
+        found = os.fstat(fd)
+        begin = max(0, found.st_size - _LONGEST)
+        return os.pread(fd, _LONGEST, begin) if stat.S_ISREG(found.st_mode) else b""
+    finally:
+        os.close(fd)

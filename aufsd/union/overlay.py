@@ -18,6 +18,7 @@ from aufsd.kernel.log import KernelLog, open_log
 from aufsd.store.dialect import Dialect, XattrNamespace, is_whiteout_node, opaque_xattr
 from aufsd.store.erase import erase_at
 from aufsd.store.layout import Layout
+from aufsd.store.opened import own_directory
 from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay
@@ -245,6 +246,7 @@ def _clean_work(work: str) -> None:
     The kernel makes `work` anew itself. What a crash left in it may stop the mount
     (incompat/volatile); to remove the directory each time would cost a third of the mount.
     """
+    own_directory(work)
     try:
         if not os.listdir(f"{work}/work"):
             return
@@ -253,7 +255,7 @@ def _clean_work(work: str) -> None:
             raise left.error()
     except FileNotFoundError:
         pass
-    os.makedirs(work, 0o700, exist_ok=True)
+    own_directory(work)
 
 
 def _parameters() -> frozenset[str]:

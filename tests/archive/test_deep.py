@@ -19,7 +19,7 @@ from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.store.walk import OPEN_AT_MOST
-from aufsd.union import conversion, fuse, plink
+from aufsd.union import conversion, fuse_marks, plink
 from tests.archive.converting import in_child
 from tests.archive.shelf import NAMESPACE
 from tests.trees import DEEP, deepen, in_memory, open_descriptors
@@ -217,6 +217,6 @@ def test_what_fuse_overlayfs_noted_is_taken_from_a_deep_branch(memory: Path) -> 
     here = deepen(top)
     name = f"{NAMESPACE}.overlay.opaque"
     os.setxattr(here, name, b"y")
-    fuse.strip(str(top), NAMESPACE)
+    fuse_marks.strip(str(top), NAMESPACE)
     assert name not in os.listxattr(here)
     os.close(here)
