@@ -1,9 +1,8 @@
-"""Consistency of layers/, diff/ and mnt/, and what may be put right.
+"""Checks the consistency of layers/, diff/ and mnt/, and repairs what can be repaired.
 
-Repair moves things into quarantine, makes missing directories, and writes a parents file that was
-lost from what is known otherwise; it deletes nothing, and does nothing where it is refused: a mount
-that is busy is no reason to begin with something worse. Synchronous: works on a store that is
-served, and offline.
+A repair moves files into quarantine, makes missing directories, and writes a lost parents file from
+the mark on the content. It deletes nothing. What the kernel refuses, such as to move a busy mount,
+is left as it is. Synchronous; for a store that is served, and for one that is not.
 """
 
 import errno
@@ -38,10 +37,10 @@ def check(
     repair: bool,
     mounted: Collection[LayerId] | None,
 ) -> list[Problem]:
-    """Look at one layer, or at all and at what belongs to none.
+    """Check one layer, or all layers and what belongs to none.
 
-    `mounted` are the table's ids; None where nobody serves the store, and mounts are nobody's.
-    What layers hold is looked at elsewhere (archive/strays.py, archive/fingerprint.py).
+    `mounted` has the ids of the table; None if no daemon serves the store. The content of layers is
+    checked elsewhere (archive/strays.py, archive/fingerprint.py).
     """
     if id is not None:
         store.require(id)
@@ -58,7 +57,7 @@ def check(
 
 
 def readable(problem: Problem) -> Problem:
-    """The problem as it may be told: of names, what JSON or a terminal does not take is escaped."""
+    """The problem, with characters escaped that JSON or a terminal cannot take."""
     return replace(problem, id=_escaped(problem.id), detail=_escaped(problem.detail))
 
 
@@ -68,7 +67,7 @@ def _escaped(text: str) -> str:
 
 
 def again(store: Store, name: str, *, repair: bool, mounted: Collection[LayerId]) -> list[Problem]:
-    """Look once more at one name, which nobody changes meanwhile."""
+    """Check one name again, while nobody changes it."""
     if is_id(name) and store.exists(LayerId(name)):
         found = _of_one(store, LayerId(name), repair=repair)
         return [*found, *(each for each in _uncounted(store, mounted) if each.id == name)]
@@ -76,7 +75,7 @@ def again(store: Store, name: str, *, repair: bool, mounted: Collection[LayerId]
 
 
 def whole(store: Store, *, repair: bool) -> Iterator[Problem]:
-    """What is wrong with the store's own directories, and is no layer's."""
+    """Problems of the store's own directories."""
     yield from _modes(store, repair=repair)
     yield from _strays(store, repair=repair)
 
@@ -92,7 +91,7 @@ def _modes(store: Store, *, repair: bool) -> Iterator[Problem]:
 
 
 def _of_one(store: Store, id: LayerId, *, repair: bool) -> list[Problem]:
-    """What is wrong with one layer. One that goes meanwhile, or cannot be read, ends no check."""
+    """Problems of one layer. If it is removed meanwhile, or cannot be read, the check goes on."""
     try:
         return list(_layer(store, id, repair=repair))
     except LayerNotFound:
@@ -129,7 +128,7 @@ def _layer(store: Store, id: LayerId, *, repair: bool) -> Iterator[Problem]:
 
 
 def _differing(store: Store, id: LayerId) -> str:
-    """In what a parents file is not as it was when the store was opened; "" if it is."""
+    """How a parents file differs from what it was when the store was opened; "" if it does not."""
     path = store.layout.parents_file(id)
     try:
         parents = read_parents(path)
@@ -146,7 +145,7 @@ def _differing(store: Store, id: LayerId) -> str:
 
 
 def _restore_parents(store: Store, id: LayerId) -> None:
-    """Write the parents file of a damaged layer from what its content was marked with."""
+    """Write the parents file of a damaged layer again, from the mark on its content."""
     parent = read_parent_mark(store.layout.content(id), store.xattr_namespace)
     if parent is None or parent not in store.parent:
         raise OSError(errno.ENODATA, "nothing says what it was made on")
@@ -156,7 +155,7 @@ def _restore_parents(store: Store, id: LayerId) -> None:
 def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> None:
     fresh = f"{store.layout.staging}/parents-{id}"
     path = store.layout.parents_file(id)
-    # its mode and time say whether the layer is sealed, and when it was made
+    # the mode and time of the file say whether the layer is sealed, and when it was made
     like = os.lstat(path) if os.path.isfile(path) and not os.path.islink(path) else None
     write_durably(fresh, "".join(f"{parent}\n" for parent in parents), store.sync, like=like)
     with suppress(FileNotFoundError):
@@ -167,7 +166,7 @@ def _write_parents(store: Store, id: LayerId, parents: Sequence[LayerId]) -> Non
 
 
 def _strays(store: Store, *, repair: bool) -> Iterator[Problem]:
-    """What lies in layers/ and is no parents file."""
+    """Names in layers/ that are no parents files."""
     with os.scandir(store.layout.layers) as entries:
         found = sorted((entry.name, entry.is_file(follow_symlinks=False)) for entry in entries)
     for name, regular in found:
@@ -196,7 +195,7 @@ def _orphan(store: Store, name: str, *, repair: bool) -> Iterator[Problem]:
 
 
 def _quarantined(store: Store, path: str, problem: str) -> bool:
-    """Whether it could be moved away; never over what is there already."""
+    """Move it into quarantine, never over another file. Whether that worked."""
     name = f"{time.time_ns()}.{problem}.{os.path.basename(path)}"[:255]
     return _done(os.rename, path, f"{store.layout.quarantine}/{name}")
 

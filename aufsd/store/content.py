@@ -1,4 +1,4 @@
-"""A layer's content: a directory, or on btrfs a subvolume. Made, copied, frozen."""
+"""Makes, copies and freezes a layer's content: a directory, or a subvolume on btrfs."""
 
 import contextlib
 import errno
@@ -12,15 +12,15 @@ from aufsd.store.dialect import Where, XattrNamespace
 from aufsd.store.origin import Origin, write_origin
 
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# how many bytes a layer may refer to, as text, on the top of its subvolume
+# the most bytes that a layer may have, as text, on the top of its subvolume
 _SIZE_XATTR = "aufsd.size"
 _SIZE_MAX = (1 << 63) - 1
 
 
 def copy_attributes(source: str, target: str) -> None:
-    """Give one directory the owner, mode, times and xattrs of another; no trusted.* ones.
+    """Give one directory the owner, mode, times and xattrs of another, except trusted.* ones.
 
-    Raises OSError, also if one is no directory.
+    Raises OSError, also if one of them is no directory.
     """
     with opened_directory(source) as like, opened_directory(target) as fresh:
         found = os.fstat(like)
@@ -34,9 +34,9 @@ def copy_attributes(source: str, target: str) -> None:
 
 
 def is_copied(name: str) -> bool:
-    """Whether an xattr of a directory goes to one that is made like it.
+    """Whether `copy_attributes` copies an xattr.
 
-    trusted.* and user.aufsd.* are the store's own; a security label is set by the system.
+    trusted.* and user.aufsd.* belong to the store, and the system sets a security label.
     """
     return not name.startswith(("trusted.", "user.aufsd.", "security.selinux", "user.overlay."))
 
@@ -51,7 +51,7 @@ def fsync(path: str) -> None:
 
 
 def make_subvolume(path: str) -> None:
-    """An empty subvolume, 0755, at a path where nothing is."""
+    """Make an empty subvolume, mode 0755. The path must be free."""
     directory, name = os.path.split(path)
     with opened_directory(directory) as fd:
         btrfs.subvol_create(fd, os.fsencode(name))
@@ -59,10 +59,9 @@ def make_subvolume(path: str) -> None:
 
 
 def snapshot(source: str, path: str) -> None:
-    """A writable snapshot of a subvolume, at a path where nothing is.
+    """Make a writable snapshot of a subvolume. The path must be free.
 
-    What other subvolumes hold that lie in the source does not come along: empty directories stand
-    there.
+    A subvolume inside the source is an empty directory in the snapshot.
     """
     directory, name = os.path.split(path)
     with opened_directory(directory) as fd, opened_directory(source) as top:
@@ -76,20 +75,20 @@ def state(path: str) -> btrfs.Subvolume:
 
 
 def note_origin(path: str, parent: str, namespace: XattrNamespace) -> None:
-    """Note on a snapshot what it has in common with its parent from here on."""
+    """Record on a snapshot from which state of its parent it was made (origin.py)."""
     own = state(path)
     write_origin(path, Origin(state(parent).uuid, own.created, own.generation), namespace)
 
 
 def freeze(path: str, read_only: bool) -> None:
-    """Set the property `ro` of a subvolume. One that has it cannot be renamed either."""
+    """Set the property `ro` of a subvolume. A read-only subvolume cannot be renamed either."""
     with opened_directory(path) as fd:
         if btrfs.is_read_only(fd) != read_only:
             btrfs.set_read_only(fd, read_only)
 
 
 def thaw(path: str) -> None:
-    """Let a subvolume be written and renamed; a directory that is none can be already."""
+    """Let a subvolume be written and renamed. Does nothing for an ordinary directory."""
     with opened_directory(path) as fd:
         try:
             frozen = btrfs.is_read_only(fd)
@@ -103,9 +102,9 @@ def thaw(path: str) -> None:
 
 
 def limit(path: str, size: int, namespace: XattrNamespace) -> None:
-    """Let the subvolume refer to at most so many bytes, its parents' content included; 0: any.
+    """Limit the bytes of a subvolume, with its parents' content. 0: no limit.
 
-    Turns on quota groups for the whole file system, if they are off: that takes a scan of it.
+    If quota groups are off, this turns them on, and btrfs scans the whole file system.
     """
     with opened_directory(path) as fd:
         name = f"{namespace}.{_SIZE_XATTR}"
@@ -129,7 +128,7 @@ def limit_of(where: Where, namespace: XattrNamespace) -> int:
 
 
 def holds_subvolumes(path: str) -> bool:
-    """Whether other subvolumes lie in one."""
+    """Whether there are subvolumes inside a subvolume."""
     with opened_directory(path) as fd:
         return bool(btrfs.nested(fd))
 

@@ -1,10 +1,10 @@
-"""The two ways to write a whiteout: their names, and which of them a layer's content uses.
+"""The dialects, which are the ways to write a whiteout, and the dialect of a layer.
 
-A layer's dialect is an xattr on its content directory, absent for aufs, so that a store of Docker's
-driver needs nothing. What rewrites a layer for the other one is `aufsd.union.conversion`.
+The dialect is an xattr on the layer's content directory. No xattr means aufs, so a store of
+Docker's driver needs no change. `aufsd.union.conversion` rewrites a layer in another dialect.
 
-`namespace` is where the xattrs live, "trusted" or "user": trusted.* needs CAP_SYS_ADMIN of the
-initial user namespace, and in another one overlayfs is mounted with `userxattr` (Linux 5.11).
+`namespace` is that of the xattrs, "trusted" or "user". trusted.* needs CAP_SYS_ADMIN in the initial
+user namespace. In another user namespace overlayfs is mounted with `userxattr` (Linux 5.11).
 """
 
 import errno
@@ -15,11 +15,11 @@ from typing import Final, Literal, TypeAlias
 
 
 class Dialect(StrEnum):
-    """How a layer's content says that a name is deleted or a directory is opaque.
+    """How a layer's content marks a deleted name and an opaque directory.
 
-    AUFS: `.wh.NAME` and `.wh..wh..opq` (Docker's store, OCI tars). OVERLAY: a character device
-    0:0, and the xattr `overlay.opaque`. NONE: it never has to, for the layer holds all that shows,
-    its parents' content included.
+    AUFS: `.wh.NAME` and `.wh..wh..opq`, as in Docker's store and OCI tars. OVERLAY: a character
+    device 0:0, and the xattr `overlay.opaque`. NONE: not at all, because the layer is a snapshot
+    that also holds its parents' content.
     """
 
     AUFS = "aufs"
@@ -28,16 +28,16 @@ class Dialect(StrEnum):
 
 
 class UnknownDialect(OSError):
-    """A layer says that it is written in a dialect that there is not; `strerror` is the problem."""
+    """The xattr of a layer names an unknown dialect; `strerror` says which."""
 
     strerror: str
 
 
-# the two that do, and that a layer can be converted between
+# a layer can be converted between these two
 WITH_MARKS: Final = (Dialect.AUFS, Dialect.OVERLAY)
 
 Where: TypeAlias = str | bytes | int | os.PathLike[str]
-# of the xattrs that say all this
+# the namespace of the xattrs
 XattrNamespace = Literal["trusted", "user"]
 
 # include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
@@ -45,7 +45,7 @@ WHITEOUT: Final = b".wh."
 META: Final = b".wh..wh."
 OPAQUE: Final = b".wh..wh..opq"
 PLINKS: Final = b".wh..wh.plnk"
-# what a branch that was mounted rw has at its top
+# names that aufs makes at the top of a writable branch
 HOUSEKEEPING: Final = frozenset({b".wh..wh.aufs", b".wh..wh.orph", PLINKS})
 # AUFS_MAX_NAMELEN: a longer name is listed, and every lookup of it fails with ENAMETOOLONG
 AUFS_NAME_MAX: Final = 242
@@ -83,17 +83,19 @@ def has_opaque_xattr(where: Where, namespace: str) -> bool:
 
 
 def whiteout_xattr(root: Where, namespace: str) -> str:
-    """The xattr that makes an empty file a whiteout in the layer with this root; "" if none does.
+    """The xattr that makes an empty file a whiteout in the layer with this root; "" if there is
+    none.
 
-    Linux 6.8 looks for it where the layer's root says so. It makes none itself; tools do that may
-    not make nodes (Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories").
+    Linux 6.8 accepts such whiteouts if the layer's root has a mark. The kernel makes none itself;
+    tools make them that may not make device nodes (Documentation/filesystems/overlayfs.rst,
+    "whiteouts and opaque directories").
     """
     says_so = _read(root, opaque_xattr(namespace)) == b"x"
     return f"{namespace}.overlay.whiteout" if says_so else ""
 
 
 def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
-    """What stands on the content directory of a layer of this dialect."""
+    """The xattrs of the content directory of a layer in this dialect."""
     if dialect is Dialect.AUFS:
         return {}
     return {f"{namespace}.aufsd.dialect": dialect.value.encode()}
@@ -102,8 +104,7 @@ def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
 def read_dialect(where: Where, namespace: str) -> Dialect:
     """The dialect of a layer, by its content directory (path or descriptor).
 
-    While a conversion is half done this is still the one it comes from. Raises UnknownDialect,
-    OSError.
+    During a conversion it is still the old one. Raises UnknownDialect, OSError.
     """
     return _parse(_read(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
 
@@ -117,9 +118,9 @@ def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
 
 
 def interrupted(where: Where, namespace: str) -> Dialect | None:
-    """What a conversion that a crash left half done was going to; None if there is none.
+    """The target of a conversion that was interrupted; None if there is none.
 
-    Until it is finished the content may hold marks of both dialects. Raises UnknownDialect,
+    Until it is finished, the content may have marks of both dialects. Raises UnknownDialect,
     OSError.
     """
     found = _parse(_read(where, f"{namespace}.aufsd.converting"))
@@ -129,7 +130,7 @@ def interrupted(where: Where, namespace: str) -> Dialect | None:
 
 
 def mark_converting(where: Where, target: Dialect | None, namespace: str) -> None:
-    """Note that a conversion begins, or with None that it is finished."""
+    """Mark that a conversion begins; None: that it is finished."""
     if target is None:
         remove_xattr(where, f"{namespace}.aufsd.converting")
     else:
@@ -137,17 +138,17 @@ def mark_converting(where: Where, target: Dialect | None, namespace: str) -> Non
 
 
 def mark_settled(where: Where, namespace: str) -> None:
-    """Note on a layer that it lacks whiteouts which, by what its parents held then, hid nothing."""
+    """Mark a layer that lacks whiteouts, because they hid nothing of its parents."""
     os.setxattr(where, f"{namespace}.aufsd.settled", b"1")
 
 
 def is_settled(where: Where, namespace: str) -> bool:
-    """Whether that is noted: then its parents have to stay as they are. Raises OSError."""
+    """Whether a layer is marked so. Then its parents must not change. Raises OSError."""
     return _read(where, f"{namespace}.aufsd.settled") is not None
 
 
 def is_opaque_root(path: str, dialect: Dialect, namespace: str) -> bool:
-    """Whether a layer's `/` is opaque: then what its parents hold does not show."""
+    """Whether a layer's `/` is opaque, and hides all of its parents."""
     if dialect is Dialect.OVERLAY:
         return has_opaque_xattr(path, namespace)
     return os.path.lexists(os.path.join(os.fsencode(path), OPAQUE))

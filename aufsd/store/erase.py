@@ -1,9 +1,10 @@
-"""Deleting a tree: all of it that is ours, and nothing that is mounted in it.
+"""Deletes a tree, but nothing that is mounted inside it.
 
-A mount inside is somebody else's files, also one of the same file system, which has no other device
-number (containerd#10721, moby#35323: root file systems and home directories were deleted through
-one). So each directory is entered in a way that the kernel refuses at a mount point. What cannot
-go stays, with the directories above it; all else goes. Synchronous.
+A mount inside has somebody else's files. A bind mount of the same file system does not even have
+another device number; root file systems and home directories were deleted through such mounts
+(containerd#10721, moby#35323). So each directory is opened by a call that the kernel refuses at a
+mount point. What cannot be deleted stays, with the directories above it; all else is deleted.
+Synchronous.
 """
 
 import errno
@@ -16,19 +17,19 @@ from aufsd.kernel import btrfs, mountinfo
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store.walk import Descent
 
-# reasons that errno's own words do not tell
+# reasons that the text of the errno does not give
 _REASONS: Final = {
     errno.EXDEV: "something is mounted there",
     errno.EBUSY: "something is mounted there",
     errno.EPERM: "it or its directory is immutable or append-only (lsattr, chattr -i -a)",
 }
-# nothing on this file system can be deleted now: no use in trying every name
+# with these, nothing on the file system can be deleted now; the other names are not tried
 _HOPELESS: Final = (errno.EROFS, errno.EIO)
 
 
 @dataclass(slots=True)
 class Left:
-    """What of a tree could not be deleted: how many names, and of the first where and why."""
+    """What could not be deleted of a tree: how many names; path and reason of the first."""
 
     path: str
     errno: int
@@ -36,26 +37,27 @@ class Left:
 
     @classmethod
     def of(cls, error: OSError, path: str) -> "Left":
-        """What an error says that was met at `path`, unless it knows better."""
+        """From an error. `path` is where it was met, unless the error has a path itself."""
         return cls(str(error.filename or path), error.errno or errno.EIO)
 
     @property
     def why(self) -> str:
-        """The reason in words, and how many more names there are."""
+        """The reason, and how many more names there are, in words."""
         more = f", and {self.names - 1} more" if self.names > 1 else ""
         return f"{_REASONS.get(self.errno) or os.strerror(self.errno)}{more}"
 
     def error(self) -> OSError:
-        """The same as an exception, in words for a person."""
+        """The same as an exception."""
         more = f", and {self.names - 1} more" if self.names > 1 else ""
         why = _REASONS.get(self.errno) or os.strerror(self.errno)
         return OSError(self.errno, f"{why}{more}", self.path)
 
 
 def erase(parent: int, name: bytes, shown: str) -> Left | None:
-    """Delete what the directory `parent` has under `name`, a tree or not; None if it is all gone.
+    """Delete `name` in the directory `parent`, a tree or a file. None if all is deleted.
 
-    `shown` is its path, for messages. A subvolume of btrfs goes as one, with those in it.
+    `shown` is its path, for messages. A btrfs subvolume is deleted by one call, with those inside
+    it.
     """
     left = _Tally(shown)
     try:
@@ -73,7 +75,7 @@ def erase(parent: int, name: bytes, shown: str) -> Left | None:
         if not _subvolume_went(parent, name, top):
             _empty(top, left)
             if left.found and left.found.errno == errno.ENOTEMPTY:
-                # a directory that is listed while names in it go may leave some out (readdir(3p))
+                # readdir(3p) may leave names out if others are deleted meanwhile
                 left.found = None
                 _empty(top, left)
             if left.found is None:
@@ -89,7 +91,9 @@ def erase(parent: int, name: bytes, shown: str) -> Left | None:
 
 
 def erase_at(path: str) -> Left | None:
-    """The same by a path, whose directory is ours. Raises OSError if that cannot be opened."""
+    """The same by path. The directory above belongs to the store. Raises OSError if it cannot be
+    opened.
+    """
     above, name = os.path.split(path)
     parent = os.open(above, DIRECTORY)
     try:
@@ -104,9 +108,9 @@ class _Tally:
     found: Left | None = None
 
     def add(self, path: str, error: OSError) -> None:
-        """Count a name that stays. Raises the error again if it is every other name's too."""
+        """Count a name that stays. Raises the error again if no other name could be deleted either."""
         if self.found is None:
-            # where something is mounted below is said with its whole path
+            # the error about a mount below has the whole path
             said = str(error.filename or "")
             where = said if said.startswith("/") else self.top + path
             self.found = Left(where, error.errno or errno.EIO)
@@ -117,7 +121,7 @@ class _Tally:
 
 
 def _empty(top: int, left: _Tally) -> None:
-    """Delete what a directory holds. One on the way is `marked` if something in it stays."""
+    """Delete the content of a directory. A directory is `marked` if something in it stays."""
     with Descent(top) as here:
         _unlink_all(here, left)
         while True:
@@ -174,7 +178,7 @@ def _leave(here: Descent, left: _Tally) -> None:
 
 
 def _unlink_all(here: Descent, left: _Tally) -> None:
-    """Delete all but directories, which come later."""
+    """Delete all entries but directories, which come later."""
     with os.scandir(here.fd) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -189,14 +193,14 @@ def _unlink_all(here: Descent, left: _Tally) -> None:
                 left.add(here.path(os.fsencode(entry.name)), error)
 
 
-# --- subvolumes -----------------------------------------------------------------------------------
+# --- subvolumes -------------------------------------------------------------------------------
 
 
 def _subvolume_went(parent: int, name: bytes, top: int) -> bool:
-    """Delete the subvolume `top`, if it is one and can go as one; its files are not looked at.
+    """Delete `top` by one call, if it is a subvolume. Whether it was deleted.
 
-    False where others lie in it that cannot be named from here: then it is gone through as any
-    directory is, and they are met on the way. Raises OSError; EBUSY if something is mounted in it.
+    False if it has subvolumes inside that cannot be named from here. Then it is emptied as any
+    directory, and they are met on the way. Raises OSError; EBUSY if something is mounted in it.
     """
     if not btrfs.is_subvolume(os.fstat(top), top):
         return False
@@ -205,7 +209,7 @@ def _subvolume_went(parent: int, name: bytes, top: int) -> bool:
     except OSError:
         return False  # a path that is longer than paths can be
     if mounted:
-        # the kernel would take it away with the subvolume (d_invalidate() in fs/dcache.c)
+        # the kernel would unmount it with the subvolume (d_invalidate() in fs/dcache.c)
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), mounted[0].mount_point)
     if btrfs.is_read_only(top):
         btrfs.set_read_only(top, False)
@@ -222,7 +226,7 @@ def _subvolume_went(parent: int, name: bytes, top: int) -> bool:
 
 
 def _destroy_inner(top: int, path: bytes) -> None:
-    """Delete a subvolume that lies in another, by its path from there, if none lies in it."""
+    """Delete a subvolume inside another, by its path from there, if it has none inside."""
     above, name = os.path.split(path)
     directory = open_beneath(top, above or b".")
     try:

@@ -1,4 +1,4 @@
-"""`.aufsd/format`: that a store is ours to serve, who it is, and which backend wrote to it last."""
+"""The file `.aufsd/format`: the store's id, whether it was adopted, and its last backend."""
 
 import os
 import re
@@ -19,9 +19,9 @@ _ID: Final = re.compile(r"[0-9a-f]{32}")
 
 
 class Format(msgspec.Struct, forbid_unknown_fields=False):
-    """What the file says. `adopted`: the store held layers before aufsd came.
+    """The content of the file. `adopted`: the store had layers before aufsd served it.
 
-    `id` tells the store from others, and from one that lies at its root later; "" for none.
+    `id` identifies the store, also against another one that is at the same path later; "" for none.
     """
 
     format: int = FORMAT
@@ -36,10 +36,10 @@ def new_id() -> str:
 
 
 def read_format(layout: Layout) -> Format | None:
-    """What the file says, or None where aufsd has never served this root.
+    """The content of the file; None if aufsd has never served this root.
 
-    One that cannot be read still says that the store is ours; it is written anew at start. Raises
-    StoreNotAdopted for a store that a newer aufsd has written.
+    A file that cannot be parsed still means that aufsd served it, and is written again at start.
+    Raises StoreNotAdopted for a store of a newer aufsd.
     """
     try:
         with open(layout.format, "rb") as file:
@@ -55,7 +55,7 @@ def read_format(layout: Layout) -> Format | None:
             root=layout.root,
         )
     if not _ID.fullmatch(found.id):
-        # it becomes part of a file's name
+        # the id becomes part of a file name
         found.id = ""
     return found
 
@@ -70,9 +70,9 @@ def write_format(layout: Layout, content: Format, sync: Sync) -> None:
 
 
 def write_durably(path: str, text: str, sync: Sync, *, like: os.stat_result | None = None) -> None:
-    """Write a file anew, and its content to the disk; a name that lasts is the caller's to make.
+    """Write a file and sync its content. The caller syncs its name.
 
-    `like`: with the mode and the time of another.
+    `like`: another file, whose mode and time the file gets.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o644), "w") as file:

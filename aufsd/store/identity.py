@@ -1,10 +1,10 @@
-"""A store is who it was: what its paths lead to now, held against what was locked at the start.
+"""Checks that the store's paths still lead to the store that was locked at the start.
 
-Paths are walked anew by each call, and meanwhile a disk may be mounted over the root, or over one
-of its directories, by a boot that was late or by hand: what is made then lies on another disk, and
-what is looked for is not there. A file system may also turn read-only under a running daemon.
-A few statx(2) before each change, each mount and each reading tell. They do not close the moment
-until the change: who may rename and mount in a store is root, and this is against accidents.
+Each call resolves paths again. Meanwhile somebody, or a late boot, may have mounted a disk over the
+root or over one of its directories. Then a layer would be made on another disk, and existing layers
+would be missing. A file system may also turn read-only under a running daemon. So a few statx(2)
+calls check it before each change, mount and read. There is a moment between the check and the
+change; only root could use it, and the check is against accidents.
 """
 
 import errno
@@ -18,8 +18,8 @@ from aufsd.kernel.syscalls import Place
 from aufsd.store.layout import Layout
 from aufsd_client.errors import AufsdError, IncompatibleFilesystem, LayerDamaged, PermissionDenied
 
-# an open(2) for writing says so, and writes nothing; ext4 has no other sign of it since Linux 6.15
-# (ext4_file_open(), EXT4_FLAGS_EMERGENCY_RO), xfs that was shut down says EIO
+# an open(2) for writing finds a read-only file system; since Linux 6.15 ext4 shows it in no other
+# way (ext4_file_open(), EXT4_FLAGS_EMERGENCY_RO), xfs that was shut down says EIO
 _NO_WRITES: Final = (errno.EROFS, errno.EIO, errno.ESHUTDOWN, errno.EUCLEAN)
 
 
@@ -27,7 +27,7 @@ _NO_WRITES: Final = (errno.EROFS, errno.EIO, errno.ESHUTDOWN, errno.EUCLEAN)
 class Identity:
     """The directories of a store as they were when it was locked.
 
-    Owns `root_fd`, so that no other directory is given the root's inode number meanwhile.
+    It owns `root_fd`: while that is open, no other directory can get the root's inode number.
     """
 
     layout: Layout
@@ -35,9 +35,9 @@ class Identity:
     places: tuple[tuple[str, Place], ...]
 
     def problem(self, *, writing: bool = True) -> AufsdError | None:
-        """Why the store cannot be used as it is now; None if it can. Does not block.
+        """Why the store cannot be used now; None if it can. Does not block.
 
-        `writing`: on a read-only file system what only reads goes on.
+        `writing`: whether a read-only file system is a problem.
         """
         mount = None
         for path, before in self.places:
@@ -53,7 +53,7 @@ class Identity:
         return self._unwritable() if writing else None
 
     def verify(self, *, writing: bool = True) -> None:
-        """Raise that: IncompatibleFilesystem, PermissionDenied."""
+        """Raise the problem: IncompatibleFilesystem, PermissionDenied."""
         found = self.problem(writing=writing)
         if found is not None:
             raise found
@@ -79,12 +79,12 @@ class Identity:
         return None
 
     def close(self) -> None:
-        """Let go of the root."""
+        """Close `root_fd`."""
         os.close(self.root_fd)
 
 
 def identify(layout: Layout) -> Identity:
-    """What a store that was just locked and laid out is. Raises OSError."""
+    """The identity of a store that was just locked and laid out. Raises OSError."""
     paths = (
         *(layout.root, layout.layers, layout.diff, layout.mnt, layout.private, layout.lock),
         *(layout.staging, layout.removing),
@@ -98,7 +98,7 @@ def identify(layout: Layout) -> Identity:
 
 
 def require_directory(path: str, id: str) -> None:
-    """Raise LayerDamaged unless a layer's content is a directory: a symlink leads elsewhere."""
+    """Raise LayerDamaged if a layer's content is no directory; a symlink would lead elsewhere."""
     try:
         found = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

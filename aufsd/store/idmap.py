@@ -1,6 +1,6 @@
-"""Pure: user and group ids between a layer's archive and the host (user namespaces).
+"""Maps user and group ids between a layer's archive and the host (user namespaces). Pure.
 
-An empty map is the identity. Otherwise an id outside every range has no counterpart, which is an
+An empty map changes nothing. Otherwise an id outside of every range cannot be mapped, which is an
 error and never a silent fallback (Docker's idtools: ToHost, ToContainer).
 """
 
@@ -10,7 +10,7 @@ from msgspec import Struct
 
 
 class IdMap(Struct, frozen=True):
-    """`size` ids from `container_id` on in the archive are those from `host_id` on, on the host."""
+    """`size` ids from `container_id` in the archive are the ids from `host_id` on the host."""
 
     container_id: int
     host_id: int

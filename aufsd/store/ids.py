@@ -8,12 +8,12 @@ from aufsd_client.errors import InvalidLabel, InvalidLayerId, InvalidParams
 LayerId = NewType("LayerId", str)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-# a context goes into mount options between quotes: what could end the quoting, or a line, is out
+# a label is quoted in mount options, so it must have no quote, backslash or line end
 _LABEL = re.compile(r"[^\x00-\x1f\x7f\ud800-\udfff\"'\\]*")
 
 
 def parse_id(text: str) -> LayerId:
-    """The id, or InvalidLayerId. `-removing` is how Docker's driver renames what it deletes."""
+    """The id, or InvalidLayerId. Docker's driver renames layers to `ID-removing` to delete them."""
     if not _ID.fullmatch(text) or text.endswith("-removing"):
         raise InvalidLayerId(
             "not a layer id: 1 to 200 of A-Z a-z 0-9 _ . -, beginning with a letter or digit, "

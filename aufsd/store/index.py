@@ -1,9 +1,9 @@
-"""The index as the disk has it: who stands on whom, and which records cannot be trusted.
+"""Reads the index from disk: the parents of each layer, and which layers are damaged.
 
-A parents file is the one thing that says what a layer stands on, so it is held against two others:
-it has to go on as that of its first parent does, and it must not be empty if the layer's content
-was marked as made on a parent. An emptied file would silently turn a layer into a base layer
-(containers/storage#1064, moby#35747: what a power cut left of files that were never synced).
+A layer's parents are only in its parents file. So the file is checked in two ways. After the first
+parent it must go on as that parent's own file. And it must not be empty if the layer's content has
+the mark of a parent. A power cut can empty a file that was never synced (containers/storage#1064,
+moby#35747), and that would silently turn a layer into a base layer.
 """
 
 import errno
@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from aufsd.store.ids import LayerId, is_id
 from aufsd.store.layout import Layout
 
-# on diff/<id>: the parent that it was made on; layers that aufsd did not make have none
+# on diff/<id>: the parent at its creation; layers that aufsd did not make have no such mark
 PARENT_XATTR = "aufsd.parent"
 _NO_PARENT = "-"
-# of a parents file: 201 bytes a line, and more lines than any kernel takes branches
+# bytes of a parents file: 201 a line, and more lines than any kernel has branches
 _LONGEST = 1 << 22
 
 Record = tuple[str, ...] | str
@@ -26,21 +26,21 @@ Record = tuple[str, ...] | str
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """`parent` has None for a base layer; `damaged` says what is wrong with all others.
+    """`parent` is None for a base layer; `damaged` says what is wrong with a layer.
 
-    `below` has the sound layer that a damaged one is said to stand on, for that not to be removed.
+    `below` has the intact parent that a damaged layer names, so that it is not removed.
     """
 
     parent: dict[LayerId, LayerId | None] = field(default_factory=dict)
     damaged: dict[LayerId, str] = field(default_factory=dict)
     below: dict[LayerId, LayerId] = field(default_factory=dict)
-    # of every layer whose parents file can be read: when that was written first
+    # when the parents file of each layer was first written
     created: dict[LayerId, float] = field(default_factory=dict)
-    # those whose parents file may not be written to
+    # layers with a read-only parents file
     sealed: set[LayerId] = field(default_factory=set)
 
     def children(self) -> dict[LayerId, set[LayerId]]:
-        """Who stands on whom, the other way round."""
+        """The children of each layer."""
         found: dict[LayerId, set[LayerId]] = {}
         for id, above in (*self.parent.items(), *self.below.items()):
             if above is not None:
@@ -49,7 +49,7 @@ class Index:
 
 
 def read_index(layout: Layout, namespace: str) -> Index:
-    """Read every parents file once. Raises OSError only where a directory cannot be listed."""
+    """Read every parents file once. Raises OSError only if a directory cannot be listed."""
     with os.scandir(layout.layers) as entries:
         ids = [
             LayerId(entry.name)
@@ -89,7 +89,7 @@ def _record(
 
 
 def _said_parent(layout: Layout, namespace: str, id: LayerId) -> LayerId | None:
-    """What a damaged layer stands on, by its file or else by its mark."""
+    """The parent of a damaged layer, by its file, or else by its mark."""
     try:
         parents = read_parents(layout.parents_file(id))
     except OSError:
@@ -100,12 +100,12 @@ def _said_parent(layout: Layout, namespace: str, id: LayerId) -> LayerId | None:
 
 
 def parent_mark(parent: LayerId | None, namespace: str) -> dict[str, bytes]:
-    """The xattr that says what a layer was made on."""
+    """The xattr with the parent of a layer."""
     return {f"{namespace}.{PARENT_XATTR}": (parent or _NO_PARENT).encode()}
 
 
 def read_parent_mark(content: str, namespace: str) -> LayerId | None:
-    """The parent that a layer was made on; None for a base layer, and where nothing says it."""
+    """The parent in a layer's mark; None for a base layer or without a mark."""
     try:
         text = os.getxattr(content, f"{namespace}.{PARENT_XATTR}").decode("ascii", "replace")
     except OSError as error:
@@ -116,18 +116,18 @@ def read_parent_mark(content: str, namespace: str) -> LayerId | None:
 
 
 def read_parents(path: str) -> Record:
-    """The parents that the file lists, nearest first; or, as a str, what is wrong with it."""
+    """The parents in the file, nearest first; or a str that says what is wrong with it."""
     return read_record(path)[0]
 
 
 def is_sealed(parents_file: os.stat_result) -> bool:
-    """Whether a layer is sealed: its parents file is one that nobody may write to (seals.py)."""
+    """Whether a layer is sealed: its parents file is read-only (seals.py)."""
     return not parents_file.st_mode & stat.S_IWUSR
 
 
 def read_record(path: str) -> tuple[Record, os.stat_result]:
     """What the parents file lists, as `read_parents`; and the file."""
-    # O_NONBLOCK: a fifo would be waited for
+    # O_NONBLOCK: the open of a fifo would wait
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
@@ -161,7 +161,7 @@ def _judge(
     sound: dict[LayerId, bool],
     damaged: dict[LayerId, str],
 ) -> None:
-    """Find out whether a layer's chain holds together, nearest parents first; no recursion."""
+    """Check that a layer's chain is consistent. Without recursion."""
     pending = [id]
     while pending:
         current = pending[-1]

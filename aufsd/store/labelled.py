@@ -1,8 +1,8 @@
-"""What a parent holds with a label on all of it, kept for the next child that asks for that label.
+"""Keeps a labelled snapshot of a parent, for the next child with the same label.
 
-A label is an xattr on every inode; a snapshot of what has it already is one call, whatever that
-holds. One is kept for each parent, below its work directory, which goes with the layer. Its name
-says of which state of the parent and with which label it was made: it is never taken for another.
+A label is an xattr on every inode, so labelling takes long. A clone of a labelled snapshot is one
+call. One snapshot is kept for each parent, below the parent's work directory, which is removed with
+the layer. Its name is made from the state of the parent and the label, so no other is used.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, st
     """As staging.stage_child, from the snapshot kept with this label, "" if there is none. And its
     place.
 
-    A change of any inode of the parent makes it another place, a snapshot of the parent does not
+    The place changes with any change of the parent, but not when the parent is cloned
     (btrfs_update_root_times()).
     """
     found = contents.state(store.layout.content(parent))
@@ -32,14 +32,14 @@ def stage(store: Store, parent: LayerId, label: str, size: int) -> tuple[str, st
 
 
 def keep(store: Store, parent: LayerId, staged: str, kept: str) -> None:
-    """Keep a copy of the labelled content `staged` at the place `kept`, and nothing else."""
+    """Keep a snapshot of the labelled content `staged` at `kept`, and no other one."""
     discard(store, parent)
     own_directory(store.layout.work(parent))
     contents.snapshot(staged, kept)
 
 
 def discard(store: Store, parent: LayerId) -> None:
-    """Let go of what is kept of a layer, to be deleted later: it may change now."""
+    """Discard the kept snapshot of a layer, because the layer may change now."""
     directory = store.layout.work(parent)
     try:
         names = os.listdir(directory)

@@ -1,4 +1,4 @@
-"""Where everything of a store lies. Pure: nothing here touches the disk."""
+"""The paths of a store. Pure: nothing here touches the disk."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Final
 
 from aufsd.store.ids import LayerId
 
-# in `probes`, before the name: what a trial could not delete
+# begins a name in `probes` that a trial could not delete
 TRIAL_LEFT: Final = "left:"
 
 
@@ -33,17 +33,17 @@ class Layout:
 
     @property
     def private(self) -> str:
-        """What is aufsd's own; Docker's driver never looks at it."""
+        """aufsd's own directory; Docker's driver ignores it."""
         return f"{self.root}/.aufsd"
 
     @property
     def lock(self) -> str:
-        """Held with flock(2) for the daemon's life."""
+        """The daemon locks it with flock(2) while it runs."""
         return f"{self.root}/.aufsd/lock"
 
     @property
     def jobs_lock(self) -> str:
-        """Held by every process of an archive job, and by who serves the store."""
+        """Every process of an archive job has it locked, and the daemon."""
         return f"{self.root}/.aufsd/jobs"
 
     @property
@@ -53,7 +53,7 @@ class Layout:
 
     @property
     def staging(self) -> str:
-        """Content on its way in; whatever lies here at start is a crash's."""
+        """Content that is being made. At a start, all in it is left of a crash."""
         return f"{self.root}/.aufsd/staging"
 
     @property
@@ -63,7 +63,7 @@ class Layout:
 
     @property
     def quarantine(self) -> str:
-        """Damaged things that `repair` moved out of the way."""
+        """Where `repair` moves damaged files."""
         return f"{self.root}/.aufsd/quarantine"
 
     @property
@@ -84,12 +84,12 @@ class Layout:
         return f"{self.root}/mnt/{id}"
 
     def work(self, id: LayerId) -> str:
-        """overlayfs's workdir for the layer; on the file system of its upper directory."""
+        """The layer's work directory for overlayfs, on the same file system as its content."""
         return f"{self.root}/.aufsd/work/{id}"
 
     def creation(self, id: LayerId) -> str:
-        """The parents file of a layer that is being made: what lies in its place is not one yet."""
-        # no id holds a colon: nothing else in there has such a name
+        """The parents file of a layer that is being made."""
+        # no id has a colon, so no other name in there looks so
         return f"{self.root}/.aufsd/staging/layer:{id}"
 
     def removal(self, id: LayerId) -> str:

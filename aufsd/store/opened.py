@@ -1,8 +1,8 @@
-"""A layer's content directory, opened beneath the store's root, and the marks on it.
+"""Opens a layer's content directory beneath the store's root, and reads the marks on it.
 
-Who prepared a store may have put a symlink, a file or a mount in its place: what is read of the
-layer, or noted on it, would be another directory's. So it is opened once, and marks are read and
-written by descriptor.
+Whoever prepared a store may have put a symlink, a file or a mount in the directory's place. Then
+the marks would be those of another directory. So the directory is opened once, and its marks are
+read and written by descriptor.
 """
 
 import errno
@@ -39,7 +39,7 @@ def content_of(identity: Identity, id: LayerId) -> Iterator[int]:
 
 
 def dialect_of(identity: Identity, id: LayerId, namespace: str) -> Dialect:
-    """How a layer's content says what is deleted. Raises LayerDamaged, OSError."""
+    """The dialect of a layer's whiteouts. Raises LayerDamaged, OSError."""
     with content_of(identity, id) as fd:
         try:
             # who reads the content asks for both
@@ -50,7 +50,7 @@ def dialect_of(identity: Identity, id: LayerId, namespace: str) -> Dialect:
 
 
 def converting_to(identity: Identity, id: LayerId, namespace: str) -> Dialect | None:
-    """What a conversion of the layer that was cut off was going to; None if there is none.
+    """The target of an interrupted conversion of the layer; None if there is none.
 
     Raises LayerDamaged, OSError.
     """
@@ -62,7 +62,7 @@ def converting_to(identity: Identity, id: LayerId, namespace: str) -> Dialect | 
 
 
 def damaged(id: LayerId, problem: str) -> LayerDamaged:
-    """The error of a layer that cannot be worked with."""
+    """The error of a damaged layer."""
     return LayerDamaged(f"layer {id} is damaged: {problem}", id=id, problem=problem)
 
 

@@ -1,4 +1,4 @@
-"""A store is opened: adopted or refused, locked, laid out, its index read."""
+"""Opens a store: refuses or adopts it, locks it, makes its directories, reads its index."""
 
 import contextlib
 import errno
@@ -20,15 +20,15 @@ from aufsd.store.layout import Layout
 from aufsd.store.replacing import resume
 from aufsd_client.errors import IncompatibleFilesystem, StoreLocked, StoreNotAdopted
 
-# a whole store may be walked by root and the remapped group only: 0701 let any user of the host
-# run set-id files out of images (moby 03f1c3d78f, CVE-2021-41091)
+# only root and the remapped group may enter a store: with mode 0701 any user of the host could run
+# set-id files of images (moby 03f1c3d78f, CVE-2021-41091)
 _MODE: Final = 0o710
-# what lies in a root where a store was begun, and on a new file system
+# names in a root whose first start was interrupted, and on a new file system
 _OWN: Final = frozenset({"layers", "diff", "mnt", ".aufsd", "lost+found"})
 _PRIVATE: Final = tuple(
     f".aufsd/{name}" for name in ("staging", "removing", "quarantine", "probes", "work", "empty")
 )
-# a minute in all, for a disk that is slow to give back what waits for it
+# a minute in all, for processes that wait for a slow disk
 _JOBS_TRIES: Final = 6000
 _JOBS_PAUSE: Final = 0.01  # seconds
 
@@ -44,10 +44,10 @@ def open_store(
 ) -> Store:
     """Lock the store at `root` (absolute, resolved, existing) and read its index.
 
-    Makes a store where the directory is empty. Raises StoreLocked if a process has it open, and
-    StoreNotAdopted if it holds layers that aufsd did not make and `adopt` is false, or if it is
+    Makes a store if the directory is empty. Raises StoreLocked if another process has it open.
+    Raises StoreNotAdopted if it has layers that aufsd did not make and `adopt` is false, or if it is
     neither empty nor a store; then nothing was changed. Raises IncompatibleFilesystem if its
-    directories do not lie in one mount. Recovery is a step of its own: `recovery.recover`.
+    directories are not in one mount. Recovery comes later: `recovery.recover`.
     """
     layout = Layout(root)
     refuse_what_is_no_store(layout)
@@ -67,7 +67,7 @@ def open_store(
             os.makedirs(path, _MODE, exist_ok=True)
             with opened_directory(path) as fd:
                 found = os.fstat(fd)
-                # nothing is written where nothing has to be: the disk may be full, or read-only
+                # write nothing that need not be written: the disk may be full, or read-only
                 if (found.st_uid, found.st_gid) != (0, gid):
                     os.chown(fd, 0, gid)
                 if stat.S_IMODE(found.st_mode) != _MODE:
@@ -114,10 +114,10 @@ def open_store(
 
 
 def refuse_what_is_no_store(layout: Layout) -> None:
-    """Raise unless the root is empty, or a store that can be served; change nothing.
+    """Raise if the root is neither empty nor a store that can be served. Changes nothing.
 
-    Who prepared it may have been anybody: no symlink is followed, and what says that aufsd made the
-    store counts only if root wrote it.
+    Anybody may have prepared the store. So no symlink is followed, and the files that mark it as
+    made by aufsd count only if root wrote them.
     """
     root = os.open(layout.root, DIRECTORY)
     try:
@@ -158,7 +158,7 @@ def _refuse_unless_inside(layout: Layout, root: int, path: str) -> None:
 
 
 def _refuse_unless_ours(layout: Layout, path: str) -> None:
-    """What a process that is not root wrote, or may write, says nothing of the store."""
+    """Refuse the store if anybody but root wrote its marks, or may write them."""
     found = os.lstat(f"{layout.root}/{path}")
     regular = stat.S_ISREG(found.st_mode) or path == ".aufsd"
     if not regular or found.st_uid != os.geteuid() or found.st_mode & 0o022:
@@ -170,7 +170,7 @@ def _refuse_unless_ours(layout: Layout, path: str) -> None:
 
 
 def _give_id(layout: Layout, form: Format, sync: Sync, *, needed: bool) -> None:
-    """Write the store's file with an id in it; one of an older aufsd may go without."""
+    """Write an id into the store's file. A store of an older aufsd may have none."""
     form.id = new_id()
     try:
         write_format(layout, form, sync)
@@ -203,10 +203,10 @@ def _lock(layout: Layout) -> int:
 
 
 def _wait_for_jobs(layout: Layout) -> int:
-    """Wait until every archive job of the last daemon is gone; a descriptor that ours inherit.
+    """Wait until every archive job of the last daemon has ended. A descriptor for ours to inherit.
 
-    They are killed when their daemon dies, but one that waits for the disk ends only after that,
-    and until then it may still write.
+    Jobs are killed when their daemon dies. A job that waits for the disk ends only when the disk has
+    answered, and may write until then.
     """
     fd = os.open(layout.jobs_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     for _ in range(_JOBS_TRIES):

@@ -1,7 +1,7 @@
-"""What a layer that is a snapshot began as: which parent, in which transactions of the file system.
+"""Records from which state of its parent a snapshot was made.
 
-An xattr of the layer's top directory. With it, what the layer changed can be read from the file
-system's own books instead of by comparing two whole trees.
+This is an xattr of the layer's top directory. With it, btrfs's transaction numbers say which inodes
+have changed since, and the two trees need not be compared as a whole.
 """
 
 import os
@@ -13,15 +13,15 @@ from aufsd.store.dialect import Where
 
 _NAME: Final = "aufsd.origin"
 _UUID: Final = re.compile("[0-9a-f]{32}")
-# transactions are numbered so far, and one may be added
+# the largest transaction number that one can be added to
 _LAST: Final = (1 << 63) - 1
 
 
 class Origin(NamedTuple):
-    """The parent's subvolume, and after which transaction a change of each makes them differ.
+    """The parent's subvolume, and the transactions after which a change of each makes them differ.
 
-    `parted` is for the parent, the one that made the snapshot; `generation` is for the layer, once
-    all was done to it that is no change of its content (its label).
+    `parted` is the transaction that made the snapshot, for the parent. `generation` is for the
+    layer: the transaction of its label, which is no change of its content.
     """
 
     uuid: bytes
@@ -30,13 +30,13 @@ class Origin(NamedTuple):
 
 
 def write_origin(where: Where, origin: Origin, namespace: str) -> None:
-    """Note it on a layer. Raises OSError."""
+    """Record it on a layer. Raises OSError."""
     value = f"{origin.uuid.hex()} {origin.parted} {origin.generation}".encode()
     os.setxattr(where, f"{namespace}.{_NAME}", value)
 
 
 def read_origin(where: Where, namespace: str) -> Origin | None:
-    """What a layer began as; None if nothing is noted, or nothing that can be read."""
+    """The origin of a layer; None if none is recorded, or it cannot be parsed."""
     try:
         uuid, parted, generation = os.getxattr(where, f"{namespace}.{_NAME}").decode().split(" ")
     except (OSError, ValueError):

@@ -1,8 +1,8 @@
-"""What an apply recorded of a layer's content: an xattr of the content, and so always with it.
+"""The fingerprint that an apply records of a layer's content. Synchronous.
 
-It comes into the layer's place with the content that it is of, in the one rename, and goes with it.
-Who is about to let somebody write into the layer drops it first, so that a change which is meant to
-be is no damage. What it says is the business of archive/fingerprint.py. Synchronous.
+It is an xattr of the content directory. So it comes with the content in one rename, and goes with
+it. Before a caller may write into the layer the record is deleted, so that an intended change is
+not taken for damage. archive/fingerprint.py says what is in it.
 """
 
 import os
@@ -14,7 +14,7 @@ _NAME = "aufsd.fingerprint"
 
 
 def read(content: Where, namespace: str) -> str:
-    """What is recorded; "" for nothing."""
+    """The record; "" if there is none."""
     try:
         return os.getxattr(content, f"{namespace}.{_NAME}").decode("ascii", "replace")
     except OSError:
@@ -22,7 +22,7 @@ def read(content: Where, namespace: str) -> str:
 
 
 def write(content: Where, fingerprint: str, namespace: str) -> None:
-    """Record it; "" for nothing. Durable when the directory is synced. Raises OSError."""
+    """Write the record; "" for none. Durable when the directory is synced. Raises OSError."""
     if fingerprint:
         os.setxattr(content, f"{namespace}.{_NAME}", fingerprint.encode())
     else:
@@ -30,7 +30,7 @@ def write(content: Where, fingerprint: str, namespace: str) -> None:
 
 
 def drop(content: int, namespace: str, sync: Sync) -> None:
-    """Have nothing recorded of what is open as `content`, durably. Raises OSError."""
+    """Delete the record of the directory open as `content`, durably. Raises OSError."""
     if read(content, namespace):
         write(content, "", namespace)
         if sync != "none":

@@ -1,10 +1,10 @@
-"""What a crash left in a store: finished or undone at start, and said.
+"""Finishes or undoes, at start, what a crash has interrupted, and reports each step.
 
-Each operation has one commit point (layers.py), so what lies on disk says on which side of it the
-crash was. Nothing is deleted here, only moved to `.aufsd/removing`, whose content goes after the
-daemon is ready; and nothing that aufsd or Docker's driver did not leave behind is moved at all:
-`check` reports that. A conversion that was cut off is finished after the daemon is ready, or by the
-first mount that needs the layer.
+Each operation has one commit point (docs/architecture.md), so the files on disk show whether the
+crash was before or after it. Nothing is deleted here. Files are moved to `.aufsd/removing`, and
+deleted there after the daemon is ready. Only files that aufsd or Docker's driver left are moved;
+`check` reports all others. An interrupted conversion is finished after the daemon is ready, or by
+the first mount that needs the layer.
 """
 
 import os
@@ -25,7 +25,7 @@ ACTIONS: tuple[Action, ...] = get_args(Action)
 
 @dataclass(frozen=True, slots=True)
 class Recovered:
-    """One thing that was put right; `failed`: it was not, and `what` says why."""
+    """One step of recovery. `failed`: it was not done, and `what` says why."""
 
     action: Action
     what: str
@@ -33,9 +33,9 @@ class Recovered:
 
 
 def recover(store: Store) -> list[Recovered]:
-    """Finish or undo what was cut off; what was done, in order. Safe to be cut off itself.
+    """Finish or undo what was interrupted. The steps, in order. It may be interrupted itself.
 
-    What cannot be put right now is left for the next start, and told.
+    What fails is reported, and left for the next start.
     """
     steps: tuple[Callable[[Store], Iterator[Recovered]], ...] = (
         _trials,
@@ -58,7 +58,7 @@ def recover(store: Store) -> list[Recovered]:
 
 
 def _trials(store: Store) -> Iterator[Recovered]:
-    """Trial mounts of a backend that was killed at them."""
+    """Trial mounts that a killed daemon left."""
     probes = store.layout.probes
     names = sorted(os.listdir(probes))
     if not names:
@@ -71,7 +71,7 @@ def _trials(store: Store) -> Iterator[Recovered]:
 
 
 def discard_trials(store: Store) -> None:
-    """Have what trial mounts could not delete deleted with the rest. Raises OSError."""
+    """Discard the files that trial mounts could not delete. Raises OSError."""
     probes = store.layout.probes
     for name in os.listdir(probes):
         if name.startswith(TRIAL_LEFT):
@@ -79,21 +79,22 @@ def discard_trials(store: Store) -> None:
 
 
 def _replacements(store: Store) -> Iterator[Recovered]:
-    """Done before the index was read (replacing.py); told here."""
+    """Report replacements, which were recovered before the index was read (replacing.py)."""
     for action, what, name in store.resumed:
         yield Recovered(next(each for each in ACTIONS if each == action), what, name)
 
 
 def _squashes(store: Store) -> Iterator[Recovered]:
-    """After their commit: the layers in between are still to go."""
+    """Squashes after their commit: the layers in between are still to be removed."""
     for id in finish_squashes(store):
         yield Recovered("finished", "squash", id)
 
 
 def _staged(store: Store) -> Iterator[Recovered]:
-    """Before their commit: what came in, and parents files that were about to be mended."""
+    """Before their commit: staged content, and parents files that were being repaired."""
     for name in sorted(os.listdir(store.layout.staging)):
-        # one of a layer's own stays until `_creations` has taken away what it speaks of
+        # the parents file of an unfinished create stays until `_creations` has removed its
+        # directories
         if store.layout.marked((name,)):
             continue
         removal.discard(store, f"{store.layout.staging}/{name}")
@@ -102,10 +103,10 @@ def _staged(store: Store) -> Iterator[Recovered]:
 
 
 def _removals(store: Store) -> Iterator[Recovered]:
-    """After their commit: the parents file is in `removing` already."""
+    """Removals after their commit: the parents file is in `removing` already."""
     for id in removal.half_removed(store):
         if store.exists(id):
-            # made anew since; the record of the old one was not deleted in time
+            # the id was made again since, and the file of the old removal is left
             os.unlink(store.layout.removal(id))
             continue
         for error in removal.finish_removal(store, id):
@@ -123,7 +124,7 @@ def _removals_by_docker(store: Store) -> Iterator[Recovered]:
 
 
 def _creations(store: Store) -> Iterator[Recovered]:
-    """Directories without a parents file that are empty, or whose parents file was to come."""
+    """Directories without a parents file that are empty, or of an unfinished create."""
     coming = store.layout.marked(os.listdir(store.layout.staging))
     found: set[str] = set()
     for directory in (store.layout.mnt, store.layout.diff):
@@ -131,7 +132,7 @@ def _creations(store: Store) -> Iterator[Recovered]:
             if is_id(name) and not store.exists(LayerId(name)):
                 path = f"{directory}/{name}"
                 try:
-                    # refused for any that holds something, and for a mount point (rmdir(2))
+                    # rmdir(2) refuses directories that are not empty, and mount points
                     os.rmdir(path)
                 except OSError:
                     if name not in coming or directory == store.layout.mnt:

@@ -1,9 +1,9 @@
-"""Sealed layers: their content changes no more.
+"""Sealed layers: their content never changes again.
 
-A layer is sealed while its parents file is one that nobody may write to, mode 0444: that is one
-change to one inode, what made a layer can make it sealed in the same rename, and the index knows it
-without a system call more. How large the content is stands in an xattr of it, as it was counted;
-it is written before, and means nothing for a layer that is not sealed.
+A layer is sealed if its parents file has mode 0444. So sealing is one change to one inode, a new
+layer can be made sealed by its one rename, and the index needs no further system call to know it.
+The size of the content is in an xattr of the content. It is written before the seal, and counts
+only for a sealed layer.
 
 Synchronous; the caller holds the transition of the id.
 """
@@ -37,12 +37,12 @@ class Usage(NamedTuple):
 
 
 def is_frozen(store: Store, id: LayerId) -> bool:
-    """Whether nobody may write into a layer: others stand on it, or it is sealed. From memory."""
+    """Whether a layer is only given out read-only: it has children, or is sealed. From memory."""
     return id in store.children or id in store.sealed
 
 
 def require_unsealed(store: Store, id: LayerId) -> None:
-    """Raise LayerSealed if the layer's content changes no more. From memory."""
+    """Raise LayerSealed if the layer is sealed. From memory."""
     if id in store.sealed:
         raise LayerSealed(
             f"layer {id} is sealed, and its content changes no more; make a layer on it", id=id
@@ -50,7 +50,7 @@ def require_unsealed(store: Store, id: LayerId) -> None:
 
 
 def seal(store: Store, id: LayerId, usage: Usage) -> None:
-    """Seal a layer whose content is synced; durable by the policy. NoSpace or OSError: it is not.
+    """Seal a layer whose content is synced. Durable if `sync` is not none. Raises NoSpace, OSError.
 
     A subvolume becomes read-only too.
     """
@@ -58,7 +58,7 @@ def seal(store: Store, id: LayerId, usage: Usage) -> None:
     content = store.layout.content(id)
     with content_of(store.identity, id) as fd:
         contents.thaw(content)
-        # without room for it the content is counted again whenever that is asked for
+        # without space for the xattr, the content is counted again for each `usage`
         with suppress(OSError):
             value = f"{usage.size} {usage.inodes} {id}"
             os.setxattr(fd, f"{store.xattr_namespace}.{_NAME}", value.encode())
@@ -88,7 +88,7 @@ def _commit(store: Store, id: LayerId) -> None:
 
 
 def read_usage(store: Store, id: LayerId) -> Usage | None:
-    """What was counted of a sealed layer; None if nothing was, or if it is not sealed."""
+    """The recorded size of a sealed layer; None without a record, or if it is not sealed."""
     if id not in store.sealed:
         return None
     try:
@@ -99,13 +99,13 @@ def read_usage(store: Store, id: LayerId) -> Usage | None:
     size, _, rest = text.partition(b" ")
     inodes, _, counted = rest.partition(b" ")
     found = number(size, _MOST), number(inodes, _MOST)
-    # a snapshot has the xattrs of what it was made of
+    # a snapshot has the xattrs of its parent
     if counted != id.encode() or found[0] is None or found[1] is None:
         return None
     return Usage(found[0], found[1])
 
 
 def forget_usage(store: Store, id: LayerId) -> None:
-    """The content is about to be written in another way: what was counted is wrong then."""
+    """Delete the recorded size, before a conversion changes the content."""
     with content_of(store.identity, id) as fd:
         remove_xattr(fd, f"{store.xattr_namespace}.{_NAME}")

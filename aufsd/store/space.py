@@ -1,4 +1,4 @@
-"""What a full file system, or a quota, means to a caller."""
+"""Full file systems and quotas."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ def no_space(error: OSError, id: LayerId) -> NoSpace | None:
 
 
 def is_full(path: str) -> bool:
-    """Whether the file system of `path` has no block or no inode left; False if it is not seen."""
+    """Whether the file system of `path` has no block or no inode left; False if not known."""
     try:
         found = os.statvfs(path)
     except OSError:

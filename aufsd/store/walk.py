@@ -1,9 +1,9 @@
-"""A tree gone through by descriptors: as deep and as wide as users made it.
+"""Walks a tree by descriptors, however deep and wide it is.
 
-No recursion, no path, and few descriptors and little memory however deep and wide it is: those of
-the directories above are closed when there are too many, and opened again by `..` on the way back,
-which is believed only if it is the directory that it was. Names that wait take their bytes and no
-more. Nothing here follows a symlink or enters another mount. Synchronous.
+It needs few descriptors and little memory, and uses neither recursion nor paths. When too many
+directories are open, the upper ones are closed. On the way back they are opened again as `..`, and
+used only if that is the same directory as before. A name that waits takes only its own bytes. No
+symlink is followed, and no other mount is entered. Synchronous.
 """
 
 import errno
@@ -15,26 +15,26 @@ from typing import Final, Self
 
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 
-# directories that one descent has open at a time, if it is not told otherwise
+# directories that one descent has open at a time, by default
 OPEN_AT_MOST: Final = 16
-# of a path in a message: a few thousand levels say nothing more
+# bytes of a path in a message
 _SHOWN: Final = 1000
-# a directory that is gone by now, is another thing, or that something is mounted on
+# the directory is gone, is something else, or has a mount on it
 NOT_ENTERED: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
 
 
 @dataclass(slots=True)
 class Names:
-    """Names in the order that they came: a million take little more than their bytes.
+    """A queue of names. A million names take little more than their bytes.
 
-    To iterate takes them out; more may be added meanwhile.
+    Iterating takes names out. Others may be added meanwhile.
     """
 
     _kept: bytearray = field(default_factory=bytearray)
     _at: int = 0
 
     def add(self, name: bytes) -> None:
-        """One more, without a NUL."""
+        """Add a name, which has no NUL."""
         self._kept += name
         self._kept.append(0)
 
@@ -51,9 +51,9 @@ class Names:
 
 
 class Way:
-    """A name in a tree, and the directory it is in: no path is kept, so depth costs nothing.
+    """A name in a tree, and the Way of its directory. No path is kept, so depth costs nothing.
 
-    The top has no name, and none above it. `size` is how long the path is, the top's is 0.
+    The top has no name, and no directory above. `size` is the length of the path, 0 for the top.
     """
 
     __slots__ = ("above", "name", "size")
@@ -64,7 +64,7 @@ class Way:
         self.size: int = above.size + len(name) + bool(above.size) if above else 0
 
     def names(self) -> list[bytes]:
-        """The names that lead to it from the top."""
+        """The names from the top to here."""
         found = []
         here = self
         while here.above is not None:
@@ -74,12 +74,12 @@ class Way:
         return found
 
     def path(self) -> bytes:
-        """The names with a slash between each two; empty for the top."""
+        """The path from the top; empty for the top itself."""
         return b"/".join(self.names())
 
 
 def way_of(path: bytes) -> Way:
-    """The way to a path of names and slashes, from a top of its own."""
+    """The Way of a path, below a new top."""
     here = Way(None, b"")
     for name in path.split(b"/"):
         here = Way(here, name)
@@ -87,14 +87,14 @@ def way_of(path: bytes) -> Way:
 
 
 def between(start: Way, target: Way) -> tuple[int, list[bytes]]:
-    """How many steps up, and then which names down, lead from one to the other.
+    """The number of steps up, and then the names down, that lead from one Way to another.
 
-    Two tops count as the same one.
+    All tops count as the same.
     """
     ups = 0
     downs: list[bytes] = []
     one, other = start, target
-    # up from both to the nearest that both lie in: a path is longer the deeper it leads
+    # go up from both to their nearest common directory; the longer path is the deeper one
     while one is not other and (one.size or other.size):
         size = one.size
         if one.above is not None and size >= other.size:
@@ -109,27 +109,27 @@ def between(start: Way, target: Way) -> tuple[int, list[bytes]]:
 
 @dataclass(slots=True)
 class _Level:
-    """A directory on the way down. `fd` is -1 while it is not open; then `was` tells it again."""
+    """A directory on the way down. `fd` is -1 while it is closed; then `was` identifies it."""
 
     way: Way
     fd: int
     was: tuple[int, int] = (0, 0)
     names: Names = field(default_factory=Names)
-    # what its user has to remember of it
+    # for the user of the walk
     marked: bool = False
 
 
 class Descent:
-    """A place in a tree, at first its top; names that wait in each directory above it.
+    """A current directory in a tree, and the names that wait in each directory above it.
 
-    Owns its descriptors, `close` or a `with` block ends them; `top` stays the caller's.
+    It owns its descriptors until `close`, or the end of a `with` block. The caller owns `top`.
     """
 
     def __init__(self, top: int, keep: int = OPEN_AT_MOST) -> None:
         """`keep`: how many directories below the top may be open at a time, at least one."""
         self._keep = keep
         self._levels = [_Level(Way(None, b""), os.open(b".", DIRECTORY, dir_fd=top))]
-        # the highest level below the top that may be open: those between it and the top are not
+        # levels above this one, except the top, are closed
         self._open = 1
 
     def __enter__(self) -> Self:
@@ -152,53 +152,53 @@ class Descent:
 
     @property
     def fd(self) -> int:
-        """The directory where we stand; closed when we go on."""
+        """The current directory. The descriptor is closed when the walk goes on."""
         return self._levels[-1].fd
 
     @property
     def depth(self) -> int:
-        """How many levels below the top we stand."""
+        """The level of the current directory; 0 for the top."""
         return len(self._levels) - 1
 
     @property
     def name(self) -> bytes:
-        """The name of the directory where we stand, in the one above; empty for the top."""
+        """The name of the current directory; empty for the top."""
         return self._levels[-1].way.name
 
     @property
     def way(self) -> Way:
-        """The directory where we stand."""
+        """The current directory."""
         return self._levels[-1].way
 
     @property
     def marked(self) -> bool:
-        """What `mark` was called for in this directory."""
+        """What `mark` has recorded for the current directory."""
         return self._levels[-1].marked
 
     def mark(self) -> None:
-        """Remember something of the directory where we stand."""
+        """Record something for the current directory."""
         self._levels[-1].marked = True
 
     def path(self, name: bytes = b"") -> str:
-        """Where we stand, or a name in it, from the top on; for messages, cut if it is long."""
+        """The path of the current directory, or of a name in it, for messages; cut if it is long."""
         names = [level.way.name for level in self._levels[1 : _SHOWN + 1]]
         if self.depth > _SHOWN:
             names.append(b"...")
         return "/" + os.fsdecode(b"/".join([*names, name] if name else names))
 
     def later(self, name: str | bytes) -> None:
-        """Keep a name of this directory for `take`."""
+        """Keep a name of the current directory for `take`."""
         self._levels[-1].names.add(os.fsencode(name))
 
     def take(self) -> bytes | None:
-        """The name of this directory that waits longest; None if none does."""
+        """The next waiting name of the current directory; None if there is none."""
         return next(self._levels[-1].names, None)
 
     def down(self, name: bytes) -> None:
-        """Go into a directory of the one where we stand.
+        """Go into a directory of the current one.
 
-        Raises OSError, and then we stand where we did: EXDEV if something is mounted on it, ELOOP
-        or ENOTDIR if it is no directory.
+        Raises OSError, and stays in the current one: EXDEV if something is mounted on it, ELOOP or
+        ENOTDIR if it is no directory.
         """
         below = open_beneath(self.fd, name)
         self._levels.append(_Level(Way(self.way, name), below))
@@ -212,7 +212,7 @@ class Descent:
     def up(self) -> None:
         """Go back to the directory above.
 
-        If somebody moved directories meanwhile: to the nearest above that is still in its place.
+        If somebody has moved it meanwhile, go to the nearest one above that is still in its place.
         """
         left = self._levels.pop()
         try:
@@ -224,7 +224,7 @@ class Descent:
         self._open = max(1, min(self._open, self.depth))
 
     def _find_again(self) -> None:
-        """Go down once more from the top, as far as all is in its place; stand there."""
+        """Go down again from the top, as far as the directories are in their places."""
         at = self._levels[0].fd
         for depth, level in enumerate(self._levels[1:], 1):
             try:
@@ -248,10 +248,10 @@ class Descent:
 
 
 def walk(top: int) -> Iterator[Descent]:
-    """The directory `top`, then every one that was said to come `later`, parents first.
+    """Yields `top`, then every directory that was given to `later`, parents first.
 
-    What cannot be entered is passed over: it went meanwhile, or something is mounted on it. Names
-    may come and go in a directory that was handed out.
+    A directory that cannot be entered is skipped: it is gone, or something is mounted on it. The
+    caller may make and delete names in a directory that it was given.
     """
     with Descent(top) as here:
         yield here
@@ -272,7 +272,7 @@ def walk(top: int) -> Iterator[Descent]:
 
 
 def _reopened(above: _Level, below: int) -> bool:
-    """Open a level again through the one below; False if that does not lead to it any more."""
+    """Open a level again as `..` of the one below; False if that is another directory now."""
     try:
         fd = os.open(b"..", DIRECTORY, dir_fd=below)
     except OSError:
