@@ -108,7 +108,7 @@ class _Tally:
     found: Left | None = None
 
     def add(self, path: str, error: OSError) -> None:
-        """Count a name that stays. Raises the error again if no other name could be deleted either."""
+        """Count a name that stays. Raises the error again if it stops all other deletions too."""
         if self.found is None:
             # the error about a mount below has the whole path
             said = str(error.filename or "")

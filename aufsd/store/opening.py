@@ -45,8 +45,8 @@ def open_store(
     """Lock the store at `root` (absolute, resolved, existing) and read its index.
 
     Makes a store if the directory is empty. Raises StoreLocked if another process has it open.
-    Raises StoreNotAdopted if it has layers that aufsd did not make and `adopt` is false, or if it is
-    neither empty nor a store; then nothing was changed. Raises IncompatibleFilesystem if its
+    Raises StoreNotAdopted if it has layers that aufsd did not make and `adopt` is false, or if it
+    is neither empty nor a store; then nothing was changed. Raises IncompatibleFilesystem if its
     directories are not in one mount. Recovery comes later: `recovery.recover`.
     """
     layout = Layout(root)
@@ -205,8 +205,8 @@ def _lock(layout: Layout) -> int:
 def _wait_for_jobs(layout: Layout) -> int:
     """Wait until every archive job of the last daemon has ended. A descriptor for ours to inherit.
 
-    Jobs are killed when their daemon dies. A job that waits for the disk ends only when the disk has
-    answered, and may write until then.
+    Jobs are killed when their daemon dies. A job that waits for the disk ends only when the disk
+    has answered, and may write until then.
     """
     fd = os.open(layout.jobs_lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     for _ in range(_JOBS_TRIES):

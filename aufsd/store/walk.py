@@ -180,7 +180,7 @@ class Descent:
         self._levels[-1].marked = True
 
     def path(self, name: bytes = b"") -> str:
-        """The path of the current directory, or of a name in it, for messages; cut if it is long."""
+        """The path of the current directory, or of a name in it, for messages. May be cut."""
         names = [level.way.name for level in self._levels[1 : _SHOWN + 1]]
         if self.depth > _SHOWN:
             names.append(b"...")

@@ -1,9 +1,9 @@
-"""aufs: Docker's own union, mounted as its driver did, with what the driver left out.
+"""aufs, mounted with the options of Docker's driver, and with what that driver lacked.
 
 mount(2) is called directly: libmount of util-linux 2.39 and newer goes through fsconfig(2), which
-breaks aufs's `br:` syntax. The translation file (xino) lies in the layer's work directory: one path
-shared by all mounts made concurrent mounts fail (moby#21545), and on tmpfs old versions of aufs
-could spin in it (moby#18180).
+breaks aufs's `br:` syntax. Each layer has its own translation file (xino), in its work directory.
+With one file for all mounts, concurrent mounts failed (moby#21545), and with the file on a tmpfs
+old versions of aufs could loop forever (moby#18180).
 """
 
 import errno
@@ -40,7 +40,7 @@ _BRANCH_MAXIMA: Final = (127, 511, 1023, 32767)
 
 @dataclass(frozen=True, slots=True)
 class Aufs:
-    """The aufs backend as `probe` found it."""
+    """The aufs backend, with what `probe` has found out."""
 
     options: tuple[str, ...]
     scratch: str
@@ -59,11 +59,11 @@ class Aufs:
         "the parent is mounted read-write; of later writes to it aufs shows what was not looked at "
         "before in the new layer, and old content elsewhere, until that is mounted anew"
     )
-    # the unions in sysfs when the last one was mounted, by name and inode number
+    # the unions in sysfs at the last mount, by name and inode number
     _known: set[tuple[str, int]] = field(default_factory=set, repr=False)
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
-        """As Backend.plan. An opaque root hides nothing, as aufs itself has it."""
+        """As Backend.plan. aufs ignores an opaque root, so this does too."""
         return plan_aufs(
             union.target,
             (union.top, *union.lowers),
@@ -75,7 +75,7 @@ class Aufs:
         )
 
     def mount(self, union: Union) -> None:
-        """As Backend.mount. EBUSY: another live union, maybe a detached one, writes its branch."""
+        """As Backend.mount. EBUSY: another live union, perhaps a detached one, has the branch."""
         calls = self.plan(union)
         with runner.prepared(union.id, calls[0], self.log):
             own_directory(union.work)
@@ -102,7 +102,7 @@ class Aufs:
                 exclusive.note(union.work, "aufs", name, inode, device)
 
     def _new_union(self, target: str) -> set[tuple[str, int]]:
-        """What is in sysfs since the last mount, narrowed to the union at `target`."""
+        """The unions that are new in sysfs since the last mount, or that at `target`."""
         live = _unions()
         new = live - self._known
         self._known.clear()
@@ -140,16 +140,16 @@ class Aufs:
         return len(shown) < len(wanted) and shown == wanted[: len(shown)]
 
     def helper(self, target: str) -> tuple[int, int] | None:
-        """As Backend.helper: the kernel serves it."""
+        """As Backend.helper: none, the kernel serves it."""
         return None
 
     def clear(self, target: str) -> bool:
-        """As Backend.clear: nothing can die."""
+        """As Backend.clear: there is no helper to die."""
         return False
 
 
 def probe(layout: Layout) -> Aufs | Verdict:
-    """Mount on the store's own file system, and look; what is made in `layout.probes` goes again.
+    """Make a trial mount on the store's file system, in `layout.probes`, and remove it again.
 
     Raises OSError if the store cannot be written at all.
     """
@@ -178,7 +178,7 @@ def untried(layout: Layout, _: XattrNamespace) -> Aufs | Verdict:
 
 
 def _tried_out(backend: Aufs) -> Aufs:
-    """Mount a trial union and use it; the backend with what was learnt."""
+    """Mount and use a trial union. The backend, with what that has shown."""
     with scratch_dirs(
         backend.scratch, "lower/d/hidden", "middle/d", "upper", "work", "merged"
     ) as at:
@@ -211,10 +211,10 @@ def _tried_out(backend: Aufs) -> Aufs:
 
 
 def _times_at_risk(union: Union) -> tuple[int, int] | None:
-    """The times of the branch's root, if this mount makes aufs's own entries in there.
+    """The times of the branch's root, if this mount makes aufs's own entries in it.
 
-    They would count as a change of the layer's `/`. A machine that stops in between loses the time,
-    and no more: the entries are there then.
+    The entries would change the time of the layer's `/`, so the caller sets the times again. If the
+    machine stops in between, only the time is lost.
     """
     if union.read_only or all(os.path.lexists(f"{union.top}/{name}") for name in _HOUSEKEEPING):
         return None

@@ -1,8 +1,8 @@
-"""What a union file system must offer.
+"""The Protocol that a union file system implements.
 
-A backend plans mounts as plain data and runs them; it knows nothing of references, ids on the wire
-or archives. Everything here is synchronous and may block: `mounts.py` calls it in the mount thread,
-and nothing of one backend runs twice at a time. `choice.py` finds one that this host can serve.
+A backend plans mounts as plain data and makes them. It knows nothing of references, requests or
+archives. Everything here is synchronous and may block. `mounts.py` calls it in the mount thread, so
+a backend makes one call at a time. `choice.py` finds a backend that this host can use.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from aufsd.union.branches import MountCall
 
 @dataclass(frozen=True, slots=True)
 class Union:
-    """One union to be mounted: the layer on top, then its parents, nearest first.
+    """A union to mount: the layer on top, then its parents, nearest first.
 
-    Paths are absolute. `work` is a directory for the file system's own use, on the file system of
-    `top`; the backend makes and empties it. `opaque_roots` are those branches whose `/` is opaque,
-    from a caller that has looked at every branch anyway; None: the backend looks, where it matters.
+    Paths are absolute. `work` is a directory for the backend, on the file system of `top`; the
+    backend makes and empties it. `opaque_roots` are the branches with an opaque `/`, if the caller
+    knows them. None: the backend finds out, if it needs to know.
     """
 
     id: str
@@ -34,10 +34,10 @@ class Union:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Why a probe found that a backend cannot serve: a sentence for a person.
+    """Why a backend cannot be used here, as a sentence.
 
-    `incompatible` tells the store's file system (204) from the kernel or host (203). `passing`:
-    what stood in the way may be gone at the next try, as a full disk may.
+    `incompatible`: because of the store's file system (204), and not of the kernel or host (203).
+    `passing`: the next try may succeed, as after a full disk.
     """
 
     reason: str
@@ -46,11 +46,11 @@ class Verdict:
 
 
 class NotFlushed(Exception):
-    """What a mounted union keeps outside of its writable branch cannot be written there.
+    """A mounted union has data outside of its writable branch, which cannot be written there.
 
-    Unmounted, it would lose that, so it stays mounted. `error` is what failed first. `names` are
-    the first of those that would show old content, `count` is how many there are; none if it failed
-    before any name.
+    An unmount would lose the data, so the union stays mounted. `error` is the first failure.
+    `names` are the first names that would show old content, and `count` is their number; 0 if the
+    failure came before any name.
     """
 
     def __init__(self, error: OSError, names: Sequence[str] = (), count: int = 0) -> None:
@@ -61,31 +61,31 @@ class NotFlushed(Exception):
 
 
 class Backend(Protocol):
-    """One union file system, as its probe found it."""
+    """One union file system, with what its probe has found out."""
 
     @property
     def name(self) -> str:
-        """As in the configuration: aufs, overlay. Also its type in mountinfo, behind any `fuse.`"""
+        """The name in the configuration, and the type in mountinfo (without `fuse.`)."""
 
     @property
     def dialect(self) -> Dialect:
-        """How whiteouts must stand in the branches that it mounts, and how it writes them."""
+        """The dialect of the whiteouts that it reads and writes."""
 
     @property
     def snapshots(self) -> bool:
-        """Whether a layer is a snapshot of its parent; if not, it is mounted over its parents."""
+        """Whether a layer is a snapshot of its parent, and not mounted over its parents."""
 
     @property
     def node_whiteouts(self) -> bool:
-        """Whether a device 0:0 in a branch reads as a deleted file, whatever its dialect."""
+        """Whether a device 0:0 in a branch hides a file, even in another dialect."""
 
     @property
     def storage_options(self) -> frozenset[str]:
-        """The keys of `storage_opt` that `create` understands."""
+        """The keys of `storage_opt` that `create` accepts."""
 
     @property
     def namespace(self) -> XattrNamespace:
-        """Where the xattrs of the dialect live: `user` in a user namespace."""
+        """The namespace of the dialect's xattrs: `user` in a user namespace."""
 
     @property
     def max_branches(self) -> int:
@@ -93,11 +93,11 @@ class Backend(Protocol):
 
     @property
     def live_lower_warning(self) -> str:
-        """What to tell who makes a child of a layer that is mounted read-write; "" if harmless."""
+        """The warning about a child of a layer that is mounted read-write; "" if it is harmless."""
 
     @property
     def facts(self) -> tuple[tuple[str, str], ...]:
-        """What the probe learnt, for `status` and `aufsd probe`; dirperm1 among it."""
+        """What the probe has found out, for `status` and `aufsd probe`."""
 
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """The mount calls for `union`, in order. Reads branch roots, changes nothing.
@@ -106,50 +106,50 @@ class Backend(Protocol):
         """
 
     def mount(self, union: Union) -> None:
-        """Run the plan and verify the mount. The branches are in the backend's dialect already.
+        """Make the planned calls and verify the mount. The branches are in the backend's dialect.
 
         Raises TooManyLayers, or MountFailed with errno, options and the likely cause; then nothing
         is left mounted.
         """
 
     def flush(self, target: str) -> None:
-        """Make the writable branch of a mounted union complete by itself, as `diff` reads it.
+        """Write all data of a mounted union into its writable branch, which `diff` reads.
 
-        Harmless if nothing is mounted there. Raises NotFlushed if the branch cannot be written, and
-        OSError.
+        Does nothing if nothing is mounted there. Raises NotFlushed if the branch cannot be written,
+        and OSError.
         """
 
     def unmount(self, target: str, *, flush: bool = True) -> None:
-        """Flush, and unmount once, without MNT_DETACH.
+        """Flush, and try to unmount once, without MNT_DETACH.
 
-        Without `flush` what the union keeps outside of its branch is lost: for content that is
-        removed next. Raises NotFlushed, and then it is mounted; OSError as umount2(2) does: EBUSY,
-        or EINVAL for what is no mount point.
+        Without `flush`, data outside of the branch is lost; that is for a layer that is removed.
+        Raises NotFlushed, and then the union stays mounted. Raises OSError as umount2(2) does:
+        EBUSY, or EINVAL if nothing is mounted.
         """
 
     def is_mounted(self, target: str) -> bool:
         """Whether this backend's union is mounted at `target` now: O(1), no mountinfo."""
 
     def is_whole(self, union: Union) -> bool:
-        """Whether what is mounted there has the union's branches, and no others.
+        """Whether the mount there has exactly the union's branches.
 
-        Asked once, at start-up, of what no journal knows.
+        Asked at start, about mounts that are not in the journal.
         """
 
     def is_part(self, union: Union) -> bool:
-        """Whether what is mounted there has the first of the union's branches, and no others.
+        """Whether the mount there has only the first of the union's branches.
 
-        A process killed between two mount calls leaves that.
+        A daemon that was killed between two mount calls leaves such a mount.
         """
 
     def helper(self, target: str) -> tuple[int, int] | None:
-        """The process that serves the union at `target`, by pid and start time; None if none does.
+        """The pid and start time of the process that serves the union at `target`; None if none.
 
         It may be dead. Does not block.
         """
 
     def clear(self, target: str) -> bool:
-        """Take away a union whose helper has died, so that it can be mounted anew; whether one was.
+        """Detach a union whose helper has died, so that it can be mounted again. Whether it did.
 
-        Nothing that is alive is touched.
+        A union that is alive is not touched.
         """

@@ -1,7 +1,7 @@
-"""The content of a layer without parents, shown read-only at its mount point: no union.
+"""Mounts a single layer read-only at its mount point, without a union.
 
-Other layers stand on it, or it is sealed, so it is not given out as the directory that it is. Works
-beside every backend that mounts.
+This is for a layer without parents that has children or is sealed. Its directory must not be
+written to, so it is not given out itself. Every backend that mounts uses it.
 """
 
 import errno
@@ -19,8 +19,8 @@ NAME: Final = "bind"
 def mount(union: Union) -> None:
     """Show `union.top` at the target, read-only from the first moment. Raises MountFailed.
 
-    A mount of its own, and private until it is in place: what is mounted inside it later does not
-    turn up in the content.
+    It is a separate, private mount. So a mount that is made inside it later does not appear in the
+    content.
     """
     at, empty = syscalls.AT_FDCWD, syscalls.AT_EMPTY_PATH
     try:
@@ -49,7 +49,7 @@ def mount(union: Union) -> None:
 
 
 def is_bind(union_target: str, content: str) -> bool:
-    """Whether what is seen at the target is the content directory itself."""
+    """Whether the target shows the content directory itself."""
     try:
         return os.path.samestat(os.lstat(union_target), os.lstat(content))
     except OSError:

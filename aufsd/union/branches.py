@@ -1,8 +1,8 @@
-"""Pure: a chain of branches becomes mount calls within the kernel's limits.
+"""Plans mount calls for a chain of branches, within the kernel's limits. Pure.
 
-Two limits are silent or worse, so no input may get past this file: mount(2) cuts its data at one
-page without a word, and more than 83 options in one aufs call gave E2BIG and then hung a 6.1 kernel
-(fs/aufs/fsctx.c keeps them in an array of one page). Nothing here touches the disk.
+Two limits are dangerous, so this file keeps every plan within them. mount(2) cuts its data at one
+page without an error. More than 83 options in one aufs call gave E2BIG, and then a 6.1 kernel hung
+(fs/aufs/fsctx.c keeps them in an array of one page).
 """
 
 import os
@@ -25,7 +25,7 @@ LOWERS_MAX: Final = 500
 FD_DIGITS: Final = 6
 _LABEL_MAX: Final = 255
 _LABEL_COMMAS_MAX: Final = 40
-# what could end a path for overlayfs, aufs or generic_parse_monolithic(), or is hard to read
+# characters that end a path for overlayfs, aufs or generic_parse_monolithic(), or are hard to read
 _AMBIGUOUS: Final = re.compile(r"[\x00-\x20\x7f,:=\\\"'#]")
 
 
@@ -47,11 +47,11 @@ class MountCall:
     by_number: bool = False
 
     def render(self, names: Sequence[str | int]) -> str:
-        """The data with `names` in the place of `dirs`."""
+        """The data, with `names` in place of `dirs`."""
         return self.data.format(*names)
 
     def __str__(self) -> str:
-        """The call as a person would write it; its paths are not escaped."""
+        """The call as a mount command; its paths are not escaped."""
         verb = "remount" if self.flags & MS_REMOUNT else "mount"
         return f"{verb} -t {self.fstype} -o {self.render(self.dirs)} {self.target}"
 

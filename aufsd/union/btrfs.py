@@ -1,8 +1,8 @@
-"""btrfs: no union at all. A layer is a subvolume, and began as a snapshot of its parent.
+"""btrfs, without unions: a layer is a subvolume, and starts as a snapshot of its parent.
 
-What Docker's btrfs driver does. The content of a layer is all that shows, so `get` gives its
-directory and mounts nothing; the store makes, copies and deletes it (store/content.py), archives
-tell by comparison what it changed, and a label is put on every inode (archive/relabel.py).
+Docker's btrfs driver does the same. The layer holds everything that it shows, so `get` returns its
+directory and mounts nothing. The store makes, clones and deletes subvolumes (store/content.py).
+Archives find a layer's changes by comparison. A label is set on every inode (archive/relabel.py).
 """
 
 import errno
@@ -22,7 +22,7 @@ from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import InvalidParams, MountFailed
 
 NAME: Final = "btrfs"
-# a file system takes 2^48 subvolumes; a parents file of more lines than this helps nobody
+# btrfs has no such limit; a longer parents file helps nobody
 _MOST: Final = 32767
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # as docker/go-units reads sizes: binary, whatever the suffix
@@ -51,14 +51,14 @@ class Btrfs:
         return ()
 
     def mount(self, union: Union) -> None:
-        """As Backend.mount, which nobody calls: MountFailed."""
+        """As Backend.mount. Nobody calls it; raises MountFailed."""
         raise MountFailed(f"layer {union.id} is a subvolume and needs no mount", id=union.id)
 
     def flush(self, target: str) -> None:
         """As Backend.flush: a subvolume is complete by itself."""
 
     def unmount(self, target: str, *, flush: bool = True) -> None:
-        """As Backend.unmount, for what somebody else mounted there."""
+        """As Backend.unmount, for a mount that aufsd did not make."""
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW)
 
     def is_mounted(self, target: str) -> bool:
@@ -83,7 +83,7 @@ class Btrfs:
 
 
 def probe(layout: Layout) -> Btrfs | Verdict:
-    """Make, snapshot and delete subvolumes in the store; all goes again. Raises OSError."""
+    """Make, snapshot and delete trial subvolumes in the store. Raises OSError."""
     os.makedirs(layout.probes, 0o700, exist_ok=True)
     ground = host.ground(layout.probes)
     if ground.magic != syscalls.BTRFS_SUPER_MAGIC:
@@ -108,7 +108,7 @@ def untried(layout: Layout, _: XattrNamespace) -> Btrfs | Verdict:
 
 
 def _try_out(at: str) -> None:
-    """What the store and archives do with subvolumes, once."""
+    """Do once with subvolumes what the store and archives do."""
     scratch = os.open(at, _DIRECTORY)
     made: list[bytes] = []
     try:

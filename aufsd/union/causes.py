@@ -1,4 +1,4 @@
-"""Why a mount failed, in words: mount(2) gives one number for a dozen reasons."""
+"""Explains why a mount failed: mount(2) has one errno for a dozen reasons."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from aufsd.union.backend import Verdict
 from aufsd.union.branches import MountCall
 from aufsd_client.errors import MountFailed, NoSpace
 
-# what a full, failing or busy host gives, whatever it can do at other times
+# errors of a full, failing or busy host; they may pass
 PASSING: Final = frozenset(
     {
         *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EBUSY, errno.EAGAIN),
@@ -21,7 +21,7 @@ PASSING: Final = frozenset(
 
 
 def likely_cause(call: MountCall, error: OSError, kernel_log: Sequence[str]) -> str:
-    """One sentence: what is wrong with a branch or the host, else the kernel's own last line."""
+    """A sentence about what is wrong with a branch or the host, else the kernel's last line."""
     found = next(_causes(call, error), None)
     if found:
         return found
@@ -83,7 +83,7 @@ def _wrong_branch(fstype: str, path: str) -> Iterator[str]:
 
 
 def refused(fstype: str, store: str, error: OSError | MountFailed | NoSpace) -> Verdict:
-    """The verdict on a store on which a trial union could not be mounted, or did not work."""
+    """The verdict if a trial union could not be mounted, or did not work."""
     unfit = _UNFIT.get((fstype, syscalls.statfs_type(store)))
     if unfit:
         return Verdict(f"the store lies on {unfit}", incompatible=True)

@@ -1,4 +1,4 @@
-"""Which union file system serves a store: the one asked for, or the first that can."""
+"""Chooses the backend of a store: the one that was asked for, or the first that works."""
 
 import os
 import time
@@ -17,7 +17,7 @@ from aufsd.union.unfit import unfit
 from aufsd_client.errors import BackendUnsupported, IncompatibleFilesystem
 
 AUTO: Final = "auto"
-# in the order of preference; the first serves stores on one file system only
+# in order of preference; btrfs serves only stores on a btrfs
 PROBES: Final[Mapping[str, Callable[[Layout], Backend | Verdict]]] = {
     btrfs.NAME: btrfs.probe,
     "aufs": aufs.probe,
@@ -31,16 +31,16 @@ UNTRIED: Final[Mapping[str, Callable[[Layout, XattrNamespace], Backend | Verdict
     "overlay": overlay.untried,
     fuse.NAME: fuse.untried,
 }
-# a trial that failed by what may pass
+# between two trials, if the failure may pass
 _TRIES: Final = 3
 _PAUSE: Final = 0.1  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend, and what an operator should be told about how it came to be this one.
+    """The backend, and warnings for the operator.
 
-    `why` is a sentence for the log, "" where there is nothing to explain.
+    `why` is a sentence for the log about the choice, "" if there is nothing to explain.
     """
 
     backend: Backend
@@ -52,10 +52,10 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
     """Probe on the store's own file system until a backend can serve it.
 
     `name` is one of PROBES, or `auto`: then the store's `prior` backend comes first ("" for a new
-    store), and the others in their order after it. The backend on record is not left for what may
-    pass, a full disk or a failed call: then it serves untried. Raises IncompatibleFilesystem if it
-    is the store's file system that stands in the way, else BackendUnsupported; `data["reasons"]`
-    has a sentence for each backend tried. OSError if a new store cannot be written.
+    store), and the others in their order after it. If the prior backend fails for a reason that may
+    pass, such as a full disk, it serves without a trial. Raises IncompatibleFilesystem if the
+    store's file system is the reason, else BackendUnsupported. `data["reasons"]` has a sentence for
+    each backend that was tried. Raises OSError if a new store cannot be written.
     """
     _refuse_unfit(layout, recorded=bool(prior))
     names = sorted(PROBES, key=lambda known: known != prior) if name == AUTO else [name]
@@ -78,7 +78,7 @@ def choose(name: str, prior: str, layout: Layout) -> Choice:
 
 
 def _refuse_unfit(layout: Layout, *, recorded: bool) -> None:
-    """IncompatibleFilesystem where no store can lie; OSError if a new one cannot be written."""
+    """Raise IncompatibleFilesystem if no store can be there, OSError if it cannot be written."""
     try:
         reason = unfit(layout.probes)
     except OSError as error:
@@ -92,7 +92,7 @@ def _refuse_unfit(layout: Layout, *, recorded: bool) -> None:
 
 
 def _tried(name: str, layout: Layout, *, recorded: bool) -> Backend | Verdict:
-    """Probe, and again if it failed by what may pass. OSError if the store cannot be written."""
+    """Probe, and once more if the failure may pass. OSError if the store cannot be written."""
     for left in reversed(range(_TRIES)):
         try:
             found = PROBES[name](layout)
@@ -118,10 +118,10 @@ _WHY_SNAPSHOTS: Final = (
 
 
 def _foreign(name: str, prior: str, layout: Layout) -> Verdict | None:
-    """Why a backend cannot read the layers that another one left.
+    """Why a backend cannot use the layers of another one.
 
-    A snapshot holds its parents' content too, so mounted over them it would show again what it
-    deleted; and a layer of a union holds none of it, so by itself it would show too little.
+    A snapshot also holds its parents' content: mounted over its parents, it would show again what
+    it has deleted. A layer of a union holds only its changes: by itself it would show too little.
     """
     if (name == btrfs.NAME) == (prior == btrfs.NAME) or not _has_layers(layout):
         return None
@@ -139,7 +139,7 @@ def _has_layers(layout: Layout) -> bool:
 
 
 def survey(layout: Layout) -> Iterator[tuple[str, Backend | str]]:
-    """What each backend could do in a store at `layout.root`, or why not; leaves nothing there."""
+    """Try each backend for a store at `layout.root`. What it can do, or why it cannot."""
     with scratch_dirs(layout.root) as at:
         if reason := unfit(at):
             yield from ((name, reason) for name in PROBES)

@@ -1,12 +1,12 @@
-"""fuse-overlayfs: overlayfs in user space, over a store in aufs's dialect as it is.
+"""fuse-overlayfs: overlayfs in user space, over layers in aufs's dialect.
 
 With FUSE_OVERLAYFS_DISABLE_OVL_WHITEOUT=1 it reads and writes `.wh.NAME` and `.wh..wh..opq`, as
-aufs does (1.5 and later do so for renames too). We mount, and it serves: it is given /dev/fuse open
-and mounted (`/dev/fd/N`, libfuse 3.3), because by itself it drops the `context=` of a label without
-a word. What it needs beyond the marks it keeps in xattrs; they go when the union is unmounted.
+aufs does (1.5 and later also for renames). aufsd makes the mount and gives the program the open
+/dev/fuse (`/dev/fd/N`, libfuse 3.3), because the program itself would ignore the `context=` of a
+label. The program also keeps xattrs of its own in the branch; they are removed at the unmount.
 
-A process serves each mount, and may be killed. Nothing here asks a mount whose helper may be dead
-or stuck, but for the mount thread's first question to a new one, which has a deadline.
+A process serves each mount, and may be killed. Nothing here asks a mount whose process may be dead
+or stuck. The exception is the first question to a new one, which has a deadline.
 """
 
 import errno
@@ -71,7 +71,7 @@ class Fuse:
     snapshots: bool = False
     node_whiteouts: bool = True
     storage_options: frozenset[str] = frozenset()
-    # it has no limit of its own; more than this no other backend of the store would mount
+    # the program has no limit; no other backend could mount a longer chain
     max_branches: int = LOWERS_MAX
     patience: float = _START_WITHIN
     live_lower_warning: str = (
@@ -86,7 +86,7 @@ class Fuse:
             if opaque:
                 branches = branches[:depth]
                 break
-        # what libfuse and fuse-overlayfs ask for themselves; the ids are of who mounts
+        # the options that libfuse and fuse-overlayfs use themselves, with the ids of the daemon
         ids = ("rootmode=40000", f"user_id={os.geteuid()}", f"group_id={os.getegid()}")
         options = (*ids, "default_permissions", "allow_other")
         if union.read_only:
@@ -118,7 +118,7 @@ class Fuse:
             if not union.read_only:
                 exclusive.refuse_if_written(union, self.layout.probes, self.namespace)
             own_directory(union.work)
-            # of a union that ended without us
+            # left of a union that was unmounted by somebody else
             _let_go(self.layout, union.work, self.namespace)
             erase_at(f"{union.work}/work")
         self.log.mark()
@@ -145,7 +145,7 @@ class Fuse:
             self._give_up(union, served, pid)
 
     def _serve(self, union: Union, served: MountCall, device: int, opened: ExitStack) -> int:
-        """Start the helper of what is mounted, and write down who it is; its pid."""
+        """Start the helper of the mount, and record it. Its pid."""
         runner.refuse_symlinks(served.dirs)
         names: list[str | int] = list(served.dirs)
         inherit = [device]
@@ -167,7 +167,7 @@ class Fuse:
         helper.wait(pid, process(pid)[1], _END_WITHIN)
         said = helper.said(union.work)
         helper.forget(union.work)
-        # one that says nothing was not given the time to
+        # a helper without a message had no time to say anything
         why = said or f"{self.program} did not answer"
         error = OSError(errno.EINVAL if said else errno.ETIMEDOUT, why)
         failed = runner.failure(union.id, served, error, self.log)
@@ -201,7 +201,7 @@ class Fuse:
             plink.unmount(target, flush=flush)
 
     def is_mounted(self, target: str) -> bool:
-        """As Backend.is_mounted: false as well if its helper has died. Asks the helper nothing."""
+        """As Backend.is_mounted; also false if its helper has died. Does not ask the helper."""
         work = self._work(target)
         serving = helper.read(work) if helper.is_alive(work) else None
         return serving is not None and _is_device(target, serving.device)
@@ -315,10 +315,10 @@ def _try_out(backend: Fuse) -> None:
 
 
 def _let_go(layout: Layout, work: str, namespace: XattrNamespace) -> None:
-    """After an unmount: the helper ends, and its branch becomes a plain layer's.
+    """After an unmount, wait for the helper to end, and remove its xattrs from the branch.
 
-    One that does not end serves a copy of the mount in another mount namespace: it stays written
-    down, so that the layer is not mounted beside it.
+    A helper that does not end serves a copy of the mount in another mount namespace. Its record
+    stays, so that the layer is not mounted a second time.
     """
     found = helper.read(work)
     if found is not None:
@@ -336,7 +336,7 @@ def _let_go(layout: Layout, work: str, namespace: XattrNamespace) -> None:
 
 @contextmanager
 def _deadline(target: str, seconds: float) -> Iterator[None]:
-    """Within, a helper that answers nothing is given up: whoever waits for it gets ECONNABORTED.
+    """A block in which a helper that does not answer is given up: its callers get ECONNABORTED.
 
     MNT_FORCE aborts the connection (fuse_umount_begin()), which works on a helper that cannot be
     killed too.
@@ -364,7 +364,7 @@ def _ask(target: str, seconds: float) -> None:
 
 
 def _detach(target: str) -> bool:
-    """Take a mount away that nobody serves; whether it was there. It is asked nothing."""
+    """Detach a mount that nobody serves, without asking it. Whether it was there."""
     try:
         syscalls.umount2(target, syscalls.UMOUNT_NOFOLLOW | syscalls.MNT_DETACH)
     except OSError as error:
@@ -401,7 +401,7 @@ def _opened(opened: ExitStack, path: str, flags: int) -> int:
 
 
 def _version(program: str) -> tuple[int, ...]:
-    """The version that the program says it has; () if it says none. OSError: it did not run now."""
+    """The version that the program prints; () if none. Raises OSError if it cannot be run now."""
     try:
         done = subprocess.run(
             [program, "--version"], capture_output=True, text=True, timeout=10, check=False

@@ -1,13 +1,13 @@
-"""The process that serves one FUSE mount: started, known again after a restart, waited for.
+"""The process that serves one FUSE mount: starts it, finds it again after a restart, waits for it.
 
-It outlives the daemon in a session of its own. It gets no unit of its own: the daemon's has
-KillMode=process, and a scope would cost a call to systemd for every mount and would not exist in a
-container or a user namespace.
+It outlives the daemon, in a session of its own. It has no systemd unit. The daemon's unit has
+KillMode=process, so systemd does not kill it; a scope would need a call to systemd for every mount,
+and there is no systemd in a container or a user namespace.
 
-Whether it lives is asked of a lock. Its standard error is a file in the layer's work directory, and
-it holds flock(2) on that; the kernel drops the lock when the process ends, however it ends. Asking
-is three system calls on a local file: it waits for nobody, survives a restart of the daemon, and no
-reused pid can answer in its place. Who it is stands beside it, for those who wait for it.
+A lock tells whether it lives. Its standard error is a file in the layer's work directory, which it
+has locked with flock(2). The kernel releases the lock when the process ends. To test the lock takes
+three system calls on a local file. It never waits, works after a restart of the daemon, and another
+process with the same pid cannot be mistaken for it. A file beside it has its pid and start time.
 """
 
 import errno
@@ -26,7 +26,7 @@ from aufsd.kernel.peer import process
 
 _LOG: Final = "helper.log"
 _NAME: Final = "helper"
-# of what it said, for an error
+# bytes of its messages in an error
 _SAID_MAX: Final = 2048
 _LONGEST: Final = 1 << 20
 # a fifo would be waited for
@@ -72,7 +72,7 @@ def read(work: str) -> Helper | None:
 
 
 def record(work: str, helper: Helper) -> None:
-    """Write down who the helper is, in one step."""
+    """Record the helper, in one step."""
     fresh = _new_file(work, _NAME)
     try:
         os.write(fresh, msgspec.json.encode(helper))
@@ -82,14 +82,14 @@ def record(work: str, helper: Helper) -> None:
 
 
 def forget(work: str) -> None:
-    """Remove what is written down; harmless if nothing is."""
+    """Remove the record; harmless if there is none."""
     for name in (_NAME, f"{_NAME}.new", _LOG, f"{_LOG}.new"):
         with suppress(FileNotFoundError):
             os.unlink(f"{work}/{name}")
 
 
 def said(work: str) -> str:
-    """The last that the helper of this work directory said, on one line."""
+    """The last messages of the helper of this work directory, on one line."""
     text = _read(work, _LOG)[-_SAID_MAX:].decode("utf-8", "replace")
     return "; ".join(line for line in text.splitlines() if line)
 
@@ -125,7 +125,7 @@ def start(
 
 
 def wait(pid: int, started: int, seconds: float) -> bool:
-    """Wait for a helper to end; whether it has. A child of ours is reaped."""
+    """Wait for a helper to end. Whether it has. A child of the daemon is reaped."""
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:

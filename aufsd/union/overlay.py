@@ -1,8 +1,8 @@
 """overlayfs: one mount call, always; whiteouts as devices, opaque directories by xattr.
 
-`index=off,metacopy=off,redirect_dir=nofollow`: a layer is whole by itself, and may be mounted over
-another copy of its parents (mkosi, containerd and Docker do the same). The price is that the
-kernel lets two mounts write one upper directory, so that is looked for here.
+With `index=off,metacopy=off,redirect_dir=nofollow` a layer does not refer to inodes of its parents,
+and may be mounted over another copy of them (mkosi, containerd and Docker do the same). But then
+the kernel lets two mounts write to one upper directory, so this module checks for that.
 """
 
 import errno
@@ -61,7 +61,7 @@ class Overlay:
     def plan(self, union: Union) -> tuple[MountCall, ...]:
         """As Backend.plan: one call."""
         branches = self._merged(union)
-        # one directory alone is not a union to overlayfs, so an empty one stands below it
+        # overlayfs needs two directories, so an empty one is below a single layer
         if len(branches) == 1:
             branches = (*branches, self.empty)
         if union.read_only:
@@ -80,8 +80,8 @@ class Overlay:
     def _merged(self, union: Union) -> tuple[str, ...]:
         """The branches down to the first whose root is opaque.
 
-        The kernel looks at the marker when it looks a name up in a directory above, which a root
-        does not have: it would merge what lies below all the same.
+        The kernel checks the mark of a directory when it looks the directory up in its parent. A
+        root has no parent, so the kernel would merge the branches below all the same.
         """
         branches, known = (union.top, *union.lowers), union.opaque_roots
         for depth, branch in enumerate(branches, 1):
@@ -107,11 +107,11 @@ class Overlay:
         return exclusive.note(union.work, "overlay", os.lstat(union.target).st_dev)
 
     def flush(self, target: str) -> None:
-        """As Backend.flush: nothing here, but the last backend may have been aufs."""
+        """As Backend.flush: only for a union that was mounted by the last backend, aufs."""
         plink.flush(target)
 
     def unmount(self, target: str, *, flush: bool = True) -> None:
-        """As Backend.unmount, for a union of the last backend too: those outlive the daemon."""
+        """As Backend.unmount, also for a union of the last backend, which outlives the daemon."""
         plink.unmount(target, flush=flush)
 
     def is_mounted(self, target: str) -> bool:
@@ -187,7 +187,7 @@ def untried(layout: Layout, namespace: XattrNamespace) -> Overlay | Verdict:
 
 
 def _try_out(backend: Overlay) -> bool:
-    """Mount a trial union and use it; whether a second mount of its upper directory is noticed."""
+    """Mount and use a trial union. Whether a second mount of its upper directory is found."""
     with scratch_dirs(
         backend.scratch, "lower", "middle/d", "upper", "work", "merged", "again"
     ) as at:
@@ -217,7 +217,7 @@ def _try_out(backend: Overlay) -> bool:
 def shown_branches(super_options: str) -> tuple[str, ...]:
     """The branches of a union, topmost first, by its row of mountinfo.
 
-    () where they were given by number, and are shown so: only we mount that way.
+    () if they are shown as descriptor numbers: only aufsd mounts in that way.
     """
     upper: list[str] = []
     lowers: list[str] = []
@@ -234,7 +234,7 @@ def shown_branches(super_options: str) -> tuple[str, ...]:
 def _is_opaque(path: str, namespace: XattrNamespace) -> bool:
     name = opaque_xattr(namespace)
     try:
-        # a listing is one call that does not fail, where asking for the value fails nearly always
+        # listxattr(2) succeeds in one call; getxattr(2) nearly always fails
         return name in os.listxattr(path) and os.getxattr(path, name) == b"y"
     except OSError:
         return False  # a missing branch: the mount fails, and says which

@@ -1,4 +1,4 @@
-"""aufs's pseudo-links, made real before a writable branch has to stand by itself.
+"""Turns aufs's pseudo-links into real hard links, before a writable branch is used by itself.
 
 When one name of a hard-linked lower file is written, aufs copies the file up under that name
 alone, keeps the inode in memory, and links it as `.wh..wh.plnk/INODE.BRANCHINODE` at the top of the

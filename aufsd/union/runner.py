@@ -1,8 +1,8 @@
-"""Mount calls become mounts: descriptors opened, data rendered, the result looked at.
+"""Makes mount calls: opens descriptors, renders the data, checks the result.
 
-Call it from one thread that is kept for mounts: the first call by descriptor number gives that
-thread a working directory of its own (unshare(2), CLONE_FS) for good. From the main thread such a
-call is made in a short-lived one, because the main thread's directory is the process's.
+Call it in the thread that is kept for mounts. The first call by descriptor number gives that thread
+a working directory of its own (unshare(2), CLONE_FS) for good. If the main thread calls it, such a
+call is made in a short-lived thread, because the main thread's working directory is the process's.
 """
 
 import errno
@@ -30,15 +30,15 @@ _this_thread = threading.local()
 
 
 class Vanished(MountFailed):
-    """Somebody else unmounted it before it could be used: to be mounted again."""
+    """Somebody else has unmounted the mount before it could be used. Mount it again."""
 
 
 def run(
     id: str, calls: Sequence[MountCall], *, stands: Callable[[str], bool], log: KernelLog
 ) -> None:
-    """Make the calls in order, and ask `stands` whether the target is what it is to be.
+    """Make the calls in order, and ask `stands` whether the target is mounted as planned.
 
-    Raises MountFailed, Vanished; what was mounted by then is unmounted again.
+    Raises MountFailed, Vanished; then nothing is left mounted.
     """
     log.mark()
     for number, call in enumerate(calls):
@@ -69,9 +69,9 @@ def is_mounted(target: str, magic: int) -> bool:
 
 
 def undo(target: str) -> bool:
-    """Unmount what nobody was given yet; whether it is gone.
+    """Unmount a mount that was not given to anybody yet. Whether it is gone.
 
-    Something that scans mounts may hold it for a moment, so a busy one is tried for half a second.
+    A program that scans mounts may have it open for a moment, so this tries for half a second.
     """
     for _ in range(_UNDO_TRIES):
         try:
@@ -86,7 +86,7 @@ def undo(target: str) -> bool:
 
 
 def undone(target: str, failed: AufsdError) -> AufsdError:
-    """The error of a mount that is of no use, which is undone; Vanished if it is gone already."""
+    """Undo a mount that is not as planned. The error for it; Vanished if it is gone already."""
     if not _is_mount_point(target):
         return Vanished(failed.message, **failed.data)
     undo(target)
@@ -95,7 +95,7 @@ def undone(target: str, failed: AufsdError) -> AufsdError:
 
 @contextmanager
 def explained(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
-    """What fails with OSError inside fails as the mount that it was done for."""
+    """Turns an OSError of the block into the error of the mount."""
     try:
         yield
     except OSError as error:
@@ -104,7 +104,7 @@ def explained(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
 
 @contextmanager
 def prepared(id: str, call: MountCall, log: KernelLog) -> Iterator[None]:
-    """The same for what is done in the store before the mount: it may be full, NoSpace."""
+    """The same for preparations in the store, which may be full: NoSpace."""
     with explained(id, call, log):
         try:
             yield
@@ -161,7 +161,7 @@ def _make_by_number(call: MountCall) -> None:
 
 
 def _mount(call: MountCall, data: str) -> None:
-    # the planner's promise, kept here once more: the kernel would cut the rest without a word
+    # the plan fits already; checked again, because the kernel would cut the rest without an error
     if len(os.fsencode(data)) > DATA_MAX:
         raise OSError(errno.E2BIG, "the options are longer than the kernel reads", call.target)
     with mount_point(call.target) as target:
@@ -170,9 +170,9 @@ def _mount(call: MountCall, data: str) -> None:
 
 @contextmanager
 def mount_point(path: str) -> Iterator[str]:
-    """A mount point as mount(2) takes it: by a descriptor, for by its path it follows a symlink.
+    """A mount point for mount(2), by descriptor: by path the kernel would follow a symlink.
 
-    What is mounted there already is what the descriptor is on. Raises OSError (ENOTDIR).
+    If something is mounted there, the descriptor is on that. Raises OSError (ENOTDIR).
     """
     fd = os.open(path, _BRANCH)
     try:
@@ -182,7 +182,7 @@ def mount_point(path: str) -> Iterator[str]:
 
 
 def refuse_symlinks(branches: Sequence[str]) -> None:
-    """Raise OSError (ENOTDIR) if one of them is a symlink, which a union would follow."""
+    """Raise OSError (ENOTDIR) if a branch is a symlink, which a union would follow."""
     for path in branches:
         if stat.S_ISLNK(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, "a symlink, which is not followed", path)

@@ -1,4 +1,4 @@
-"""Directories for a trial mount, gone when the trial is over."""
+"""Temporary directories for a trial mount."""
 
 import os
 import tempfile
@@ -15,7 +15,7 @@ log = structlog.get_logger(__name__)
 
 @contextmanager
 def scratch_dirs(parent: str, *names: str) -> Iterator[str]:
-    """A new directory in `parent`, with these in it; the caller unmounts what it mounts there."""
+    """A new directory in `parent` with these inside. The caller unmounts what it mounts there."""
     os.makedirs(parent, 0o700, exist_ok=True)
     at = tempfile.mkdtemp(dir=parent)
     try:

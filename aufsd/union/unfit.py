@@ -1,4 +1,4 @@
-"""What the place of a store has to be able to do, whatever serves it, found by trying it."""
+"""Tries what every store needs of its file system and mount, whatever the backend."""
 
 import errno
 import os
@@ -8,21 +8,21 @@ from aufsd.kernel import probe, syscalls
 from aufsd.union.scratch import scratch_dirs
 
 _CLONE: Final = syscalls.OPEN_TREE_CLONE | syscalls.OPEN_TREE_CLOEXEC
-# what a file system that knows no flags of renameat2(2), or not this one, answers
+# errors of a file system without flags of renameat2(2), or without this flag
 _NO_FLAG: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 
 
 def unfit(parent: str) -> str:
-    """Why no store can lie where the directory `parent` is, "" if one can.
+    """Why no store can be where the directory `parent` is; "" if one can.
 
-    Nothing is left in it. OSError where it cannot be written.
+    Nothing is left in it. Raises OSError if it cannot be written.
     """
     with scratch_dirs(parent, "one", "other") as at:
         return _renames(at) or _clones(at)
 
 
 def _renames(at: str) -> str:
-    """Content is put into place by a rename that replaces nothing, or that exchanges two names."""
+    """Try renameat2(2): a store needs RENAME_NOREPLACE and RENAME_EXCHANGE."""
     try:
         _rename(f"{at}/one", f"{at}/new", syscalls.RENAME_NOREPLACE)
         _rename(f"{at}/new", f"{at}/other", syscalls.RENAME_EXCHANGE)
@@ -42,11 +42,11 @@ def _rename(old: str, new: str, flags: int) -> None:
 
 
 def _clones(at: str) -> str:
-    """An archive process gets mounts of its own of what it may see."""
+    """Try to copy the mount: an archive process gets a copy of what it may see."""
     try:
         os.close(syscalls.open_tree(syscalls.AT_FDCWD, at, _CLONE))
     except OSError as error:
-        # do_loopback() in fs/namespace.c; what else there is, such as EPERM, a trial mount tells
+        # do_loopback() in fs/namespace.c; a trial mount reports other errors, such as EPERM
         if error.errno == errno.EINVAL:
             return (
                 "the mount that the store lies in is unbindable: have it private "
