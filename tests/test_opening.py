@@ -1,19 +1,22 @@
 """What is opened as a store, and what is refused with nothing changed."""
 
+import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from aufsd.kernel import probe, syscalls
+from aufsd.store import opening
 from aufsd.store.dialect import XattrNamespace
 from aufsd.store.index import read_parents
 from aufsd.store.layers import Store
 from aufsd.store.layout import Layout
 from aufsd.store.opening import open_store, refuse_what_is_no_store
-from aufsd_client.errors import IncompatibleFilesystem, StoreNotAdopted
+from aufsd_client.errors import IncompatibleFilesystem, StoreLocked, StoreNotAdopted
 
 pytestmark = pytest.mark.mounts
 
@@ -178,3 +181,23 @@ def test_to_open_a_store_again_takes_no_write(tmp_path: Path) -> None:
         assert id_of(fs) == ""
     finally:
         syscalls.umount2(str(fs))
+
+
+def test_a_store_is_not_opened_while_a_job_of_the_last_daemon_may_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(tmp_path).close()
+    monkeypatch.setattr(opening, "_JOBS_TRIES", 3)
+    with (tmp_path / ".aufsd/jobs").open() as job:
+        fcntl.flock(job, fcntl.LOCK_EX)
+        with pytest.raises(StoreLocked, match="archive jobs of the last daemon still write"):
+            opened(tmp_path)
+        released = iter([None, None])
+
+        def pause(_: float) -> None:
+            if next(released, job) is job:
+                fcntl.flock(job, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(opening, "_JOBS_TRIES", 6000)
+        monkeypatch.setattr(time, "sleep", pause)
+        opened(tmp_path).close()
