@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.converting import convert
 from tests.archive.shelf import NAMESPACE, snapshot
@@ -21,7 +22,7 @@ NAMES = st.one_of(
     st.binary(min_size=1, max_size=8).filter(
         lambda name: not set(name) & set(b"/\0") and name not in (b".", b"..")
     ),
-).filter(lambda name: not name.startswith(marks.WHITEOUT))
+).filter(lambda name: not name.startswith(whiteouts.WHITEOUT))
 MODES = st.sampled_from([0o644, 0o600, 0o755, 0o1777, 0o2755, 0o4711, 0o000])
 TIMES = st.integers(0, 2**32 * 10**9)
 
@@ -67,13 +68,13 @@ def build(at: bytes, node: Node, dialect: Dialect, first: list[bytes]) -> None:
         for name, below in node.below:
             build(at + b"/" + name, below, dialect, first)
         if node.opaque and dialect is Dialect.AUFS:
-            mark(at + b"/" + marks.OPAQUE)
+            mark(at + b"/" + whiteouts.OPAQUE)
         elif node.opaque:
-            os.setxattr(at, marks.opaque_xattr(NAMESPACE), b"y")
+            os.setxattr(at, whiteouts.opaque_xattr(NAMESPACE), b"y")
     elif node.kind == "whiteout":
         directory, _, name = at.rpartition(b"/")
         if dialect is Dialect.AUFS:
-            at = directory + b"/" + marks.WHITEOUT + name
+            at = directory + b"/" + whiteouts.WHITEOUT + name
             mark(at)
         else:
             os.mknod(at, stat.S_IFCHR, os.makedev(0, 0))
@@ -113,7 +114,7 @@ def times(at: Path) -> dict[str, int]:
         ).st_mtime_ns
         for directory, names, files in os.walk(at)
         for name in (".", *names, *files)
-        if name != os.fsdecode(marks.OPAQUE)
+        if name != os.fsdecode(whiteouts.OPAQUE)
     }
 
 

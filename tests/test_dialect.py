@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import WITH_MARKS, Dialect
 from tests.archive.converting import build, convert, convert_until
 from tests.archive.shelf import NAMESPACE, Entry, snapshot
@@ -36,7 +37,7 @@ CONVERTING = f"{NAMESPACE}.aufsd.converting"
     ],
 )
 def test_what_a_whiteout_deletes(name: bytes, deleted: bytes | None) -> None:
-    assert marks.deleted_name(name) == deleted
+    assert whiteouts.deleted_name(name) == deleted
 
 
 pytestmark = pytest.mark.mounts
@@ -59,13 +60,13 @@ def test_the_dialect_is_an_attribute_of_the_layer(tmp_path: Path) -> None:
 def test_an_opaque_root_is_seen_in_both(tmp_path: Path) -> None:
     path = str(tmp_path)
     for dialect in WITH_MARKS:
-        assert not marks.is_opaque_root(path, dialect, NAMESPACE)
+        assert not whiteouts.is_opaque_root(path, dialect, NAMESPACE)
     os.setxattr(path, OPAQUE, b"x")  # of overlayfs too, and means something else
-    assert not marks.is_opaque_root(path, Dialect.OVERLAY, NAMESPACE)
+    assert not whiteouts.is_opaque_root(path, Dialect.OVERLAY, NAMESPACE)
     os.setxattr(path, OPAQUE, b"y")
-    assert marks.is_opaque_root(path, Dialect.OVERLAY, NAMESPACE)
+    assert whiteouts.is_opaque_root(path, Dialect.OVERLAY, NAMESPACE)
     (tmp_path / ".wh..wh..opq").touch()
-    assert marks.is_opaque_root(path, Dialect.AUFS, NAMESPACE)
+    assert whiteouts.is_opaque_root(path, Dialect.AUFS, NAMESPACE)
 
 
 def times(at: Path) -> list[int]:

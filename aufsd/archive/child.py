@@ -142,7 +142,7 @@ def perform(request: requests.Request, fds: list[int], meter: Meter) -> requests
             return requests.Compared(changes.changes(now, then, settings, after=after, limit=limit))
         case requests.Measure(chain, None):
             layer = _own(settings, fds[0], chain[0])
-            return requests.Measured(measure.measure(aufs=layer.aufs).bytes)
+            return requests.Measured(measure.measure(aufs=layer.marks.aufs).bytes)
         case requests.Measure(chain, against):
             now, then = _views(settings, fds[0], chain, against or ())
             return requests.Measured(compare.size(now, then, settings))
@@ -221,7 +221,7 @@ def _usage(work: requests.Usage, root: int, settings: Settings) -> requests.Used
     if work.against is None:
         layer = _own(settings, root, work.chain[0])
         _sync_if(work.sync, settings)
-        used = measure.used(aufs=layer.aufs)
+        used = measure.used(aufs=layer.marks.aufs)
     else:
         now, then = _views(settings, root, work.chain, work.against)
         _sync_if(work.sync, settings)
@@ -310,7 +310,7 @@ def _own(settings: Settings, root: int, branch: Branch) -> view.Layer:
     """Confine this process to one layer's content; how that is read."""
     confine.enter(root, read_only=True)
     layer = view.Layer(branch, _here(), settings.namespace)
-    _drop(settings, confine.READING, trusted=layer.overlay)
+    _drop(settings, confine.READING, trusted=layer.marks.overlay)
     return layer
 
 
@@ -324,7 +324,7 @@ def _views(
     then = view.roots(here, against, settings.namespace, beside=len(chain))
     if len(now) == len(then) == 1 and now[0].layer.whole and then[0].layer.whole:
         now[0].layer.twin = twin.find(now[0].fd, then[0].fd, settings.namespace)
-    overlay = any(place.layer.overlay for place in (*now, *then))
+    overlay = any(place.layer.marks.overlay for place in (*now, *then))
     _drop(settings, confine.READING, trusted=overlay)
     return now, then
 

@@ -12,6 +12,7 @@ from typing import Final
 from aufsd.archive.attributes import read_xattr
 from aufsd.kernel.beneath import DIRECTORY
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.walk import Descent
 from aufsd.union import conversion
 
@@ -62,7 +63,7 @@ def _copy_here(original: Descent, target: int) -> None:
     with os.scandir(b".") as entries:
         for entry in entries:
             name = entry.name
-            if top and name in marks.HOUSEKEEPING:
+            if top and name in whiteouts.HOUSEKEEPING:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 original.later(name)

@@ -24,7 +24,7 @@ from aufsd.archive.pack import (
 )
 from aufsd.archive.requests import Settings
 from aufsd.archive.view import GONE, Found, Place, ascend
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.walk import Way
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -170,12 +170,12 @@ def _frame(way: Way, now: list[Place], then: list[Place], cursor: bytes) -> _Fra
 
 def _mentioned(place: Place) -> Iterator[bytes]:
     """The names that a directory of a branch says something about."""
-    aufs = place.layer.aufs
+    aufs = place.layer.marks.aufs
     with os.scandir(place.fd) as entries:
         for entry in entries:
             name = os.fsencode(entry.name)
-            if aufs and name.startswith(marks.WHITEOUT):
-                deleted = marks.deleted_name(name)
+            if aufs and name.startswith(whiteouts.WHITEOUT):
+                deleted = whiteouts.deleted_name(name)
                 if deleted is not None:
                     yield deleted
             else:
@@ -297,7 +297,7 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
                 # those that are written lie above it
                 unwritten.pop()
             continue
-        if unsaid or event.way.name.startswith(marks.WHITEOUT):
+        if unsaid or event.way.name.startswith(whiteouts.WHITEOUT):
             if not unsaid:
                 packer.meter.warn(
                     f"left out {shown(event.way.path())}: an archive cannot hold such a name"
@@ -319,7 +319,7 @@ def _write(packer: Packer, event: Event) -> None:
     name, above = event.way.name, event.way.above
     assert above is not None
     if event.now is None:
-        packer.whiteout(Way(above, marks.WHITEOUT + name).path())
+        packer.whiteout(Way(above, whiteouts.WHITEOUT + name).path())
         return
     path = event.way.path()
     mode, at = event.now.stat.st_mode, event.now.place.fd

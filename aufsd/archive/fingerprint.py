@@ -245,7 +245,7 @@ class _Reading:
             while True:
                 name, listing = self._some(here, levels[-1])
                 if name:
-                    opaque = listing.beside and self._layer.hides(here.fd, name)
+                    opaque = listing.beside and self._layer.marks.hides(here.fd, name)
                     here.down(name)
                     levels.append(self._enter(here, name, opaque=opaque))
                     continue
@@ -299,7 +299,7 @@ class _Reading:
         """List the directory where we stand, `name` of the one above, and make it the current."""
         layer, fd = self._layer, here.fd
         found = os.fstat(fd)
-        opaque = opaque or (layer.overlay and layer.is_opaque(fd))
+        opaque = opaque or (layer.marks.overlay and layer.marks.is_opaque(fd))
         os.fchdir(fd)
         self._names.update(_row(name, found, layer.mtime(fd, found), 0, self._xattrs(b".")))
         self._meter.entries += 1

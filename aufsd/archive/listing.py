@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from aufsd.archive.compact import Ordered, once
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.view import GONE, Layer
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.walk import Way
 
 # what the last byte of a row says of its name: content
@@ -49,29 +49,29 @@ def listed(
     """List the current directory, which is `opaque` also if a whiteout of its name says so.
 
     `cut`: one above it is opaque. Then, or if it is opaque itself, whiteouts in it hide nothing,
-    and are left out (whiteouts.py); but not in the root, which is always merged. None: not at all.
+    and are left out (settling.py); but not in the root, which is always merged. None: not at all.
     `linked` are inodes of files that are told apart.
     """
     found = Ordered()
-    add, aufs, overlay = found.add, layer.aufs, layer.overlay
+    add, aufs, overlay = found.add, layer.marks.aufs, layer.marks.overlay
     beside = marked = False
     with os.scandir(b".") as entries:
         for entry in entries:
             name = entry.name
-            if name.startswith(marks.WHITEOUT):
-                if aufs and name == marks.OPAQUE:
+            if name.startswith(whiteouts.WHITEOUT):
+                if aufs and name == whiteouts.OPAQUE:
                     marked = True
-                elif aufs and (hidden := marks.deleted_name(name)) is not None:
-                    if layer.is_content(hidden):
+                elif aufs and (hidden := whiteouts.deleted_name(name)) is not None:
+                    if layer.marks.is_content(hidden):
                         # it is there, and what lies below it is not
                         beside = True
                     else:
                         add(name + b"\0w")
-                elif not (aufs and way.above is None and name in marks.HOUSEKEEPING):
+                elif not (aufs and way.above is None and name in whiteouts.HOUSEKEEPING):
                     left = shown(Way(way, name).path())
                     meter.warn(f"left out {left}: an archive cannot hold such a name")
             elif overlay and _is_whiteout(layer, entry):
-                add(marks.WHITEOUT + name + b"\0w")
+                add(whiteouts.WHITEOUT + name + b"\0w")
             elif entry.is_file(follow_symlinks=False):
                 add(name + (b"\0l" if linked and entry.inode() in linked else b"\0f"))
             elif entry.is_dir(follow_symlinks=False):
@@ -79,7 +79,7 @@ def listed(
             else:
                 add(name + b"\0o")
     if opaque or marked:
-        add(marks.OPAQUE + b"\0q")
+        add(whiteouts.OPAQUE + b"\0q")
     # a conversion that is half done may have a whiteout in both dialects
     rows = once(found) if aufs and overlay else iter(found)
     if cut is not None:
@@ -90,11 +90,8 @@ def listed(
 
 
 def _is_whiteout(layer: Layer, entry: "os.DirEntry[bytes]") -> bool:
-    """Whether this entry of the current directory is overlayfs's; seldom asks the kernel."""
-    if not layer.may_be_whiteout(entry):
-        return False
     try:
-        return layer.is_whiteout(entry.name, os.lstat(entry.name), None)
+        return layer.marks.is_whiteout_entry(entry)
     except OSError as error:
         if error.errno not in GONE:
             raise

@@ -5,7 +5,7 @@ from typing import Final, NamedTuple
 
 from aufsd.archive.compact import Seen
 from aufsd.kernel.syscalls import AT_FDCWD
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.walk import walk
 
 
@@ -39,8 +39,8 @@ def measure(*, aufs: bool) -> Content:
         with os.scandir(b".") as found:
             for entry in found:
                 name = entry.name
-                if aufs and name.startswith(marks.WHITEOUT):
-                    count += here.depth > 0 or name not in marks.HOUSEKEEPING
+                if aufs and name.startswith(whiteouts.WHITEOUT):
+                    count += here.depth > 0 or name not in whiteouts.HOUSEKEEPING
                     continue
                 count += 1
                 if entry.is_dir(follow_symlinks=False):
@@ -62,7 +62,7 @@ def used(*, aufs: bool) -> Used:
         with os.scandir(b".") as found:
             for entry in found:
                 name = entry.name
-                if aufs and not here.depth and name in marks.HOUSEKEEPING:
+                if aufs and not here.depth and name in whiteouts.HOUSEKEEPING:
                     continue
                 directory = entry.is_dir(follow_symlinks=False)
                 status = _status(name)

@@ -6,7 +6,7 @@ The names of a union's own metadata are never content, whoever asks for it (api.
 from typing import Final
 
 from aufsd.archive.meter import shown
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd_client.errors import ArchiveEscape
 
 ROOT: Final = b""
@@ -44,12 +44,12 @@ def inside(name: bytes) -> bytes:
 
 def is_housekeeping(path: bytes) -> bool:
     """Whether this is what aufs keeps at the top of a branch, or lies in it."""
-    return path.split(b"/", 1)[0] in marks.HOUSEKEEPING
+    return path.split(b"/", 1)[0] in whiteouts.HOUSEKEEPING
 
 
 def is_pseudo_link(path: bytes) -> bool:
     """Whether this is the content of an aufs pseudo-link."""
-    return path.startswith(marks.PLINKS + b"/")
+    return path.startswith(whiteouts.PLINKS + b"/")
 
 
 def check_content(path: bytes) -> None:
@@ -57,7 +57,7 @@ def check_content(path: bytes) -> None:
     if b".wh." not in path:
         return
     for part in path.split(b"/"):
-        if part.startswith(marks.WHITEOUT):
+        if part.startswith(whiteouts.WHITEOUT):
             raise ArchiveEscape(
                 f"{shown(path)}: names that begin with .wh. stand for deleted files"
             )
@@ -72,11 +72,11 @@ def mark(path: bytes) -> bytes | None:
         return None
     directory, _, name = path.rpartition(b"/")
     check_content(directory)
-    if not name.startswith(marks.WHITEOUT):
+    if not name.startswith(whiteouts.WHITEOUT):
         return None
-    if name == marks.OPAQUE:
+    if name == whiteouts.OPAQUE:
         return b""
-    deleted = marks.deleted_name(name)
+    deleted = whiteouts.deleted_name(name)
     if deleted is None:
         raise ArchiveEscape(
             f"{shown(path)} would be the union's own metadata, and means nothing here"

@@ -210,7 +210,7 @@ def pack(packer: Packer, layer: Layer) -> None:
                 if kind == FILE:
                     pack_file(packer, path, here.way, name)
                 elif kind == SUBDIRECTORY:
-                    opaque = listing.beside and layer.hides(here.fd, name)
+                    opaque = listing.beside and layer.marks.hides(here.fd, name)
                     try:
                         here.down(name)
                     except OSError as error:
@@ -242,8 +242,8 @@ def _enter(
     """Write the directory where we stand, make it the current one, and list it."""
     inspected = packer.inspect(here.fd, layer)
     packer.directory(path, inspected)
-    if layer.overlay and not opaque and layer.opaque_xattr in inspected.names:
-        opaque = layer.is_opaque(here.fd)
+    if layer.marks.overlay and not opaque and inspected.names:
+        opaque = layer.marks.is_opaque(here.fd)
     os.fchdir(here.fd)
     return listed(packer.meter, layer, here.way, opaque=opaque, cut=cut)
 

@@ -20,7 +20,7 @@ from aufsd.archive.meter import shown
 from aufsd.archive.requests import Branch
 from aufsd.archive.view import Place
 from aufsd.results import Problem
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Way
 
@@ -119,18 +119,18 @@ def _by_aufs(merged: Sequence[Place], name: bytes) -> list[Place] | None:
     found: list[Place] = []
     end = 0
     for place in merged:
-        if place.layer.hides(place.fd, name):
+        if place.layer.marks.hides(place.fd, name):
             break
         try:
             status = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
         except FileNotFoundError:
             continue
-        if place.layer.is_whiteout(name, status, place.fd):
+        if place.layer.marks.is_whiteout(name, status, place.fd):
             break
         if stat.S_ISDIR(status.st_mode):
             place.down(name)
             found.append(place)
-            if place.layer.is_opaque(place.fd):
+            if place.layer.marks.is_opaque(place.fd):
                 end = len(found)
         elif not found:
             return []
@@ -156,9 +156,9 @@ def _doubtful(strict: list[Place], aufs: list[Place]) -> Iterator[bytes]:
         with os.scandir(b".") as entries:
             for entry in entries:
                 name = entry.name
-                if name.startswith(marks.META):
+                if name.startswith(whiteouts.META):
                     continue
-                hidden = marks.deleted_name(name) if place.layer.aufs else None
+                hidden = whiteouts.deleted_name(name) if place.layer.marks.aufs else None
                 if id not in common or (hidden is not None and os.path.lexists(hidden)):
                     found.add(hidden or name)
                     found.add(hidden or name)

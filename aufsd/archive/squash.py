@@ -19,6 +19,7 @@ from aufsd.archive.requests import Branch
 from aufsd.archive.view import Layer, Place, ascend, descend, keep, lookup, root, roots
 from aufsd.kernel.beneath import DIRECTORY, open_beneath
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Descent
 
@@ -58,7 +59,7 @@ def squash(
         places.append(place)
         if marks.is_settled(place.fd, namespace):
             marks.mark_settled(target, namespace)
-        if roots_hide and place.layer.is_opaque(place.fd):
+        if roots_hide and place.layer.marks.is_opaque(place.fd):
             hidden = True
             break
     under = [] if hidden else roots(store, below, namespace, beside=len(chain) + 1)
@@ -141,18 +142,18 @@ class _Merge:
         with os.scandir(b".") as entries:
             for entry in entries:
                 name = entry.name
-                if layer.aufs and name.startswith(marks.WHITEOUT):
-                    gone = marks.deleted_name(name)
+                if layer.marks.aufs and name.startswith(whiteouts.WHITEOUT):
+                    gone = whiteouts.deleted_name(name)
                     if gone is not None:
                         deleted.add(gone)
                     continue
-                if name in done or (not place.depth and name in marks.HOUSEKEEPING):
+                if name in done or (not place.depth and name in whiteouts.HOUSEKEEPING):
                     continue
                 here.add(name)
                 if entry.is_dir(follow_symlinks=False):
                     level.below.append((name, index))
                     continue
-                if layer.may_be_whiteout(entry) and layer.is_whiteout(name, os.lstat(name), None):
+                if layer.marks.is_whiteout_entry(entry):
                     self._whiteout(name, level)
                     continue
                 self._file(self.made.fd, name, layer)
@@ -183,16 +184,16 @@ class _Merge:
     def _skipped(self, *, top: bool) -> tuple[str, ...]:
         """Xattrs that are not taken over: opaque is said anew; staging has our marks already."""
         overlay = f"{self.namespace}.overlay."
-        opaque = overlay if self.to is Dialect.AUFS else marks.opaque_xattr(self.namespace)
+        opaque = overlay if self.to is Dialect.AUFS else whiteouts.opaque_xattr(self.namespace)
         return (opaque, f"{self.namespace}.aufsd.") if top else (opaque,)
 
     # --- marks --------------------------------------------------------------------------------
 
     def _mark_opaque(self, target: int) -> None:
         if self.to is Dialect.OVERLAY:
-            os.setxattr(target, marks.opaque_xattr(self.namespace), b"y")
+            os.setxattr(target, whiteouts.opaque_xattr(self.namespace), b"y")
         else:
-            os.close(os.open(marks.OPAQUE, _NEW, 0o444, dir_fd=target))
+            os.close(os.open(whiteouts.OPAQUE, _NEW, 0o444, dir_fd=target))
 
     def _whiteout(self, name: bytes, level: _Level) -> None:
         """Say that a name is deleted, unless nothing can be below that has it.
@@ -204,10 +205,10 @@ class _Merge:
             return
         target = self.made.fd
         if self.to is Dialect.OVERLAY:
-            os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE, dir_fd=target)
+            os.mknod(name, whiteouts.WHITEOUT_NODE, whiteouts.WHITEOUT_DEVICE, dir_fd=target)
             return
         # one inode for all, as aufs and Docker have it
-        name = marks.WHITEOUT + name
+        name = whiteouts.WHITEOUT + name
         if self.whiteout:
             try:
                 os.link(self.whiteout, name, src_dir_fd=self.root, dst_dir_fd=target)
@@ -288,7 +289,7 @@ def _descend(merged: Sequence[Place], name: bytes) -> tuple[list[Place], bool]:
     """
     below: list[Place] = []
     for place in merged:
-        hidden = place.layer.hides(place.fd, name)
+        hidden = place.layer.marks.hides(place.fd, name)
         try:
             place.down(name)
         except FileNotFoundError:
@@ -301,7 +302,7 @@ def _descend(merged: Sequence[Place], name: bytes) -> tuple[list[Place], bool]:
             # a file, a symlink or overlayfs's whiteout: what lies below it does not show
             return below, True
         below.append(place)
-        if hidden or place.layer.is_opaque(place.fd):
+        if hidden or place.layer.marks.is_opaque(place.fd):
             return below, True
     return below, False
 

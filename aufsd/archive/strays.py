@@ -15,6 +15,7 @@ from aufsd.archive.requests import Branch
 from aufsd.archive.view import Cursor
 from aufsd.results import Problem
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Descent, walk
 
@@ -69,7 +70,7 @@ def _cut(path: bytes) -> bytes:
 
 
 def _look(top: int, dialect: Dialect, below: Cursor, namespace: str, found: _Found) -> None:
-    opaque = marks.opaque_xattr(namespace)
+    opaque = whiteouts.opaque_xattr(namespace)
     elsewhere = {f"{namespace}.overlay.{name}" for name in ("redirect", "metacopy")}
     # of each directory on the way, whether nothing lies below it; None where nobody had to know
     alone: list[bool | None] = []
@@ -77,14 +78,14 @@ def _look(top: int, dialect: Dialect, below: Cursor, namespace: str, found: _Fou
         os.fchdir(here.fd)
         del alone[here.depth :]
         above = bool(alone and alone[-1])
-        hidden = here.depth > 0 and marks.has_opaque_xattr(here.fd, namespace)
+        hidden = here.depth > 0 and whiteouts.has_opaque_xattr(here.fd, namespace)
         alone.append(True if above or hidden else None)
         for entry in _entries():
             name = entry.name
             directory = entry.is_dir(follow_symlinks=False)
             if directory:
                 here.later(name)
-            elif dialect is not Dialect.AUFS and marks.deleted_name(name) is not None:
+            elif dialect is not Dialect.AUFS and whiteouts.deleted_name(name) is not None:
                 found.add("mixed-dialects", here, name, " is an aufs whiteout")
             elif dialect is not Dialect.NONE and _is_node(entry):
                 if dialect is Dialect.AUFS:
@@ -131,20 +132,18 @@ def _alone(alone: list[bool | None], here: Descent, below: Cursor) -> bool:
 
 
 def _is_node(entry: "os.DirEntry[bytes]") -> bool:
-    if entry.is_file(follow_symlinks=False) or entry.is_symlink():
-        return False
     with suppress(FileNotFoundError):
-        return marks.is_whiteout_node(os.lstat(entry.name))
+        return whiteouts.is_node(entry)
     return False
 
 
 def _says_opaque(name: bytes) -> bool:
     try:
-        os.lstat(name + b"/" + marks.OPAQUE)
+        os.lstat(name + b"/" + whiteouts.OPAQUE)
     except OSError:
         return False
     return True
 
 
 def _is_long(name: bytes) -> bool:
-    return len(name) > marks.AUFS_NAME_MAX and not name.startswith(marks.WHITEOUT)
+    return len(name) > whiteouts.AUFS_NAME_MAX and not name.startswith(whiteouts.WHITEOUT)

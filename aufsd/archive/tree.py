@@ -18,7 +18,7 @@ from aufsd.archive.directories import PATH_MAX, Directory, Marks, step
 from aufsd.archive.erase import erase
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Way
 from aufsd_client.errors import BadArchive
@@ -48,7 +48,7 @@ class Tree:
         # whether anything was taken away: then sizes have to be measured
         self.removed = False
         self._namespace = namespace
-        self._opaque_xattr = marks.opaque_xattr(namespace)
+        self._opaque_xattr = whiteouts.opaque_xattr(namespace)
         self._put = Seen()
         self._hidden = Seen()
         # how often an inode has been a directory's that went, for the names in those two
@@ -305,7 +305,7 @@ class Tree:
                 return False
             self._hidden.discard(key)
         try:
-            os.unlink(marks.WHITEOUT + name)
+            os.unlink(whiteouts.WHITEOUT + name)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -325,7 +325,7 @@ class Tree:
             found = os.lstat(name)
         except FileNotFoundError:
             return self._make_whiteout(name)
-        if self.dialect is Dialect.OVERLAY and marks.is_whiteout_node(found):
+        if self.dialect is Dialect.OVERLAY and whiteouts.is_whiteout_node(found):
             self.note(name)
             return False
         if not self.is_put(name):
@@ -339,14 +339,14 @@ class Tree:
     def is_opaque(self) -> bool:
         """Whether the current directory is opaque."""
         if self.dialect is Dialect.OVERLAY:
-            return marks.has_opaque_xattr(b".", self._namespace)
-        return os.path.lexists(marks.OPAQUE)
+            return whiteouts.has_opaque_xattr(b".", self._namespace)
+        return os.path.lexists(whiteouts.OPAQUE)
 
     def says(self, name: bytes) -> bool:
         """Whether the current directory says anything of a name: an entry, or that it is gone."""
         if os.path.lexists(name):
             return True
-        return self.dialect is Dialect.AUFS and os.path.lexists(marks.WHITEOUT + name)
+        return self.dialect is Dialect.AUFS and os.path.lexists(whiteouts.WHITEOUT + name)
 
     def set_opaque(self, name: bytes) -> None:
         """Make a directory opaque."""
@@ -356,8 +356,8 @@ class Tree:
             os.setxattr(name, self._opaque_xattr, b"y", follow_symlinks=False)
             return
         if not self.fresh:
-            self._put.add(self._key(os.stat(name).st_ino, marks.OPAQUE))
-        self._make_mark(name + b"/" + marks.OPAQUE)
+            self._put.add(self._key(os.stat(name).st_ino, whiteouts.OPAQUE))
+        self._make_mark(name + b"/" + whiteouts.OPAQUE)
 
     def keep_put(self, name: bytes) -> None:
         """Remove from a directory, `.` for this one, what this archive did not put there."""
@@ -419,13 +419,13 @@ class Tree:
         else:
             self.marked_more = True
         if self.dialect is Dialect.OVERLAY:
-            os.mknod(name, marks.WHITEOUT_NODE, marks.WHITEOUT_DEVICE)
+            os.mknod(name, whiteouts.WHITEOUT_NODE, whiteouts.WHITEOUT_DEVICE)
             self.note(name)
             return True
         if self.fresh:
             self._hidden.add(self._key(self.here.inode, name))
         self.hides = True
-        return self._make_mark(marks.WHITEOUT + name)
+        return self._make_mark(whiteouts.WHITEOUT + name)
 
     def _make_mark(self, path: bytes) -> bool:
         if b"/" not in path:
@@ -433,4 +433,4 @@ class Tree:
         return self._marks.make(self.here, path)
 
     def _is_whiteout(self, found: os.stat_result) -> bool:
-        return self.dialect is Dialect.OVERLAY and marks.is_whiteout_node(found)
+        return self.dialect is Dialect.OVERLAY and whiteouts.is_whiteout_node(found)

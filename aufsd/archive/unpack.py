@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
-from aufsd.archive import errnos, headers, holes, names, whiteouts
+from aufsd.archive import errnos, headers, holes, names, settling
 from aufsd.archive.attributes import (
     KEPT_UNTIL,
     Owners,
@@ -32,7 +32,7 @@ from aufsd.archive.reader import Reader
 from aufsd.archive.requests import Settings
 from aufsd.archive.tally import Tally
 from aufsd.archive.tree import DEFAULT_ACL, Tree
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Way
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
@@ -68,7 +68,7 @@ class Unpacker:
         settings: Settings,
         meter: Meter,
         inherit: Inherit,
-        lies_below: whiteouts.Below | None = None,
+        lies_below: settling.Below | None = None,
     ) -> None:
         with os.scandir(b"/") as entries:
             fresh = next(entries, None) is None
@@ -79,8 +79,8 @@ class Unpacker:
         self._meter = meter
         self._inherit = inherit
         self._base = lies_below is None
-        self._lies_below = lies_below or whiteouts.nowhere
-        self._waiting = whiteouts.Waiting()
+        self._lies_below = lies_below or settling.nowhere
+        self._waiting = settling.Waiting()
         # whether whiteouts were left out that hide nothing
         self.settled = False
         self._owners = Owners(settings, outward=False)
@@ -111,9 +111,9 @@ class Unpacker:
                 error.data.setdefault("offset", member.start)
                 raise
         tree = self._tree
-        if marks.PLINKS in self._told and os.path.lexists(b"/" + marks.PLINKS):
+        if whiteouts.PLINKS in self._told and os.path.lexists(b"/" + whiteouts.PLINKS):
             tree.enter(ROOT, self._implied)
-            tree.clear(marks.PLINKS)
+            tree.clear(whiteouts.PLINKS)
         self._settle_whiteouts()
         if self._base and tree.fresh and not self._root_named:
             # not the time of day: the same tar has to give the same layer
@@ -230,7 +230,7 @@ class Unpacker:
                 mode & _SPECIAL_BITS
                 or size > holes.PIECE
                 or mtime >= KEPT_UNTIL
-                or (name[0] == _DOT and (name in _NO_FILES or name.startswith(marks.WHITEOUT)))
+                or (name[0] == _DOT and (name in _NO_FILES or name.startswith(whiteouts.WHITEOUT)))
                 or entries < 1
                 or size > room
                 or (owner := owners.known.get((uid, gid))) is None
@@ -302,7 +302,7 @@ class Unpacker:
             names.check_content(target)
         try:
             with directory_of(target) as (fd, source):
-                if self._dialect is Dialect.OVERLAY and marks.is_whiteout_node(
+                if self._dialect is Dialect.OVERLAY and whiteouts.is_whiteout_node(
                     os.stat(source, dir_fd=fd, follow_symlinks=False)
                 ):
                     raise BadArchive(f"{shown(path)} is a hard link to a deleted file")
@@ -375,11 +375,11 @@ class Unpacker:
         tree, lies_below = self._tree, self._lies_below
         if self._dialect is Dialect.NONE:
             # what is hidden goes from the layer itself, and lies nowhere else
-            lies_below = whiteouts.nowhere
+            lies_below = settling.nowhere
         for directory, name in self._waiting.those_to_make(tree, lies_below):
             tree.enter(directory, self._implied)
             self._tally.add(tree.whiteout(name))
-        taken = whiteouts.settle(tree, lies_below)
+        taken = settling.settle(tree, lies_below)
         self._tally.add(-taken)
         self.settled = bool(taken) or self._waiting.left_out
 
@@ -391,7 +391,7 @@ class Unpacker:
             self._meter.warn(f"left out {shown(top)}, which aufs keeps for itself")
         if names.is_pseudo_link(path) and path.count(b"/") == 1:
             name = path.rpartition(b"/")[2]
-            self._tree.enter(marks.PLINKS, lambda _: None)
+            self._tree.enter(whiteouts.PLINKS, lambda _: None)
             if member.kind == headers.REGULAR:
                 self._file(name, member)
             elif member.kind == headers.LINK:

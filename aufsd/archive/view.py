@@ -12,12 +12,11 @@ from typing import Final
 
 from aufsd.archive.requests import Branch
 from aufsd.archive.twin import Twin
-from aufsd.store import dialect as marks
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import OPEN_AT_MOST, Descent, Way, between
+from aufsd.store.whiteouts import marks_of
 from aufsd.union import conversion
 
-_FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # errors of a name that was listed a moment ago
 GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
@@ -26,68 +25,23 @@ _OPEN: Final = 512
 
 
 class Layer:
-    """How the directories of one branch are read: for aufs's marks, or for overlayfs's.
+    """How one branch is read."""
 
-    For both while a conversion is half done.
-    """
-
-    __slots__ = (
-        *("_namespace", "_whiteout_xattr", "aufs", "id", "opaque_xattr", "overlay", "twin"),
-        "whole",
-    )
+    __slots__ = ("_namespace", "id", "marks", "twin", "whole")
 
     def __init__(self, branch: Branch, root: int, namespace: str) -> None:
         self.id = branch.id
-        both = marks.interrupted(root, namespace) is not None
-        self.aufs = both or branch.dialect is Dialect.AUFS
-        self.overlay = both or branch.dialect is Dialect.OVERLAY
+        self.marks = marks_of(root, branch.dialect, namespace)
         self.whole = branch.dialect is Dialect.NONE
         # of a whole layer: what it has in common with the one that it is compared with, if known
         self.twin: Twin | None = None
-        self.opaque_xattr = marks.opaque_xattr(namespace)
         self._namespace = namespace
-        self._whiteout_xattr = marks.whiteout_xattr(root, namespace) if self.overlay else ""
 
     def mtime(self, fd: int, found: os.stat_result) -> int:
         """When a directory was changed, in nanoseconds: a conversion's own changes do not count."""
-        noted = conversion.noted_times(fd, self._namespace) if self.aufs and self.overlay else None
+        half = self.marks.aufs and self.marks.overlay
+        noted = conversion.noted_times(fd, self._namespace) if half else None
         return found.st_mtime_ns if noted is None else noted[1]
-
-    def is_opaque(self, fd: int) -> bool:
-        """Whether the directory `fd` ends the merge."""
-        if self.overlay and marks.has_opaque_xattr(fd, self._namespace):
-            return True
-        return self.aufs and _exists(fd, marks.OPAQUE)
-
-    def hides(self, fd: int, name: bytes) -> bool:
-        """Whether an aufs whiteout of `name` stands in the directory `fd`."""
-        # .wh. and the name may be longer than a name can be
-        return self.aufs and len(name) <= 251 and _exists(fd, marks.WHITEOUT + name)
-
-    def is_content(self, name: bytes) -> bool:
-        """Whether the current directory has a name, and that is no whiteout."""
-        try:
-            return not self.is_whiteout(name, os.lstat(name), None)
-        except FileNotFoundError:
-            return False
-
-    def is_whiteout(self, name: bytes, found: os.stat_result, directory: int | None) -> bool:
-        """Whether the entry `name` of a directory, the current one if None, is overlayfs's."""
-        if not self.overlay:
-            return False
-        if self._whiteout_xattr and stat.S_ISREG(found.st_mode) and not found.st_size:
-            fd = os.open(name, _FILE, dir_fd=directory)
-            try:
-                return self._whiteout_xattr in os.listxattr(fd)
-            finally:
-                os.close(fd)
-        return marks.is_whiteout_node(found)
-
-    def may_be_whiteout(self, entry: "os.DirEntry[bytes]") -> bool:
-        """What can be told of `is_whiteout` without asking the kernel."""
-        if entry.is_file(follow_symlinks=False):
-            return bool(self._whiteout_xattr)
-        return self.overlay and not (entry.is_dir(follow_symlinks=False) or entry.is_symlink())
 
 
 class Place:
@@ -151,7 +105,7 @@ def roots(store: int, chain: Sequence[Branch], namespace: str, *, beside: int = 
     for branch in chain:
         place = root(store, branch, namespace, keep(len(chain) + beside))
         merged.append(place)
-        if place.layer.whole or place.layer.is_opaque(place.fd):
+        if place.layer.whole or place.layer.marks.is_opaque(place.fd):
             break
     return merged
 
@@ -171,10 +125,10 @@ def lookup(merged: Sequence[Place], name: bytes) -> Found | None:
         try:
             found = os.stat(name, dir_fd=place.fd, follow_symlinks=False)
         except FileNotFoundError:
-            if place.layer.hides(place.fd, name):
+            if place.layer.marks.hides(place.fd, name):
                 return None
             continue
-        gone = place.layer.is_whiteout(name, found, place.fd)
+        gone = place.layer.marks.is_whiteout(name, found, place.fd)
         return None if gone else Found(index, place, found)
     return None
 
@@ -188,7 +142,7 @@ def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
     below: list[Place] = []
     try:
         for place in merged[top.index :]:
-            hidden = place.layer.hides(place.fd, name)
+            hidden = place.layer.marks.hides(place.fd, name)
             try:
                 place.down(name)
             except FileNotFoundError:
@@ -201,7 +155,7 @@ def descend(merged: Sequence[Place], name: bytes, top: Found) -> list[Place]:
                 # not a directory, or a symlink: what lies below it does not show
                 break
             below.append(place)
-            if hidden or place.layer.is_opaque(place.fd):
+            if hidden or place.layer.marks.is_opaque(place.fd):
                 break
     except BaseException:
         ascend(below, depth)
@@ -273,11 +227,3 @@ class Cursor:
             left = self._levels.pop()
             found = ascend(left, len(self._levels) - 1) == len(self._levels) - 1 and found
         return found
-
-
-def _exists(fd: int, name: bytes) -> bool:
-    try:
-        os.stat(name, dir_fd=fd, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True

@@ -9,7 +9,7 @@ from aufsd.active.refs import BIND
 from aufsd.active.table import Table
 from aufsd.archive.requests import Branch
 from aufsd.layers.background import Upkeep
-from aufsd.store import dialect as dialects
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -126,4 +126,4 @@ class Chains:
     def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
         content, namespace = self.store.layout.content, self.store.xattr_namespace
         wanted = self.backend.dialect
-        return {id: dialects.is_opaque_root(content(id), wanted, namespace) for id in ids}
+        return {id: whiteouts.is_opaque_root(content(id), wanted, namespace) for id in ids}

@@ -22,12 +22,11 @@ from aufsd.active.refs import BIND
 from aufsd.archive import errnos
 from aufsd.kernel.spare import Spare
 from aufsd.layers.branches import Chains
-from aufsd.store import dialect as dialects
-from aufsd.store import replacing, seals
-from aufsd.store.dialect import HOUSEKEEPING
+from aufsd.store import replacing, seals, whiteouts
 from aufsd.store.ids import LayerId
 from aufsd.store.replacing import Prepared
 from aufsd.store.space import no_space
+from aufsd.store.whiteouts import HOUSEKEEPING
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd_client.errors import (
@@ -301,7 +300,7 @@ class DirectoryCheckpoints:
     def _holds_something(self, id: LayerId) -> bool:
         store = self.mounts.store
         content = store.layout.content(id)
-        if dialects.has_opaque_xattr(content, store.xattr_namespace):
+        if whiteouts.has_opaque_xattr(content, store.xattr_namespace):
             return True
         with os.scandir(content) as entries:
             return any(os.fsencode(entry.name) not in HOUSEKEEPING for entry in entries)

@@ -15,7 +15,7 @@ from aufsd.archive.requests import Branch
 from aufsd.layers import check, fingerprints
 from aufsd.layers.branches import Chains
 from aufsd.results import Problem
-from aufsd.store import creation, removal, staging
+from aufsd.store import creation, removal, staging, whiteouts
 from aufsd.store import dialect as dialects
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
@@ -109,7 +109,7 @@ class Directories:
     def _is_empty(self, id: LayerId) -> bool:
         content = self.store.layout.content(id)
         # an opaque root hides what is below, though the directory is empty
-        if dialects.has_opaque_xattr(content, self.store.xattr_namespace):
+        if whiteouts.has_opaque_xattr(content, self.store.xattr_namespace):
             return False
         with os.scandir(content) as entries:
             return next(entries, None) is None

@@ -1,4 +1,4 @@
-"""The dialects, which are the ways to write a whiteout, and the dialect of a layer.
+"""The dialect of a layer: which of the two ways its whiteouts are written in (whiteouts.py).
 
 The dialect is an xattr on the layer's content directory. No xattr means aufs, so a store of
 Docker's driver needs no change. `aufsd.union.conversion` rewrites a layer in another dialect.
@@ -9,7 +9,6 @@ user namespace. In another user namespace overlayfs is mounted with `userxattr` 
 
 import errno
 import os
-import stat
 from enum import StrEnum
 from typing import Final, Literal, TypeAlias
 
@@ -40,58 +39,7 @@ Where: TypeAlias = str | bytes | int | os.PathLike[str]
 # the namespace of the xattrs
 XattrNamespace = Literal["trusted", "user"]
 
-# include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
-WHITEOUT: Final = b".wh."
-META: Final = b".wh..wh."
-OPAQUE: Final = b".wh..wh..opq"
-PLINKS: Final = b".wh..wh.plnk"
-# names that aufs makes at the top of a writable branch
-HOUSEKEEPING: Final = frozenset({b".wh..wh.aufs", b".wh..wh.orph", PLINKS})
-# AUFS_MAX_NAMELEN: a longer name is listed, and every lookup of it fails with ENAMETOOLONG
-AUFS_NAME_MAX: Final = 242
-# WHITEOUT_MODE and WHITEOUT_DEV in include/linux/fs.h
-WHITEOUT_NODE: Final = stat.S_IFCHR
-WHITEOUT_DEVICE: Final = os.makedev(0, 0)
-
 _NO_XATTR: Final = (errno.ENODATA, errno.ENOTSUP)
-
-
-def deleted_name(name: bytes) -> bytes | None:
-    """The name that an aufs whiteout deletes; None if `name` is no whiteout.
-
-    `.wh.`, `.wh..`, `.wh...` and all of `.wh..wh.*` delete nothing.
-    """
-    if not name.startswith(WHITEOUT) or name.startswith(META):
-        return None
-    deleted = name[len(WHITEOUT) :]
-    return None if deleted in (b"", b".", b"..") else deleted
-
-
-def is_whiteout_node(found: os.stat_result) -> bool:
-    """Whether an entry is overlayfs's whiteout."""
-    return stat.S_ISCHR(found.st_mode) and found.st_rdev == WHITEOUT_DEVICE
-
-
-def opaque_xattr(namespace: str) -> str:
-    """The xattr that makes a directory opaque for overlayfs, with the value b"y"."""
-    return f"{namespace}.overlay.opaque"
-
-
-def has_opaque_xattr(where: Where, namespace: str) -> bool:
-    """Whether overlayfs takes the directory for opaque."""
-    return _read(where, opaque_xattr(namespace)) == b"y"
-
-
-def whiteout_xattr(root: Where, namespace: str) -> str:
-    """The xattr that makes an empty file a whiteout in the layer with this root; "" if there is
-    none.
-
-    Linux 6.8 accepts such whiteouts if the layer's root has a mark. The kernel makes none itself;
-    tools make them that may not make device nodes (Documentation/filesystems/overlayfs.rst,
-    "whiteouts and opaque directories").
-    """
-    says_so = _read(root, opaque_xattr(namespace)) == b"x"
-    return f"{namespace}.overlay.whiteout" if says_so else ""
 
 
 def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
@@ -106,7 +54,7 @@ def read_dialect(where: Where, namespace: str) -> Dialect:
 
     During a conversion it is still the old one. Raises UnknownDialect, OSError.
     """
-    return _parse(_read(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
+    return _parse(read_xattr(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
 
 
 def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
@@ -123,7 +71,7 @@ def interrupted(where: Where, namespace: str) -> Dialect | None:
     Until it is finished, the content may have marks of both dialects. Raises UnknownDialect,
     OSError.
     """
-    found = _parse(_read(where, f"{namespace}.aufsd.converting"))
+    found = _parse(read_xattr(where, f"{namespace}.aufsd.converting"))
     if found is Dialect.NONE:
         raise UnknownDialect(errno.EINVAL, "it says that it is converted to have no marks")
     return found
@@ -144,14 +92,7 @@ def mark_settled(where: Where, namespace: str) -> None:
 
 def is_settled(where: Where, namespace: str) -> bool:
     """Whether a layer is marked so. Then its parents must not change. Raises OSError."""
-    return _read(where, f"{namespace}.aufsd.settled") is not None
-
-
-def is_opaque_root(path: str, dialect: Dialect, namespace: str) -> bool:
-    """Whether a layer's `/` is opaque, and hides all of its parents."""
-    if dialect is Dialect.OVERLAY:
-        return has_opaque_xattr(path, namespace)
-    return os.path.lexists(os.path.join(os.fsencode(path), OPAQUE))
+    return read_xattr(where, f"{namespace}.aufsd.settled") is not None
 
 
 def remove_xattr(where: Where, name: str) -> None:
@@ -163,7 +104,8 @@ def remove_xattr(where: Where, name: str) -> None:
             raise
 
 
-def _read(where: Where, name: str) -> bytes | None:
+def read_xattr(where: Where, name: str) -> bytes | None:
+    """One xattr of a layer's content; None if it is not there. Raises OSError."""
     try:
         return os.getxattr(where, name)
     except OSError as error:

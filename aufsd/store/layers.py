@@ -16,11 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from aufsd.store import records
-from aufsd.store.dialect import (
-    Dialect,
-    XattrNamespace,
-    is_settled,
-)
+from aufsd.store.dialect import Dialect, XattrNamespace, is_settled
 from aufsd.store.format import Format, Sync, write_format
 from aufsd.store.identity import Identity
 from aufsd.store.ids import LayerId

@@ -16,9 +16,10 @@ from typing import Final
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
-from aufsd.store.dialect import HOUSEKEEPING, Dialect, XattrNamespace
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.layout import Layout
 from aufsd.store.opened import own_directory
+from aufsd.store.whiteouts import HOUSEKEEPING
 from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import MountCall, plan_aufs

@@ -15,6 +15,7 @@ from typing import Final
 
 from aufsd.kernel import syscalls
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.erase import erase
 from aufsd.store.walk import Descent, Names, Way, walk
@@ -76,7 +77,7 @@ def rewrite(root: int, target: Dialect, namespace: str, lies_below: Below | None
         fd, top = here.fd, not here.depth
         os.fchdir(fd)
         del cut[here.depth :]
-        opaque = marks.has_opaque_xattr(fd, namespace) or os.path.lexists(marks.OPAQUE)
+        opaque = whiteouts.has_opaque_xattr(fd, namespace) or os.path.lexists(whiteouts.OPAQUE)
         cut.append(opaque or (not top and cut[-1]))
         with _times_kept(fd, namespace):
             # the root is always merged
@@ -108,9 +109,9 @@ def _drop_whiteouts(root: int, namespace: str) -> None:
     some = False
     with os.scandir(b".") as entries:
         for entry in entries:
-            deleted = marks.deleted_name(entry.name)
+            deleted = whiteouts.deleted_name(entry.name)
             # beside a name of its own one means that what lies below that is not there
-            if _is_node(entry) or (deleted is not None and not _is_content(deleted)):
+            if whiteouts.is_node(entry) or (deleted is not None and not _is_content(deleted)):
                 found.add(entry.name)
                 some = True
     if some:
@@ -124,13 +125,13 @@ def _drop_whiteouts(root: int, namespace: str) -> None:
 def _is_content(name: bytes) -> bool:
     """Whether the current directory has a name, and it is no whiteout."""
     try:
-        return not marks.is_whiteout_node(os.lstat(name))
+        return not whiteouts.is_whiteout_node(os.lstat(name))
     except FileNotFoundError:
         return False
 
 
 def _is_whiteout(entry: os.DirEntry[bytes]) -> bool:
-    return marks.deleted_name(entry.name) is not None or _is_node(entry)
+    return whiteouts.deleted_name(entry.name) is not None or whiteouts.is_node(entry)
 
 
 def _refuse(root: int, target: Dialect, namespace: str) -> None:
@@ -144,12 +145,12 @@ def _refuse(root: int, target: Dialect, namespace: str) -> None:
                 if entry.is_dir(follow_symlinks=False):
                     here.later(name)
                 if target is Dialect.OVERLAY:
-                    if _is_node(entry):
+                    if whiteouts.is_node(entry):
                         raise _unsayable(name, "a device 0:0 would become a deleted file")
                     continue
-                if name.startswith(marks.WHITEOUT):
+                if name.startswith(whiteouts.WHITEOUT):
                     raise _unsayable(name, "its name would stand for a deleted file")
-                if _is_node(entry) and len(name) > _NAME_MAX - len(marks.WHITEOUT):
+                if whiteouts.is_node(entry) and len(name) > _NAME_MAX - len(whiteouts.WHITEOUT):
                     raise _unsayable(name, "the name of its whiteout would be too long")
                 for xattr in os.listxattr(name, follow_symlinks=False):
                     if xattr in (f"{overlay}redirect", f"{overlay}metacopy"):
@@ -170,9 +171,9 @@ def _unsayable(name: bytes, why: str) -> LayerDamaged:
 
 def _to_overlay(fd: int, namespace: str) -> None:
     for name in _marks():
-        deleted = marks.deleted_name(name)
-        if name == marks.OPAQUE:
-            os.setxattr(fd, marks.opaque_xattr(namespace), b"y")
+        deleted = whiteouts.deleted_name(name)
+        if name == whiteouts.OPAQUE:
+            os.setxattr(fd, whiteouts.opaque_xattr(namespace), b"y")
         elif deleted is not None:
             _whiteout_to_overlay(name, deleted, namespace)
         # all other names of this kind are aufs's housekeeping, or what a crash of it left
@@ -185,31 +186,31 @@ def _whiteout_to_overlay(name: bytes, deleted: bytes, namespace: str) -> None:
     try:
         found = os.lstat(deleted)
     except FileNotFoundError:
-        os.mknod(deleted, marks.WHITEOUT_NODE | _UNFINISHED, marks.WHITEOUT_DEVICE)
+        os.mknod(deleted, whiteouts.WHITEOUT_NODE | _UNFINISHED, whiteouts.WHITEOUT_DEVICE)
         _copy_attributes(name, deleted)
         return
     if stat.S_ISDIR(found.st_mode):
         # both stand side by side: the new directory is there, what lies below is not
-        os.setxattr(deleted, marks.opaque_xattr(namespace), b"y")
-    elif marks.is_whiteout_node(found) and stat.S_IMODE(found.st_mode) == _UNFINISHED:
+        os.setxattr(deleted, whiteouts.opaque_xattr(namespace), b"y")
+    elif whiteouts.is_whiteout_node(found) and stat.S_IMODE(found.st_mode) == _UNFINISHED:
         _copy_attributes(name, deleted)
 
 
 def _to_aufs(fd: int, namespace: str) -> None:
     overlay = f"{namespace}.overlay."
-    if marks.has_opaque_xattr(fd, namespace):
-        _make_mark(marks.OPAQUE, 0o444)
-        os.utime(marks.OPAQUE, ns=(0, 0))
+    if whiteouts.has_opaque_xattr(fd, namespace):
+        _make_mark(whiteouts.OPAQUE, 0o444)
+        os.utime(whiteouts.OPAQUE, ns=(0, 0))
     _strip(b".", overlay)
     found = Names()
     with os.scandir(b".") as entries:
         for entry in entries:
-            if _is_node(entry):
+            if whiteouts.is_node(entry):
                 found.add(entry.name)
             elif not entry.is_dir(follow_symlinks=False):
                 _strip(entry.name, overlay)
     for name in found:
-        mark = marks.WHITEOUT + name
+        mark = whiteouts.WHITEOUT + name
         _make_mark(mark, _UNFINISHED)
         if stat.S_IMODE(os.lstat(mark).st_mode) == _UNFINISHED:
             _copy_attributes(name, mark)
@@ -221,7 +222,7 @@ def _marks() -> Names:
     found = Names()
     with os.scandir(b".") as entries:
         for entry in entries:
-            if entry.name.startswith(marks.WHITEOUT):
+            if entry.name.startswith(whiteouts.WHITEOUT):
                 found.add(entry.name)
     return found
 
@@ -249,12 +250,6 @@ def _copy_attributes(source: bytes, target: bytes) -> None:
     os.chmod(target, stat.S_IMODE(found.st_mode))
 
 
-def _is_node(entry: os.DirEntry[bytes]) -> bool:
-    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
-        return False
-    return not entry.is_symlink() and marks.is_whiteout_node(os.lstat(entry.name))
-
-
 @contextlib.contextmanager
 def _times_kept(fd: int, namespace: str) -> Iterator[None]:
     """Give the directory its times back, also if a crash comes between: they are noted on it."""
@@ -263,7 +258,7 @@ def _times_kept(fd: int, namespace: str) -> Iterator[None]:
     if times is None:
         before = os.fstat(fd)
         times = (before.st_atime_ns, before.st_mtime_ns)
-        if _has_work() or marks.has_opaque_xattr(fd, namespace):
+        if _has_work() or whiteouts.has_opaque_xattr(fd, namespace):
             os.setxattr(fd, name, b"%d %d" % times)
     yield
     if os.fstat(fd).st_mtime_ns != times[1]:
@@ -288,4 +283,7 @@ def noted_times(fd: int, namespace: str) -> tuple[int, int] | None:
 
 def _has_work() -> bool:
     with os.scandir(b".") as entries:
-        return any(entry.name.startswith(marks.WHITEOUT) or _is_node(entry) for entry in entries)
+        for entry in entries:
+            if entry.name.startswith(whiteouts.WHITEOUT) or whiteouts.is_node(entry):
+                return True
+    return False

@@ -27,11 +27,12 @@ from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
 from aufsd.kernel.peer import process
-from aufsd.store.dialect import Dialect, XattrNamespace, is_opaque_root
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.erase import erase_at
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
 from aufsd.store.opened import own_directory
+from aufsd.store.whiteouts import is_opaque_root
 from aufsd.union import exclusive, helper, plink, runner
 from aufsd.union.backend import NotFlushed, Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_fuse

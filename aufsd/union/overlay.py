@@ -15,10 +15,11 @@ from typing import Final
 from aufsd.kernel import mountinfo, syscalls
 from aufsd.kernel import probe as host
 from aufsd.kernel.log import KernelLog, open_log
-from aufsd.store.dialect import Dialect, XattrNamespace, is_whiteout_node, opaque_xattr
+from aufsd.store.dialect import Dialect, XattrNamespace
 from aufsd.store.erase import erase_at
 from aufsd.store.layout import Layout
 from aufsd.store.opened import own_directory
+from aufsd.store.whiteouts import is_whiteout_node, opaque_xattr
 from aufsd.union import exclusive, plink, runner
 from aufsd.union.backend import Union, Verdict
 from aufsd.union.branches import LOWERS_MAX, MountCall, plan_overlay

@@ -23,8 +23,8 @@ from typing import Final
 
 from aufsd.digits import number
 from aufsd.kernel import syscalls
-from aufsd.store.dialect import AUFS_NAME_MAX
 from aufsd.store.walk import Descent, walk
+from aufsd.store.whiteouts import AUFS_NAME_MAX
 from aufsd.union.backend import NotFlushed
 
 DIRECTORY: Final = ".wh..wh.plnk"

@@ -17,6 +17,7 @@ from aufsd.archive.jobs import Jobs, open_jobs
 from aufsd.archive.requests import Branch, Limits
 from aufsd.results import Streamed
 from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.layout import Layout
 from tests.tiers import ROOT_IN_HOST
@@ -163,7 +164,7 @@ def _entry(path: bytes, status: os.stat_result) -> Entry:
         status.st_mode,
         status.st_uid,
         status.st_gid,
-        0 if marks.is_whiteout_node(status) else status.st_mtime_ns // 10**9,
+        0 if whiteouts.is_whiteout_node(status) else status.st_mtime_ns // 10**9,
         content,
         status.st_rdev,
         xattrs,

@@ -14,7 +14,7 @@ from aufsd.archive.jobs import Jobs, open_jobs
 from aufsd.archive.offline import open_offline
 from aufsd.archive.relabel import XATTR
 from aufsd.archive.requests import Branch, Limits, Settings
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layout import Layout
@@ -102,8 +102,8 @@ async def test_a_deep_layer_is_converted_there_and_back(jobs: Jobs, memory: Path
     # each directory is looked for in the parent from where the last one was found
     assert await jobs.convert("a", Dialect.OVERLAY, (Branch("parent", Dialect.AUFS),))
     assert not orphans.exists()
-    assert marks.has_opaque_xattr(here, NAMESPACE)
-    assert marks.is_whiteout_node(os.stat("../gone", dir_fd=here))
+    assert whiteouts.has_opaque_xattr(here, NAMESPACE)
+    assert whiteouts.is_whiteout_node(os.stat("../gone", dir_fd=here))
     assert await jobs.convert("a", Dialect.AUFS)
     assert os.listdir(here) == [".wh..wh..opq"]
     assert stat.S_IMODE(os.stat("../.wh.gone", dir_fd=here).st_mode) == 0o640

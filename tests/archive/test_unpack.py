@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.archive.fork import ForkServer
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import BadArchive
 from tests.archive.shelf import NAMESPACE, Shelf, needs_root, open_shelf, snapshot
@@ -40,9 +40,9 @@ async def test_marks_stand_on_disk_as_the_dialect_has_them(shelf: Shelf) -> None
     at = shelf.add("o", Dialect.OVERLAY)
     await shelf.apply(stream, "o", "base")
     assert sorted(os.listdir(at)) == ["d", "e", "gone"]
-    assert marks.is_whiteout_node((at / "gone").lstat())
-    assert marks.is_whiteout_node((at / "e" / "x").lstat())
-    assert marks.has_opaque_xattr(at / "d", NAMESPACE)
+    assert whiteouts.is_whiteout_node((at / "gone").lstat())
+    assert whiteouts.is_whiteout_node((at / "e" / "x").lstat())
+    assert whiteouts.has_opaque_xattr(at / "d", NAMESPACE)
     assert os.listdir(at / "e") == ["x"]
 
 

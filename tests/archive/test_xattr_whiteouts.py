@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import WITH_MARKS, Dialect
 from aufsd_client.errors import LayerDamaged
 from tests.archive.shelf import NAMESPACE, Shelf, snapshot
@@ -74,7 +74,7 @@ async def test_they_come_back_as_those_of_the_dialect(
     await shelf.apply(stream, "copy", "base")
     assert await shelf.diff("copy", "base") == stream
     if dialect is Dialect.OVERLAY:
-        assert marks.is_whiteout_node((shelf.path("copy") / "d" / "gone").lstat())
+        assert whiteouts.is_whiteout_node((shelf.path("copy") / "d" / "gone").lstat())
 
 
 @pytest.mark.skipif(RELEASE < (6, 8), reason="this kernel does not read them")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aufsd.kernel import btrfs
 from aufsd.store import content
-from aufsd.store.dialect import OPAQUE, WHITEOUT
+from aufsd.store.whiteouts import OPAQUE, WHITEOUT
 
 _WHITEOUT = WHITEOUT.decode()
 

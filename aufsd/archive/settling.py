@@ -14,7 +14,7 @@ from aufsd.archive.directories import Directory
 from aufsd.archive.meter import shown
 from aufsd.archive.tree import Tree
 from aufsd.kernel.beneath import DIRECTORY
-from aufsd.store import dialect as marks
+from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Names, Way, walk, way_of
 from aufsd_client.errors import LimitExceeded
@@ -113,7 +113,7 @@ def _take_away(dialect: Dialect) -> int:
     found = Names()
     with os.scandir(b".") as entries:
         for entry in entries:
-            if _is_whiteout(entry, dialect):
+            if whiteouts.is_whiteout(entry, dialect):
                 found.add(entry.name)
     count = 0
     for name in found:
@@ -123,14 +123,6 @@ def _take_away(dialect: Dialect) -> int:
         # it may be one that has got its time already
         os.utime(b".", ns=(before, before))
     return count
-
-
-def _is_whiteout(entry: "os.DirEntry[bytes]", dialect: Dialect) -> bool:
-    if dialect is Dialect.AUFS:
-        return marks.deleted_name(entry.name) is not None
-    if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
-        return False
-    return marks.is_whiteout_node(os.lstat(entry.name))
 
 
 class _Opaque:
