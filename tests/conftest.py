@@ -12,6 +12,7 @@ import pytest
 
 from aufsd_client import Client
 from tests import packages
+from tests.backends import BACKENDS
 from tests.btrfs import btrfs_at
 from tests.daemon import Daemon, daemon
 from tests.tiers import OFF
@@ -60,6 +61,15 @@ def on_btrfs(btrfs_ground: Path) -> Path:
 def served(tmp_path: Path) -> Iterator[Daemon]:
     """A daemon over a new store; a module that wants another has a fixture of this name."""
     with daemon(tmp_path) as made:
+        yield made
+
+
+@pytest.fixture(params=BACKENDS)
+def each_backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+    """A daemon over a new store, of each backend in turn."""
+    name = str(request.param)
+    root = request.getfixturevalue("on_btrfs") if name == "btrfs" else tmp_path
+    with daemon(tmp_path, "--backend", name, root=root / "store") as made:
         yield made
 
 

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import trio
 
 from aufsd.service import log
 from tests.client.threaded import Daemon, running
-from tests.rpc.serving import Served, start
+from tests.rpc.conftest import served as served
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +24,3 @@ def _log() -> Iterator[None]:
 def daemon(tmp_path: Path) -> Iterator[Daemon]:
     with running(tmp_path) as found:
         yield found
-
-
-@pytest.fixture
-async def served(nursery: trio.Nursery, tmp_path: Path) -> Served:
-    return await start(nursery, tmp_path)

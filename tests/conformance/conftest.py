@@ -5,13 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends import BACKENDS, UNIONS
 from tests.conformance.layers import Layers, open_layers
-
-UNIONS = (
-    pytest.param("aufs", marks=pytest.mark.aufs),
-    "overlay",
-    pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
-)
 
 
 @pytest.fixture(params=UNIONS)
@@ -27,7 +22,7 @@ def layers(backend_name: str, tmp_path: Path) -> Iterator[Layers]:
         yield opened
 
 
-@pytest.fixture(params=[*UNIONS, pytest.param("btrfs", marks=pytest.mark.btrfs)])
+@pytest.fixture(params=BACKENDS)
 def shown(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Layers]:
     """An empty store of each backend, those that make no unions too: for what a chain shows."""
     name = str(request.param)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.backends import BACKENDS, UNIONS
 from tests.daemon import daemon
 from tests.model.bursts import Run
 from tests.model.world import State
@@ -26,12 +27,6 @@ BURSTS = int(os.environ.get("AUFSD_MODEL") or (12 if MORE else 4))
 SEEDS = [os.environ["AUFSD_SEED"]] if "AUFSD_SEED" in os.environ else ["1"]
 if MORE and "AUFSD_SEED" not in os.environ:
     SEEDS += ["2", "3", "another"]
-BACKENDS = (
-    pytest.param("aufs", marks=pytest.mark.aufs),
-    "overlay",
-    pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
-    pytest.param("btrfs", marks=pytest.mark.btrfs),
-)
 
 
 @pytest.fixture(params=SEEDS)
@@ -62,7 +57,7 @@ def test_some_order_of_the_calls_explains_what_each_was_told(run: Run) -> None:
 
 
 @pytest.mark.ext4
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", UNIONS)
 def test_so_it_does_while_the_disk_is_full_at_times(
     backend: str, tmp_path: Path, seed: int
 ) -> None:

@@ -3,39 +3,27 @@
 import os
 import stat
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aufsd_client import Client, errors
 from tests.archives import tar
-from tests.daemon import Daemon, daemon
+from tests.backends import on_unions
+from tests.daemon import Daemon
 
 pytestmark = pytest.mark.service
 
-UNIONS = (
-    "overlay",
-    pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
-    pytest.param("aufs", marks=pytest.mark.aufs),
-)
-BACKENDS = (*UNIONS, pytest.param("btrfs", marks=pytest.mark.btrfs))
-on_unions = pytest.mark.parametrize("served", UNIONS, indirect=True)
 
-
-@pytest.fixture(params=BACKENDS)
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+@pytest.fixture
+def served(each_backend: Daemon) -> Daemon:
     """A daemon of each backend, with `top` on `base`."""
-    root = tmp_path / "store"
-    if request.param == "btrfs":
-        root = request.getfixturevalue("on_btrfs") / "store"
-    with daemon(tmp_path, "--backend", str(request.param), root=root) as made:
-        with made.client() as client:
-            client.create("base")
-            files = {"gone": b"g", "kept": b"k" * 5000, "d": None, "d/old": b"o"}
-            client.apply_diff("base", tar(files))
-            client.create("top", parent="base")
-        yield made
+    with each_backend.client() as client:
+        client.create("base")
+        files = {"gone": b"g", "kept": b"k" * 5000, "d": None, "d/old": b"o"}
+        client.apply_diff("base", tar(files))
+        client.create("top", parent="base")
+    return each_backend
 
 
 def view(path: str) -> dict[str, object]:
@@ -69,7 +57,7 @@ def shown(client: Client, id: str) -> dict[str, object]:
         return view(path)
 
 
-# --- checkpoint -----------------------------------------------------------------------------------
+# --- checkpoint -------------------------------------------------------------------------------
 
 
 @on_unions
@@ -144,7 +132,7 @@ def test_a_checkpoint_may_be_the_parent_of_others(served: Daemon, client: Client
     assert Path(path, "f").read_text() == "two"
 
 
-# --- rollback -------------------------------------------------------------------------------------
+# --- rollback ---------------------------------------------------------------------------------
 
 
 def test_a_roll_back_shows_what_the_checkpoint_held(served: Daemon, client: Client) -> None:
@@ -183,7 +171,7 @@ def test_what_was_thrown_away_is_deleted(served: Daemon, client: Client) -> None
     assert not any(path.name == "big" for path in (served.root / "diff").rglob("*"))
 
 
-# --- refused --------------------------------------------------------------------------------------
+# --- refused ----------------------------------------------------------------------------------
 
 
 @on_unions

@@ -3,37 +3,26 @@
 import os
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from aufsd_client import Client, errors
 from tests.archives import tar
-from tests.daemon import Daemon, daemon
+from tests.daemon import Daemon
 
 pytestmark = pytest.mark.service
 
-BACKENDS = (
-    "overlay",
-    pytest.param("fuse-overlayfs", marks=pytest.mark.fuse),
-    pytest.param("btrfs", marks=pytest.mark.btrfs),
-    pytest.param("aufs", marks=pytest.mark.aufs),
-)
 
-
-@pytest.fixture(params=BACKENDS)
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+@pytest.fixture
+def served(each_backend: Daemon) -> Daemon:
     """A daemon of each backend, with `top` on `base`."""
-    name = str(request.param)
-    root = request.getfixturevalue("on_btrfs") if name == "btrfs" else tmp_path
-    with daemon(tmp_path, "--backend", name, root=root / "store") as made:
-        with made.client() as client:
-            client.create("base")
-            client.apply_diff("base", tar({"gone": b"g", "kept": b"k" * 5000}))
-            client.create("top", parent="base")
-            client.apply_diff("top", tar({"d": None, "d/f": b"x" * 70_000, ".wh.gone": b""}))
-        yield made
+    with each_backend.client() as client:
+        client.create("base")
+        client.apply_diff("base", tar({"gone": b"g", "kept": b"k" * 5000}))
+        client.create("top", parent="base")
+        client.apply_diff("top", tar({"d": None, "d/f": b"x" * 70_000, ".wh.gone": b""}))
+    return each_backend
 
 
 def write(path: str) -> None:
@@ -45,7 +34,7 @@ def row(client: Client, id: str) -> tuple[bool, float]:
     return found.sealed, found.created
 
 
-# --- seal -----------------------------------------------------------------------------------------
+# --- seal -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("id", ["base", "top"])
@@ -125,7 +114,7 @@ def test_a_sealed_layer_is_converted_and_counted_anew(served: Daemon, client: Cl
     assert row(client, "top")[0]
 
 
-# --- usage ----------------------------------------------------------------------------------------
+# --- usage ------------------------------------------------------------------------------------
 
 
 def test_usage_is_what_du_says_of_what_the_layer_changed(served: Daemon, client: Client) -> None:
@@ -150,7 +139,7 @@ def test_a_layer_that_is_mounted_is_counted_too_and_an_inode_once(client: Client
     assert client.usage("top").inodes == before.inodes + 1
 
 
-# --- read-only ------------------------------------------------------------------------------------
+# --- read-only --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("id", ["base", "top"])
@@ -190,7 +179,7 @@ def test_what_is_read_only_for_everybody_is_no_conflict(client: Client) -> None:
     assert client.get("base").references == 2
 
 
-# --- list -----------------------------------------------------------------------------------------
+# --- list -------------------------------------------------------------------------------------
 
 
 def test_list_says_when_a_layer_was_made_and_takes_a_prefix(served: Daemon, client: Client) -> None:

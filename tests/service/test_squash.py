@@ -4,7 +4,6 @@ import errno
 import os
 import random
 import stat
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,26 +11,22 @@ import pytest
 
 from aufsd_client import Client, errors
 from tests.archives import tar
-from tests.daemon import Daemon, daemon, eventually
-from tests.service.test_checkpoint import BACKENDS, UNIONS, shown
+from tests.backends import on_unions
+from tests.daemon import Daemon, eventually
+from tests.service.test_checkpoint import shown
 
 pytestmark = pytest.mark.service
-on_unions = pytest.mark.parametrize("served", UNIONS, indirect=True)
 
 
-@pytest.fixture(params=BACKENDS)
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Daemon]:
+@pytest.fixture
+def served(each_backend: Daemon) -> Daemon:
     """A daemon of each backend, with `top` on `base`."""
-    root = tmp_path / "store"
-    if request.param == "btrfs":
-        root = request.getfixturevalue("on_btrfs") / "store"
-    with daemon(tmp_path, "--backend", str(request.param), root=root) as made:
-        with made.client() as client:
-            client.create("base")
-            files = {f"{d}/{f}": f"{d}{f}".encode() for d in "abc" for f in "xyz"}
-            client.apply_diff("base", tar({"a": None, "b": None, "c": None, **files, "f": b"f"}))
-            client.create("top", parent="base")
-        yield made
+    with each_backend.client() as client:
+        client.create("base")
+        files = {f"{d}/{f}": f"{d}{f}".encode() for d in "abc" for f in "xyz"}
+        client.apply_diff("base", tar({"a": None, "b": None, "c": None, **files, "f": b"f"}))
+        client.create("top", parent="base")
+    return each_backend
 
 
 def scramble(top: Path, chosen: random.Random) -> None:
