@@ -8,7 +8,19 @@ import traceback
 from pathlib import Path
 
 from aufsd.kernel import syscalls
-from bench import archives, calls, docker, ground, mounts, peers, priority, relabel, report, store
+from bench import (
+    archives,
+    calls,
+    checkpoints,
+    docker,
+    ground,
+    mounts,
+    peers,
+    priority,
+    relabel,
+    report,
+    store,
+)
 from bench.figures import Curve
 from bench.harness import Bench, Case
 from bench.peers import Peers
@@ -16,6 +28,7 @@ from bench.peers import Peers
 CASES: tuple[Case, ...] = (
     *calls.CASES,
     *mounts.CASES,
+    *checkpoints.CASES,
     *archives.CASES,
     *store.CASES,
     *relabel.CASES,

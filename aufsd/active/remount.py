@@ -5,7 +5,9 @@ start mounts the layer again. What cannot be mounted again is tried until it can
 """
 
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -27,21 +29,43 @@ from aufsd_client.errors import AufsdError, MountFailed, UnmountBusy
 log = structlog.get_logger(__name__)
 
 
-async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
+class Unmounted(NamedTuple):
+    """What was unmounted: its entry, which stays in the table; and whether the union has ended.
+
+    No entry if it was not mounted, or no reference is left and it is gone for good. A union that
+    has not ended may live on in another mount namespace.
+    """
+
+    entry: Entry | None
+    ended: bool
+
+
+async def unmount(mounts: Mounts, id: LayerId) -> Unmounted:
     """Unmount a layer whose transition the caller holds, for `mount` to mount again.
 
-    Its entry, which stays in the table; None if it is not mounted, or no reference is left and it
-    is gone for good. Raises UnmountBusy, NoSpace: it is mounted as before.
+    Raises UnmountBusy, NoSpace: it is mounted as before.
     """
     table = mounts.table
     entry = table.entries.get(id)
     if entry is None or not entry.mounted:
-        return None
+        return Unmounted(None, entry is None)
     moving = refs.replacing(entry)
     table.enter(id, moving)
     table.record(id)
     target = mounts.store.layout.mount_point(id)
-    once = partial(performing.unmount, mounts.backend, target, entry, flush=True)
+    work = mounts.store.layout.work(id)
+    ended = False
+
+    def once() -> bool:
+        nonlocal ended
+        was = performing.unmount(mounts.backend, target, entry, flush=True)
+        # at once: the next file system that is mounted may get the number of this one
+        with suppress(OSError):
+            ended = not (helper.is_alive(work) or exclusive.may_live(work))
+        if ended:
+            exclusive.forget(work)
+        return was
+
     try:
         await in_use.unmount(
             id, target, once, mounts.thread, mounts.scans, retrying=mounts.retrying
@@ -60,8 +84,8 @@ async def unmount(mounts: Mounts, id: LayerId) -> Entry | None:
     if not entry.references:
         table.leave(id)
         table.record(id)
-        return None
-    return moving
+        return Unmounted(None, ended)
+    return Unmounted(moving, ended)
 
 
 async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId] | None) -> None:

@@ -2,6 +2,9 @@
 
 import os
 from contextlib import suppress
+from typing import Final
+
+_PLACE: Final = os.O_PATH | os.O_CLOEXEC
 
 
 class Spare:
@@ -11,7 +14,8 @@ class Spare:
         self._held: list[int] = []
         try:
             for _ in range(count):
-                self._held.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+                more = os.dup(self._held[0]) if self._held else os.open("/", _PLACE)
+                self._held.append(more)
         except OSError:
             self.release()
             raise

@@ -184,18 +184,18 @@ class DirectoryCheckpoints:
             parent = before if to is None else to
             chain = store.chain(parent) if parent is not None else ()
             await self.chains.prepare((id, *chain))
-            held = await self.disk.run(self._holds_something, id)
             with trio.CancelScope(shield=True):
-                await self._rollback(id, before, chain)
+                held = await self._rollback(id, before, chain)
         entry = self.mounts.table.entries.get(id)
         self.deletion_due.set()
         return results.RolledBack(parent or "", len(entry.references) if entry else 0, held)
 
     async def _rollback(
         self, id: LayerId, before: LayerId | None, parents: tuple[LayerId, ...]
-    ) -> None:
+    ) -> bool:
+        """Whether it held something."""
         store, dialect = self.mounts.store, self.mounts.backend.dialect
-        opaque = False
+        opaque = held = False
 
         def enter() -> None:
             nonlocal opaque
@@ -207,9 +207,14 @@ class DirectoryCheckpoints:
             store.unrecorded.discard(id)
             self.chains.filled_again(id, opaque=opaque)
 
-        prepare = partial(replacing.prepare_rollback, store, id, parents, dialect)
+        def prepare() -> Prepared:
+            nonlocal held
+            held = self._holds_something(id)
+            return replacing.prepare_rollback(store, id, parents, dialect)
+
         await self._replace(id, prepare, enter, leave)
         await self.disk.run(replacing.discard_old, store, id)
+        return held
 
     # --- what both share ----------------------------------------------------------------------
 
@@ -257,14 +262,14 @@ class DirectoryCheckpoints:
     ) -> None:
         before = self.mounts.table.entries.get(id)
         try:
-            taken = await remount.unmount(self.mounts, id)
+            taken, ended = await remount.unmount(self.mounts, id)
         except BaseException:
             await self._take_back(ready)
             self.deletion_due.set()
             raise
         entered = False
         try:
-            if before is not None:
+            if before is not None and not ended:
                 await remount.refuse_if_alive(self.mounts, id, before)
             await self.disk.run(replacing.commit, ready)
             enter()

@@ -70,6 +70,24 @@ def refuse_if_written(union: Union, scratch: str, namespace: XattrNamespace) -> 
         raise in_use(union)
 
 
+def may_live(work: str) -> bool:
+    """Whether the last writable union may live still: False is sure. Right after it was unmounted
+    True is too, but for a file system that was mounted in between and got its device number.
+    """
+    noted = _noted(work)
+    if noted is None:
+        return False
+    if noted.name:
+        return _is_union_of_aufs(noted.name, noted.inode)
+    return _may_live(noted.device)
+
+
+def forget(work: str) -> None:
+    """The last writable union is known to be gone: nobody has to ask again."""
+    with suppress(OSError):
+        os.unlink(f"{work}/union")
+
+
 def noted_device(work: str) -> int | None:
     """The device number of the writable union that was noted last; None if it was not."""
     noted = _noted(work)
