@@ -31,7 +31,7 @@ UNTRIED: Final[Mapping[str, Callable[[Layout, XattrNamespace], Backend | Verdict
     "overlay": overlay.untried,
     fuse.NAME: fuse.untried,
 }
-# between two trials, if the failure may pass
+# trials of a backend, and the pause between two, if the failure may pass
 _TRIES: Final = 3
 _PAUSE: Final = 0.1  # seconds
 
