@@ -6,7 +6,7 @@ import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,7 @@ from aufsd_client import Client
 from aufsd_client.errors import AufsdError
 from aufsd_client.wire import ConnectionLost, DaemonUnreachable
 from tests.daemon import eventually
+from tests.packaging.deb.mounting import mounted
 from tests.packaging.deb.roots import CHECKOUT, root
 
 pytestmark = [pytest.mark.service, pytest.mark.deb]
@@ -63,17 +64,6 @@ def image(storage: tuple[str, ...]) -> str:
     options = ("--isolation=chroot", "--build-arg=BASE=localhost/base", "--tag=aufsd")
     run(*buildah, "build", *options, "--file=container/Containerfile", ".")
     return "localhost/aufsd"
-
-
-@contextmanager
-def mounted(source: str, at: str, fstype: str, flags: int = 0) -> Iterator[None]:
-    """Mount something in this run's own namespace."""
-    os.makedirs(at, exist_ok=True)
-    syscalls.mount(source, at, fstype, flags)
-    try:
-        yield
-    finally:
-        syscalls.umount2(at, syscalls.MNT_DETACH)
 
 
 @pytest.fixture
