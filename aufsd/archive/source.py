@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
-from aufsd.archive import deflate, zstd
+from aufsd.archive import compressed
 from aufsd.archive.headers import BLOCK
 from aufsd.archive.meter import Meter
 from aufsd.kernel import pipes
@@ -194,11 +194,11 @@ class Source:
         """Look at the first bytes; a stream shorter than that is left to the reader."""
         self._gather(BLOCK)
         first = self._view[: min(4, self._end)].tobytes()
-        decoder: type[deflate.Members] | type[zstd.Frames]
-        if first.startswith(deflate.MAGIC):
-            decoder = deflate.Members
-        elif first == zstd.MAGIC or (len(first) == 4 and first[1:] == b"\x2a\x4d\x18"):
-            decoder = zstd.Frames
+        decoder: type[compressed.Gzip] | type[compressed.Zstd]
+        if first.startswith(compressed.GZIP):
+            decoder = compressed.Gzip
+        elif first == compressed.ZSTD or (len(first) == 4 and first[1:] == b"\x2a\x4d\x18"):
+            decoder = compressed.Zstd
         else:
             self._refuse(self._view[: min(8, self._end)].tobytes())
             return
@@ -240,7 +240,7 @@ class Source:
             return
         try:
             data = self._decoder.next()
-        except (zstd.ZstdError, deflate.GzipError) as error:
+        except compressed.Damaged as error:
             raise BadArchive(str(error), offset=self.offset) from None
         if self._tar_hash:
             self._tar_hash.update(data)

@@ -14,8 +14,7 @@ from itertools import pairwise
 from typing import Final
 
 from aufsd.archive.compact import Seen
-from aufsd.archive.directories import PATH_MAX, Directory, Marks, step
-from aufsd.archive.erase import erase
+from aufsd.archive.directories import PATH_MAX, Directory, Marks, erase, step
 from aufsd.archive.meter import shown
 from aufsd.archive.names import ROOT
 from aufsd.store import whiteouts

@@ -87,7 +87,7 @@ def open_files(daemon: Daemon) -> Counter[str]:
         # the mount thread keeps some for its next calls; the reader of the sockets has one
         kept = EVENTFDS_KEPT + 1
         found["anon_inode:[eventfd]"] = max(found["anon_inode:[eventfd]"], kept)
-        # on which a child tries itself out before its job comes (archive/warming.py)
+        # on which a child tries itself out before its job comes (archive/forkserver.py)
         return not found["/memfd:archive (deleted)"]
 
     eventually(settled)

@@ -1,17 +1,21 @@
-"""zstd streams, a bounded piece at a time.
+"""Compressed streams, taken apart a bounded piece at a time: gzip (RFC 1952) and zstd (RFC 8878).
 
-A few bytes may stand for 128 KiB, and zstandard's objects give back all that a piece of input
-stands for. So the input is cut where blocks end (RFC 8878, section 3.1.1), which also tells a
-stream that is cut short from one that is whole; zstandard reads either without a word.
+gzip goes through Intel's isa-l. Of zstd a few bytes may stand for 128 KiB, and zstandard's objects
+give back all that a piece of input stands for. So the input is cut where blocks end (section
+3.1.1), which also tells a stream that is cut short from one that is whole; zstandard reads either
+without a word.
 """
 
 from collections.abc import Callable
 from typing import Final, Protocol
 
 import zstandard
+from isal import isal_zlib
 
-MAGIC: Final = b"\x28\xb5\x2f\xfd"
-# frames to be skipped have one of sixteen magic numbers
+GZIP: Final = b"\x1f\x8b"
+_STEP: Final = 128 << 10
+# zstd; frames to be skipped have one of sixteen other numbers
+ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE: Final = b"\x2a\x4d\x18"
 # a decoder holds a window of what it made last, as large as the frame's header says: 8 MiB for most
 # levels, 128 for `zstd --ultra -22`, the most that zstd(1) takes without being asked to
@@ -19,15 +23,60 @@ _WINDOW_MAX: Final = 1 << 27
 _CHECKSUM: Final = 4
 
 
-class ZstdError(ValueError):
-    """Not a zstd stream, or one that is cut short."""
+class Damaged(ValueError):
+    """Not such a stream, or one that is cut short."""
+
+
+# --- gzip ---------------------------------------------------------------------------------------
+
+
+class Gzip:
+    """Decompresses member after member from `read(n)`, which gives n bytes, fewer at the end."""
+
+    def __init__(self, read: Callable[[int], bytes]) -> None:
+        self._read = read
+        self._object = isal_zlib.decompressobj(wbits=31)
+        self._rest = b""
+
+    def next(self) -> bytes:
+        """128 KiB at most; b"" at the end. Raises Damaged."""
+        while True:
+            if self._object.eof and not self._begin():
+                return b""
+            piece = self._rest or self._read(64 << 10)
+            try:
+                data: bytes = self._object.decompress(piece, _STEP)
+            except isal_zlib.IsalError as error:  # type: ignore[misc]  # typed as an instance
+                raise Damaged(f"the gzip stream is damaged: {error}") from None
+            self._rest = self._object.unused_data or self._object.unconsumed_tail
+            if data:
+                return data
+            if not piece:
+                raise Damaged("the gzip stream is cut short")
+
+    def _begin(self) -> bool:
+        """Whether another member follows. gzip(1) takes zeros after the last one, so do we."""
+        self._rest = self._rest.lstrip(b"\0")
+        while not self._rest:
+            more = self._read(64 << 10)
+            if not more:
+                return False
+            self._rest = more.lstrip(b"\0")
+        self._rest += self._read(2) if len(self._rest) < 2 else b""
+        if not self._rest.startswith(GZIP):
+            raise Damaged("something else follows the gzip stream")
+        self._object = isal_zlib.decompressobj(wbits=31)
+        return True
+
+
+# --- zstd ---------------------------------------------------------------------------------------
 
 
 class _Decompressor(Protocol):
     def decompress(self, data: bytes) -> bytes: ...
 
 
-class Frames:
+class Zstd:
     """Decompresses frame after frame from `read(n)`, which gives n bytes, fewer at the end."""
 
     def __init__(self, read: Callable[[int], bytes]) -> None:
@@ -36,7 +85,7 @@ class Frames:
         self._checksum = False
 
     def next(self) -> bytes:
-        """What the next block stands for, 128 KiB at most; b"" at the end. Raises ZstdError."""
+        """What the next block stands for, 128 KiB at most; b"" at the end. Raises Damaged."""
         while True:
             if self._object is None and not self._begin():
                 return b""
@@ -44,7 +93,7 @@ class Frames:
             word = int.from_bytes(head, "little")
             last, kind, size = word & 1, word >> 1 & 3, word >> 3
             if kind == 3 or size > 128 << 10:
-                raise ZstdError("a zstd block is malformed")
+                raise Damaged("a zstd block is malformed")
             # a run-length block is one byte long, whatever it stands for
             data = head + self._exactly(1 if kind == 1 else size)
             if last and self._checksum:
@@ -66,8 +115,8 @@ class Frames:
                 while size:
                     size -= len(self._exactly(min(size, 1 << 20)))
                 continue
-            if magic != MAGIC:
-                raise ZstdError("something else follows the zstd stream")
+            if magic != ZSTD:
+                raise Damaged("something else follows the zstd stream")
             descriptor = self._exactly(1)
             flags = descriptor[0]
             single = flags >> 5 & 1
@@ -76,7 +125,7 @@ class Frames:
             rest = self._exactly((not single) + dictionary + content)
             window = _size(rest[dictionary:]) if single else _window(rest[0])
             if window > _WINDOW_MAX:
-                raise ZstdError(
+                raise Damaged(
                     f"the zstd stream needs a window of {window >> 20} MiB, and no more than "
                     f"{_WINDOW_MAX >> 20} are given: compress it with less than --long=28"
                 )
@@ -93,12 +142,12 @@ class Frames:
         try:
             return self._object.decompress(data)
         except zstandard.ZstdError as error:
-            raise ZstdError(f"the zstd stream is damaged: {error}") from None
+            raise Damaged(f"the zstd stream is damaged: {error}") from None
 
     def _exactly(self, count: int) -> bytes:
         data = self._read(count)
         if len(data) < count:
-            raise ZstdError("the zstd stream is cut short")
+            raise Damaged("the zstd stream is cut short")
         return data
 
 
