@@ -1,6 +1,6 @@
-"""Opening what lies beneath a directory: through no symlink, into no other mount, never above.
+"""Opens paths beneath a directory: without symlinks, other mounts, or `..` above it.
 
-openat2(2) does it in one call (Linux 5.6). Where a kernel or a container's filter refuses that,
+openat2(2) does it in one call (Linux 5.6). If the kernel or a container's filter refuses that call,
 each component is opened by itself, and its mount is compared with that of the directory.
 """
 
@@ -17,7 +17,7 @@ _RESOLVE: Final = (
     | syscalls.RESOLVE_NO_MAGICLINKS
     | syscalls.RESOLVE_NO_XDEV
 )
-# what a filter of system calls answers where it knows none of this number
+# errors of a kernel or a filter that does not have the system call
 _UNKNOWN: Final = (errno.ENOSYS, errno.EPERM)
 # EAGAIN: somebody renamed or mounted something meanwhile, anywhere (openat2(2))
 _TRIES: Final = 100
@@ -71,7 +71,7 @@ def _has_openat2() -> bool:
 
 
 def _mount_of(fd: int) -> int:
-    """Which mount a descriptor lies on (proc_pid_fdinfo(5)); its device where /proc is not seen."""
+    """The mount id of a descriptor (proc_pid_fdinfo(5)); without a /proc, its device."""
     try:
         with open(f"/proc/self/fdinfo/{fd}", "rb") as file:
             return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))

@@ -60,10 +60,10 @@ _INO_LOOKUP_USER: Final = _ioc(3, 62, _LOOKUP.size)
 
 
 class Subvolume(NamedTuple):
-    """What BTRFS_IOC_GET_SUBVOL_INFO says.
+    """The answer of BTRFS_IOC_GET_SUBVOL_INFO.
 
-    `generation` is the transaction that changed it last, a snapshot of it included; `changed` the
-    one that changed an inode in it last, and `created` the one that made it.
+    These are transactions. `generation`: the last change, also the making of a snapshot of it.
+    `changed`: the last change of an inode in it. `created`: the one that made it.
     """
 
     id: int
@@ -74,7 +74,7 @@ class Subvolume(NamedTuple):
 
 
 class Item(NamedTuple):
-    """One item of a tree: its key, and what it holds."""
+    """One item of a tree: its key and its data."""
 
     objectid: int
     type: int
@@ -98,7 +98,7 @@ def snap_create(directory: int, name: bytes, source: int) -> None:
 
 
 def snap_destroy(directory: int, name: bytes) -> None:
-    """Remove a subvolume, whatever it holds but other subvolumes; its blocks are freed later."""
+    """Delete a subvolume, which has no subvolumes inside. Its blocks are freed later."""
     _call(directory, _SNAP_DESTROY, _VOL.pack(0, _checked(name)))
 
 
@@ -109,7 +109,7 @@ def is_read_only(subvolume: int) -> bool:
 
 
 def set_read_only(subvolume: int, read_only: bool) -> None:
-    """Set the property `ro`. Descriptors that are open for writing go on writing."""
+    """Set the property `ro`. Descriptors that are already open for writing can still write."""
     _call(subvolume, _SUBVOL_SETFLAGS, struct.pack("=Q", _SUBVOL_RDONLY if read_only else 0))
 
 
@@ -121,9 +121,10 @@ def subvol_info(subvolume: int) -> Subvolume:
 
 
 def nested(subvolume: int) -> list[tuple[int, int]]:
-    """Subvolumes right in this one: the id of each, and the inode of the directory that has it.
+    """The subvolumes directly inside this one: id, and inode of the directory.
 
-    BTRFS_IOC_GET_SUBVOL_ROOTREF (Linux 4.18); EOVERFLOW, filled all the same, if there are more.
+    BTRFS_IOC_GET_SUBVOL_ROOTREF (Linux 4.18). It fails with EOVERFLOW, but filled, if there are
+    more.
     """
     found: list[tuple[int, int]] = []
     smallest = 0
@@ -156,8 +157,8 @@ def tree_search(
 ) -> Iterator[Item]:
     """The items of the subvolume's tree with keys from `low` to `high`, in order.
 
-    With `since`, those in leaves that were written in that transaction or later: whole branches of
-    the tree that are older are not looked at. Needs CAP_SYS_ADMIN in the initial namespace.
+    `since`: only items in leaves that this or a later transaction wrote; older parts of the tree
+    are not read. Needs CAP_SYS_ADMIN in the initial user namespace.
     """
     while True:
         key = _KEY.pack(
@@ -188,16 +189,16 @@ def _next(objectid: int, kind: int, offset: int) -> tuple[int, int, int]:
 
 
 def quota_enable(path: int) -> None:
-    """Turn on quota groups for the file system; harmless if they are on. Waits for the first scan.
+    """Turn on quota groups for the file system. Harmless if they are on.
 
-    The count of every subvolume is wrong until that is done.
+    It waits for the first scan, because until then every count is wrong.
     """
     _call(path, _QUOTA_CTL, _QUOTA.pack(_QUOTA_CTL_ENABLE, 0))
     fcntl.ioctl(path, _QUOTA_RESCAN_WAIT)
 
 
 def qgroup_limit(subvolume: int, id: int, referenced: int | None) -> None:
-    """Let the subvolume `id` refer to at most so many bytes, shared ones too; None: to any."""
+    """Limit the bytes of the subvolume `id`, shared ones included; None: no limit."""
     most = _ANY if referenced is None else referenced
     _call(subvolume, _QGROUP_LIMIT, _QGROUP.pack(id, _QGROUP_LIMIT_MAX_RFER, most, 0, 0, 0))
 

@@ -1,4 +1,4 @@
-"""A mount brought back from a copy of it, in this mount namespace or in another."""
+"""Makes a mount again from a copy of it, in this mount namespace or in another."""
 
 import os
 import threading
@@ -13,9 +13,9 @@ _ROOT = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 def bring_back(device: int, target: str) -> bool:
-    """Mount the file system with this device number at `target`, from any copy; whether it is.
+    """Mount the file system with this device number at `target`, from any copy. Whether it worked.
 
-    A copy has to show all of it. Blocking: reads all of /proc.
+    The copy has to show the whole file system. Blocking: it reads all of /proc.
     """
     for pid, row in _copies(device):
         with suppress(OSError):
@@ -30,7 +30,7 @@ def bring_back(device: int, target: str) -> bool:
 
 
 def _copies(device: int) -> Iterator[tuple[int, Mount]]:
-    """One process of each mount namespace that has a copy, and where that is."""
+    """For each mount namespace with a copy: one of its processes, and the copy's mount point."""
     seen: set[str] = set()
     for name in os.listdir("/proc"):
         if not name.isdecimal():
@@ -47,9 +47,10 @@ def _copies(device: int) -> Iterator[tuple[int, Mount]]:
 
 
 def _clone(pid: int, path: str) -> int:
-    """A detached copy of a mount in the namespace of a process; its descriptor. Raises OSError.
+    """A descriptor of a detached copy of a mount in a process's namespace. Raises OSError.
 
-    open_tree(2) clones what is in the caller's own namespace alone, so a thread goes there.
+    open_tree(2) clones only mounts of the caller's own namespace, so a thread enters that
+    namespace.
     """
     found: list[int | OSError] = []
 

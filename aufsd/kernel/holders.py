@@ -1,8 +1,8 @@
-"""Who keeps a mount busy: the processes, in every mount namespace, and by what.
+"""Finds the processes that keep a mount busy, in every mount namespace, and how they use it.
 
-Only /proc and /sys are read, and no file system that a process happens to stand on is asked
-anything that could make us wait for a dead server: moby dropped its call of lsof because that hung
-hosts (eac66b67be). Everything looked at may vanish meanwhile; what is gone holds nothing.
+It reads only /proc and /sys. It asks nothing of the file systems that processes use, because one of
+them may wait for a dead server; moby stopped calling lsof because that hung hosts (eac66b67be). A
+process may end while it is looked at; then it holds nothing.
 """
 
 import os
@@ -22,26 +22,26 @@ Use = Literal["cwd", "root", "exe", "fd", "map", "mount-namespace"]
 _LINKS: Final[tuple[Use, ...]] = ("cwd", "root", "exe")
 _IN_FLIGHT: Final = re.compile(r"^scm_fds:\s*(\d+)", re.MULTILINE)
 _REGISTERED: Final = re.compile(r"^ *\d+: (?!<none>)", re.MULTILINE)
-# file systems on which to follow a link of /proc may mean to wait for a server
+# file systems where following a link of /proc may wait for a server
 _REMOTE: Final = ("nfs", "nfs4", "cifs", "smb3", "9p", "afs", "ceph", "fuse")
 
 
 @dataclass(frozen=True, slots=True)
 class _Namespace:
-    """A mount namespace: what the lowest pid in it sees mounted, and ids of copies of the union."""
+    """A mount namespace: the mounts that its lowest pid sees, and which are copies."""
 
     first: int
     mounts: Sequence[Mount]
     copies: frozenset[int]
 
     def below(self) -> tuple[str, ...]:
-        """What paths in the union begin with here."""
+        """The beginning of paths in the union, in this namespace."""
         return tuple(f"{row.mount_point}/" for row in self.mounts if row.id in self.copies)
 
 
 @dataclass(frozen=True, slots=True)
 class _Process:
-    """One that may be looked into. `task`: itself, or a thread if its first one has ended."""
+    """A process to look at. `task`: its pid, or that of a thread if its first one has ended."""
 
     pid: int
     task: int
@@ -49,9 +49,10 @@ class _Process:
 
 
 def look(target: str, *, busy: bool) -> Holders:
-    """All that is known of who keeps the mount at `target` busy.
+    """All holders of the mount at `target`.
 
-    `busy`: it was just found to be. Then, if nobody is seen to use it, who may is named: `hidden`.
+    `busy`: the mount was just found to be busy. Then, if no holder is found, the processes that may
+    hold it are named (`hidden`).
     """
     found, kernel = holders(target), in_kernel(target)
     return Holders(found or (may_hold() if busy and not kernel else []), kernel)
@@ -60,8 +61,8 @@ def look(target: str, *, busy: bool) -> Holders:
 def holders(target: str) -> list[Holder]:
     """The processes that use the mount at `target` or a copy of it, by pid; none if not mounted.
 
-    Of another mount namespace that merely has a copy, the process with the lowest pid is named.
-    What may not be looked into is left out. Raises OSError only without a /proc.
+    If another mount namespace only has a copy, its process with the lowest pid is named. Processes
+    that may not be looked at are left out. Raises OSError only without a /proc.
     """
     own_mounts = mountinfo.read()
     row = next((row for row in reversed(own_mounts) if row.mount_point == target), None)
@@ -69,9 +70,9 @@ def holders(target: str) -> list[Holder]:
 
 
 def holders_of(device: int) -> list[Holder]:
-    """As `holders`, of the union with this device number, which we need not have mounted.
+    """As `holders`, for the union with this device number.
 
-    It may be a copy in another mount namespace, or detached and open all the same.
+    It may be mounted only in another mount namespace, or be detached and still open.
     """
     return _users(mountinfo.read(), device, "/", detached=True)
 
@@ -108,8 +109,9 @@ def _users(own_mounts: Sequence[Mount], device: int, root: str, *, detached: boo
 def may_hold() -> list[Holder]:
     """The processes for which the kernel keeps descriptors that it does not show, by pid.
 
-    Sent to one of their sockets and not received (SCM_RIGHTS), or registered with io_uring. What
-    they lead to the kernel does not tell; such a one is what is left where `holders` finds nobody.
+    Such a descriptor was sent to one of their sockets and not received (SCM_RIGHTS), or is
+    registered with io_uring. The kernel does not show what it is open on. If `holders` finds
+    nobody, one of these must be the reason.
     """
     found: list[Holder] = []
     for pid in _pids():
@@ -121,9 +123,9 @@ def may_hold() -> list[Holder]:
 
 
 def in_kernel(target: str) -> list[str]:
-    """What holds the mount at `target` and is no process, in words.
+    """The holders of the mount at `target` that are no processes, in words.
 
-    A file system mounted inside, in our mount namespace; a loop device of a file in it; swap.
+    A file system mounted inside, in our mount namespace; a loop device or swap on a file in it.
     """
     below = f"{target}/"
     found = [
@@ -134,7 +136,7 @@ def in_kernel(target: str) -> list[str]:
     with suppress(OSError):
         for name in sorted(os.listdir("/sys/block")):
             with suppress(OSError):
-                # the path of a deleted file has " (deleted)" behind it
+                # the kernel appends " (deleted)" to the path of a deleted file
                 path = _read(f"/sys/block/{name}/loop/backing_file").rstrip("\n")
                 if path.startswith(below):
                     found.append(f"/dev/{name} on {path}")
@@ -151,9 +153,9 @@ def _pids() -> list[int]:
 
 
 def _tasks(pid: int) -> Iterator[int]:
-    """The process itself, then its other threads: /proc shows nothing of a first one that ended.
+    """The process, then its other threads: /proc shows nothing of a first thread that has ended.
 
-    /proc/TID is there for every thread, though it is not listed.
+    /proc/TID exists for every thread, though it is not listed.
     """
     yield pid
     with suppress(OSError):
@@ -180,7 +182,7 @@ def _uses(process: _Process, copies: Collection[int], device: int | None) -> Ite
 
 
 def _uses_detached(process: _Process, device: int) -> Iterator[Use]:
-    """By what the process uses a mount of this device that is in no mount namespace."""
+    """How the process uses a mount of this device that is in no mount namespace."""
     known = {row.id for row in process.space.mounts}
     for link in _LINKS:
         if any(_leads_to(path, device, known) for path in _links(process, link)):
@@ -207,7 +209,7 @@ def _leads_to(link: str, device: int, known: Collection[int]) -> bool:
 
 
 def _links(process: _Process, link: Use) -> Iterator[str]:
-    """Where the link of the process is, and those of threads that have another (CLONE_FS)."""
+    """The link of the process, and those of threads with another one (CLONE_FS)."""
     seen: set[str] = set()
     for task in _tasks(process.pid) if link != "exe" else (process.task,):
         with suppress(OSError):
@@ -237,7 +239,7 @@ def _link_leads_in(link: str, space: _Namespace, copies: Collection[int]) -> boo
 
 
 def _mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
-    """The row whose mount point is the longest directory above `path`; the last one covers."""
+    """The row with the longest mount point above `path`; of several, the last one."""
     best: Mount | None = None
     for row in mounts:
         above = row.mount_point.rstrip("/")
@@ -249,7 +251,7 @@ def _mount_of(path: str, mounts: Sequence[Mount]) -> Mount | None:
 
 
 def _fdinfo(task: int) -> Iterator[str]:
-    """What the kernel says of each open descriptor."""
+    """The fdinfo of each open descriptor."""
     with suppress(OSError):
         for fd in os.listdir(f"/proc/{task}/fdinfo"):
             with suppress(OSError):

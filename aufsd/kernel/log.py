@@ -1,4 +1,4 @@
-"""The kernel's own log: why it refused a mount stands nowhere else."""
+"""The kernel's log, the only place with its reason for refusing a mount."""
 
 import os
 from collections.abc import Iterator
@@ -11,16 +11,16 @@ _RECORD = 8192
 
 @dataclass(slots=True)
 class KernelLog:
-    """A reader of /dev/kmsg that never waits. It owns its descriptor for the process's life.
+    """Reads /dev/kmsg without waiting. The descriptor stays open for the process's life.
 
-    Without the right to read it (CAP_SYSLOG where dmesg is restricted, or no /dev/kmsg in a
-    container) `fd` is -1 and the log is empty.
+    If it may not be read (no CAP_SYSLOG with a restricted dmesg, or no /dev/kmsg in a container),
+    `fd` is -1 and the log is empty.
     """
 
     fd: int
 
     def mark(self) -> None:
-        """Forget everything up to now."""
+        """Skip all lines up to now."""
         if self.fd >= 0:
             os.lseek(self.fd, 0, os.SEEK_END)
 

@@ -1,7 +1,7 @@
-"""What is mounted: a pure parser of /proc/PID/mountinfo (proc(5)), and the cheap questions.
+"""Reads the mount table: a parser of /proc/PID/mountinfo (proc(5)), and cheap questions.
 
-Reading mountinfo costs what the whole host has mounted, so it is for start-up, `cleanup`, `check`
-and error paths. Whether one path is a mount point is asked of that path.
+To read mountinfo takes time for every mount of the host. So it is read at start, by `cleanup` and
+`check`, and after errors. Whether one path is a mount point is asked with statx(2).
 """
 
 import os
@@ -34,7 +34,7 @@ class Mount:
 
 
 def parse(text: bytes) -> Iterator[Mount]:
-    """The rows of a mountinfo file, in its order. ValueError for a line that is not one."""
+    """The rows of a mountinfo file, in its order. Raises ValueError for any other line."""
     # not splitlines(): a carriage return in a name is not escaped
     for line in text.removesuffix(b"\n").split(b"\n") if text else ():
         # "36 35 98:0 /mnt1 /mnt2 rw,noatime shared:1 - ext3 /dev/root rw": any number of tags
@@ -65,11 +65,11 @@ def unescape(field: bytes) -> str:
 
 
 def read(pid: int | str = "self") -> list[Mount]:
-    """The mounts that this process sees, now.
+    """The mounts that this process sees now.
 
-    One read(2) gives about a page of it, and a mount or unmount between two reads can make older
-    kernels skip a row that never changed (moby ae431b10a9). poll(2) tells that the table changed
-    since it was opened: then it is read again, a few times.
+    One read(2) returns about a page. After a mount or unmount between two reads, older kernels can
+    skip a row that did not change (moby ae431b10a9). poll(2) shows such a change; then the table is
+    read again, a few times.
     """
     for _ in range(_TRIES):
         with open(f"/proc/{pid}/mountinfo", "rb", buffering=0) as file:
@@ -97,11 +97,11 @@ def is_mount_point(path: str) -> bool:
 
 
 class Identity(NamedTuple):
-    """Which mount it is. `unique` is never given to another one; 0 where the kernel has none.
+    """Identifies a mount. `unique` is never used again; it is 0 if the kernel has no such id.
 
-    `id` is the first column of mountinfo. It comes again, so that without `unique` the device and
-    the inode of the mount's root count too; the inode is 0 where a process serves it and may change
-    what it says.
+    `id` is the first column of mountinfo, which the kernel uses again. So without `unique` the
+    device and the inode of the mount's root are compared too. The inode is 0 if a process serves
+    the mount, because the process may change it.
     """
 
     unique: int
@@ -110,7 +110,7 @@ class Identity(NamedTuple):
     inode: int
 
     def is_same(self, other: "Identity") -> bool:
-        """Whether both are of one mount; for certain where the kernel has unique ids."""
+        """Whether both identify the same mount; certain if the kernel has unique ids."""
         if self.unique or other.unique:
             return self.unique == other.unique
         by_inode = bool(self.inode and other.inode)
@@ -118,7 +118,7 @@ class Identity(NamedTuple):
 
 
 def identify(path: str, *, served: bool = False) -> Identity | None:
-    """The mount whose root is seen at `path`; None if none is. `served`: by a process (FUSE).
+    """The uppermost mount at `path`; None if there is none. `served`: by a process (FUSE).
 
     Does not block.
     """
@@ -134,8 +134,8 @@ def identify(path: str, *, served: bool = False) -> Identity | None:
 class Changes:
     """Tells whether the mount table of this process has changed. Owns a descriptor until `close`.
 
-    poll(2) of mountinfo says so once for each time that something was mounted, unmounted or moved
-    (proc_pid_mountinfo(5)), before the call that did it returns: to ask costs a fifth of an lstat.
+    poll(2) of mountinfo reports each mount, unmount and move once (proc_pid_mountinfo(5)), before
+    the call that did it returns. To ask takes a fifth of the time of an lstat(2).
     """
 
     def __init__(self) -> None:
@@ -144,9 +144,9 @@ class Changes:
         self._poll.register(self._fd, select.POLLPRI)
 
     def any(self) -> bool:
-        """Whether it has changed since this was asked last, or since it was made."""
+        """Whether the table has changed since the last call, or since this object was made."""
         return bool(self._poll.poll(0))
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Close the descriptor."""
         os.close(self._fd)

@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection, and what it sees."""
+"""The process at the other end of a connection, and the mounts that it sees."""
 
 import errno
 import os
@@ -17,15 +17,15 @@ _SO_PEERPIDFD: Final = 77
 # can have (NGROUPS_MAX of <linux/limits.h>)
 _FEW_GROUPS: Final = 1024
 _ALL_GROUPS: Final = 4 * 65536
-# of what a peer was found to see, so much is remembered
+# paths that are remembered for one peer
 _REMEMBERED: Final = 256
 
 
 @dataclass(slots=True)
 class View:
-    """What a process sees of our mounts, as far as was found out; kept as long as a connection.
+    """What is known of the mounts that a process sees, for the life of its connection.
 
-    A process that leaves our mount namespace meanwhile is noticed when that is asked anew.
+    If the process leaves our mount namespace, `is_near(anew=True)` notices.
     """
 
     pid: int
@@ -34,7 +34,7 @@ class View:
     _seen: set[Hashable] = field(default_factory=set)
 
     def is_near(self, *, anew: bool = False) -> bool:
-        """Whether it is in our mount namespace, also if that cannot be told. Does not block."""
+        """Whether it is in our mount namespace; true if not known. Does not block."""
         if self._near is None or anew:
             near = sight.in_our_namespace(self.pid)
             if near is None or not self._is_there():
@@ -43,21 +43,21 @@ class View:
         return self._near
 
     def has_seen(self, what: Hashable) -> bool:
-        """Whether it sees this: known without a look. Does not block."""
+        """Whether `remember` was called for this. Does not block."""
         return self._near or self.is_near() or what in self._seen
 
     def sees(self, path: str) -> bool:
-        """Whether it sees at `path` what we do, also if that cannot be told. May block."""
+        """Whether it sees the same at `path` as we do; true if not known. May block."""
         return sight.sees(self.pid, path) is not False or not self._is_there()
 
     def remember(self, what: Hashable) -> None:
-        """It was found to see this."""
+        """Remember that the process sees this."""
         if len(self._seen) >= _REMEMBERED:
             self._seen.clear()
         self._seen.add(what)
 
     def _is_there(self) -> bool:
-        """Whether the pid is this process's still, and not another one's."""
+        """Whether the pid still belongs to this process."""
         try:
             return bool(self.start) and process(self.pid)[1] == self.start
         except OSError:
@@ -84,10 +84,10 @@ class Peer:
 
 
 def identify(sock: socket.socket, pid: int, uid: int, gid: int) -> Peer:
-    """The peer, with what /proc says of it. Reading /proc does not block.
+    """The peer, with its name and start time from /proc. Does not block.
 
-    Its pid may be another process's by now. Where the kernel gives a descriptor of the process that
-    connected, what was read counts only if that still lives.
+    Another process may have its pid by now. If the kernel has a pidfd of the process that
+    connected, the data of /proc counts only if that process still lives.
     """
     try:
         pidfd = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
@@ -104,7 +104,7 @@ def identify(sock: socket.socket, pid: int, uid: int, gid: int) -> Peer:
 
 
 def groups(sock: socket.socket) -> tuple[int, ...]:
-    """The supplementary groups of the peer when it connected; none where the kernel has no say."""
+    """The supplementary groups of the peer when it connected; none on an old kernel."""
     try:
         try:
             found = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _FEW_GROUPS)

@@ -1,7 +1,7 @@
 """What this host can do, found by trying it.
 
-Facts of the kernel and of one directory's file system; what a union file system can do with them is
-tried by its own module in `union/`. Nothing is cached: a module may be loaded any time.
+These are facts about the kernel and one directory's file system. Each backend in `union/` tries
+itself what it can do with them. Nothing is cached, because a module may be loaded at any time.
 """
 
 import errno
@@ -30,7 +30,7 @@ _MAGIC_NAMES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """The kernel that we run on, and what we are on it."""
+    """The kernel, and the rights of this process."""
 
     kernel: str
     root: bool
@@ -44,8 +44,8 @@ class Host:
 class Ground:
     """What one directory's file system offers to a store.
 
-    `xattrs` is the namespace that a union's own xattrs can live in, "" if neither. `kind` is the
-    name that Docker shows as Backing Filesystem.
+    `xattrs` is the namespace for a union's own xattrs, "" if neither works. `kind` is the name that
+    Docker shows as Backing Filesystem.
     """
 
     path: str
@@ -57,7 +57,7 @@ class Ground:
 
 
 def host() -> Host:
-    """What the kernel says of itself."""
+    """Facts about the kernel."""
     return Host(
         kernel=os.uname().release,
         root=os.geteuid() == 0,
@@ -90,7 +90,7 @@ def ground(path: str) -> Ground:
         magic=magic,
         kind=_kind(magic),
         xattrs=xattrs,
-        # the name is gone: only an entry that came with its type can still know it
+        # the file is deleted, so its type can only come from the directory entry
         d_type=made.is_file(follow_symlinks=False),
         whiteout_devices=_takes_whiteouts(name),
     )
@@ -106,7 +106,7 @@ def _kind(magic: int) -> str:
 
 
 def filesystems() -> frozenset[str]:
-    """The types in /proc/filesystems. Whole words: a name may be part of another."""
+    """The types in /proc/filesystems."""
     with open("/proc/filesystems", encoding="ascii") as file:
         return frozenset(line.split("\t")[1].strip() for line in file if "\t" in line)
 
@@ -130,7 +130,7 @@ def missing_filesystem(name: str) -> Missing | None:
 
 
 def in_user_namespace() -> bool:
-    """Whether our root is not the host's: the map of the initial namespace is the identity."""
+    """Whether this is a user namespace other than the initial one, whose map is the identity."""
     with open("/proc/self/uid_map", encoding="ascii") as file:
         return file.read().split() != ["0", "0", "4294967295"]
 
@@ -148,7 +148,7 @@ def has_selinux() -> bool:
 
 
 def load_module(name: str) -> str:
-    """Have modprobe(8) load a module; "" or why it did not, in words.
+    """Load a module by modprobe(8). "", or why it failed.
 
     Raises OSError if the program is there and could not be run: the host may lack memory or time.
     """

@@ -1,4 +1,4 @@
-"""The client for whoever awaits; trio.py and asyncio.py say how. Standard library only."""
+"""The asynchronous client, for Trio (trio.py) and asyncio (asyncio.py). Standard library only."""
 
 import os
 import socket
@@ -27,36 +27,36 @@ from aufsd_client.wire import (
 
 T = TypeVar("T")
 
-# idle connections that are kept for the next call; one that is in use has one call
+# idle connections that are kept for the next calls
 _KEPT = 8
 _CONNECT_PAUSE = 0.01  # seconds
 
 
 class Waits(Protocol):
-    """How one waits in a framework."""
+    """How to wait in an asynchronous framework."""
 
     async def readable(self, sock: socket.socket) -> None:
-        """Until there is something to be read."""
+        """Wait until the socket can be read."""
 
     async def writable(self, sock: socket.socket) -> None:
-        """Until there is room to write."""
+        """Wait until the socket can be written."""
 
     async def sleep(self, seconds: float) -> None:
-        """For a while."""
+        """Wait for some seconds."""
 
     async def finish(self, act: Callable[[], Awaitable[Any]]) -> None:
-        """Await to the end, also if who waits is cancelled."""
+        """Await `act` to its end, even if the caller is cancelled."""
 
     def closed(self) -> Exception:
-        """What is raised by a client that is closed."""
+        """The exception of a closed client."""
 
 
 class Client(Methods):
     """A client of the daemon on the socket at `path`; for any number of tasks.
 
-    A call that is cancelled drops its connection: a running `diff` or `apply_diff` is then
-    cancelled in the daemon, any other call it carries out. The errors are those of the blocking
-    client. No call is ever repeated. Use it in an `async with` block, or close it.
+    A cancelled call closes its connection. Then the daemon cancels a running `diff` or
+    `apply_diff`, and carries out any other call. The errors are those of the blocking client. No
+    call is repeated. Use it in an `async with` block, or close it.
     """
 
     def __init__(self, path: str | os.PathLike[str], waits: Waits) -> None:
@@ -67,7 +67,7 @@ class Client(Methods):
         self._closed = False
 
     def close(self) -> None:
-        """Close the connections that are idle; those in use close after their call."""
+        """Close the idle connections. A connection in use closes after its call."""
         self._closed = True
         while self._idle:
             self._idle.pop().close()
@@ -137,7 +137,7 @@ class Client(Methods):
     async def mounted(
         self, id: str, mount_label: str = "", *, hold: Hold = "manual"
     ) -> AsyncIterator[str]:
-        """`get` before the block and `put` after it, also if it is cancelled; the layer's path."""
+        """`get` before the block, `put` after it, even if cancelled. Gives the layer's path."""
         path = (await self.get(id, mount_label=mount_label, hold=hold)).path
         try:
             yield path
@@ -200,7 +200,7 @@ class Client(Methods):
         try:
             reply = match(await link.exchange(encode_request(id, method, params), fd), id)
         except BaseException:
-            # an answer that comes later must not be taken for another call's
+            # a late answer must not be taken for that of another call
             link.close()
             raise
         if self._closed or len(self._idle) >= _KEPT:
@@ -236,7 +236,7 @@ async def _connect(path: str, waits: Waits) -> "_Link":
                 try:
                     sock.connect(short)
                 except BlockingIOError:
-                    # many wait to be let in; connect(2) does not queue who does not block
+                    # the backlog is full; a non-blocking connect(2) does not wait for room
                     await waits.sleep(_CONNECT_PAUSE)
                 else:
                     return _Link(sock, waits)
@@ -260,7 +260,7 @@ class _Link:
         self._sock.close()
 
     def usable(self) -> bool:
-        """Whether an idle connection still stands: the daemon may have ended meanwhile."""
+        """Whether an idle connection is still open: the daemon may have ended."""
         try:
             self._sock.recv(1, socket.MSG_PEEK)
         except BlockingIOError:
@@ -271,7 +271,7 @@ class _Link:
 
     async def exchange(self, frame: bytes, fd: int | None) -> Reply:
         """Send a call and wait for its answer. Raises ConnectionLost."""
-        # what the daemon said before it closed tells more than the broken pipe
+        # the daemon's last answer says more than the broken pipe
         with suppress(BrokenPipeError, ConnectionResetError):
             await self._send(memoryview(frame), fd)
         return await self._receive()

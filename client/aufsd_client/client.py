@@ -17,17 +17,17 @@ from aufsd_client.wire import DEFAULT_SOCKET, encode_request, match
 
 T = TypeVar("T")
 
-# idle connections that are kept for the next call; one that is in use has one call
+# idle connections that are kept for the next calls
 _KEPT = 8
 
 
 class Client(Methods):
     """A client of the daemon on the socket at `path`; for any number of threads.
 
-    `timeout` (seconds) is for each call, and for connecting; TimeoutError then, and whether the
-    daemon carries the call out is not known. Any other error of the API is one of the classes of
-    `aufsd_client.errors`; DaemonUnreachable and ConnectionLost are of the connection. No call is
-    ever repeated. Use it in a `with` block, or close it.
+    `timeout` is in seconds, for each call, with connecting. After a TimeoutError it is not known
+    whether the daemon carries the call out. Errors of the API are the classes in
+    `aufsd_client.errors`; DaemonUnreachable and ConnectionLost are errors of the connection. No
+    call is repeated. Use it in a `with` block, or close it.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Client(Methods):
         self._closed = False
 
     def close(self) -> None:
-        """Close the connections that are idle; those in use close after their call."""
+        """Close the idle connections. A connection in use closes after its call."""
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
@@ -110,7 +110,7 @@ class Client(Methods):
 
     @contextmanager
     def mounted(self, id: str, mount_label: str = "", *, hold: Hold = "manual") -> Iterator[str]:
-        """`get` before the block and `put` after it; the layer's path in it."""
+        """`get` before the block and `put` after it. Gives the layer's path."""
         path = self.get(id, mount_label=mount_label, hold=hold).path
         try:
             yield path
@@ -173,7 +173,7 @@ class Client(Methods):
         try:
             reply = match(link.exchange(encode_request(id, method, params), fd, deadline), id)
         except BaseException:
-            # an answer that comes later must not be taken for another call's
+            # a late answer must not be taken for that of another call
             link.close()
             raise
         self._give_back(link)
@@ -191,8 +191,8 @@ class Client(Methods):
             if self._closed:
                 raise ValueError("the client is closed")
             if self._pid != os.getpid():
-                # after a fork these are the parent's: the daemon would take us for it, and two
-                # processes would read each other's answers
+                # After a fork these belong to the parent. The daemon would take this process for
+                # the parent, and the two would read each other's answers.
                 self._pid, forked, self._idle = os.getpid(), self._idle, []
                 for link in forked:
                     link.close()

@@ -34,7 +34,7 @@ def ask(
     fd: int | None = None,
     timeout: float | None = None,
 ) -> dict[str, object]:
-    """One call over a connection of its own, its result as it came."""
+    """One call over a new connection. Its result, not parsed."""
     deadline = deadline_after(timeout)
     link = Link(path, deadline)
     id = f"{os.getpid()}:{method}"
@@ -48,7 +48,7 @@ def ask(
 
 
 def deadline_after(timeout: float | None) -> float | None:
-    """When a call that begins now is late (time.monotonic), None for never. ValueError for NaN."""
+    """The deadline (time.monotonic) of a call that begins now; None: none. ValueError for NaN."""
     if timeout is None or timeout == math.inf:
         return None
     if math.isnan(timeout):
@@ -78,7 +78,7 @@ class Link:
                 with _in_time(self._sock, deadline):
                     self._sock.connect(path)
             except BlockingIOError:
-                # many wait to be let in, and with a timeout connect(2) does not wait its turn
+                # the backlog is full; with a timeout connect(2) does not wait for room
                 time.sleep(_CONNECT_PAUSE)
             else:
                 return
@@ -87,14 +87,14 @@ class Link:
         self._sock.close()
 
     def usable(self) -> bool:
-        """Whether an idle connection still stands: the daemon may have ended meanwhile."""
+        """Whether an idle connection is still open: the daemon may have ended."""
         poll = select.poll()
         poll.register(self._sock, select.POLLIN)
         return not poll.poll(0)
 
     def exchange(self, frame: bytes, fd: int | None, deadline: float | None) -> Reply:
         """Send a call and wait for its answer. Raises ConnectionLost, TimeoutError."""
-        # what the daemon said before it closed tells more than the broken pipe
+        # the daemon's last answer says more than the broken pipe
         with suppress(BrokenPipeError, ConnectionResetError):
             self._send(memoryview(frame), fd, deadline)
         return self._receive(deadline)

@@ -1,8 +1,8 @@
-"""Images put into a store: a layer for each of the image's, and only those that are not there.
+"""Loads images into a store: makes the layers of the image that are not there yet.
 
-A layer's id is made from its chain (`images.chain_ids`), so images share what they have in common,
-and an image that is there is found again. What commits a layer is its seal: one that is not sealed
-was cut off, and is made anew. One load at a time works on a daemon. Standard library only.
+A layer's id is made from its chain (`images.chain_ids`). So images share layers, and an image that
+was loaded is found again. The seal of a layer is its commit: a layer without a seal is left of an
+interrupted load, and is made again. A daemon has one load at a time. Standard library only.
 """
 
 import fcntl
@@ -113,7 +113,7 @@ def _refuse_name(client: Client, name: str, top: str) -> None:
 
 
 def _is_there(client: Client, id: str, below: Sequence[str]) -> bool:
-    """Whether a layer was loaded already; what a load that was cut off left is taken away."""
+    """Whether a layer was loaded already. One of an interrupted load is removed."""
     try:
         metadata = client.get_metadata(id).metadata
     except LayerNotFound:
@@ -163,10 +163,10 @@ def _take_back(client: Client, made: Sequence[str]) -> None:
 
 @contextmanager
 def _one_at_a_time(client: Client) -> Iterator[None]:
-    """Wait until no other load works on this daemon; one that is killed is out by that.
+    """Wait until no other load runs on this daemon. A killed load releases its lock.
 
-    The lock is on the directory of the daemon's socket. Who may not read that has none: then what
-    two loads of one image make at the same time is refused as taken.
+    The lock is on the directory of the daemon's socket. If that may not be read, there is no lock,
+    and of two loads of one image one fails with LayerExists.
     """
     try:
         fd = os.open(os.path.dirname(client.path) or ".", os.O_RDONLY | os.O_DIRECTORY)
@@ -188,7 +188,7 @@ class _Descriptor:
         return self.fd
 
 
-# --- a root file system ---------------------------------------------------------------------------
+# --- a root file system -----------------------------------------------------------------------
 
 
 def _rootfs(path: str) -> Image:
