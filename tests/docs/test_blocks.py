@@ -31,7 +31,13 @@ JOURNAL = "journalctl -u aufsd -p warning"
 MONITORING = "check_aufsd  "
 IMAGES = "layer=$(aufsctl load image.tar)"
 SESSION = "$ top=$(aufsctl load image.tar)"
-RUN = (*TOUR, JOURNAL, MONITORING, IMAGES, SESSION)
+CHECKPOINTS = (
+    "root=$(aufsctl get agent)",
+    "import subprocess",
+    "from pathlib",
+    "aufsctl put coder",
+)
+RUN = (*TOUR, JOURNAL, MONITORING, IMAGES, SESSION, *CHECKPOINTS)
 
 
 @pytest.mark.parametrize("block", shell_blocks(), ids=str)
@@ -216,3 +222,45 @@ def test_the_recipe_for_images(served: Daemon, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "sha256-" in done.stdout
+
+
+@pytest.mark.service
+def test_the_recipe_for_checkpoints(served: Daemon, client: Client) -> None:
+    programs = Path(sys.executable).parent
+    environment = {
+        **os.environ,
+        "AUFSD_SOCKET": served.socket,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+    }
+
+    def run(first: str) -> str:
+        block = block_with(first)
+        command = ["bash", "-ec", block.commands]
+        if block.language == "python":
+            text = block.text.replace("Client()", f"Client({served.socket!r})")
+            command = [sys.executable, "-c", text]
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, cwd="/"
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    client.create("base")
+    for id in ("agent", "coder", "search"):
+        client.create(id, parent="base")
+    by_hand, loop, tree, long = CHECKPOINTS
+    said = run(by_hand)
+    assert "A /notes" in said
+    assert "a good idea" in said
+    assert [row.id for row in client.log("agent")] == [
+        *("agent", "agent.2", "agent.good", "agent.1", "base"),
+    ]
+    said = run(loop)
+    assert "undone: rm result; false" in said
+    assert said.count("kept: ") == 2
+    with client.mounted("coder") as path:
+        assert Path(path, "result").read_text() == "one\ntwo\n"
+    assert run(tree) == "found abba\n"
+    client.get("coder")
+    run(long)
+    assert [row.id for row in client.log("coder")] == ["coder", "base"]
