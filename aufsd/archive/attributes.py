@@ -1,4 +1,4 @@
-"""Owners and xattrs between a layer's files and its archive: what is mapped, what may travel."""
+"""Maps owners between a layer's files and its archive, and says which xattrs an archive has."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from aufsd.store.idmap import to_container, to_host
 from aufsd_client.errors import BadArchive, LayerDamaged
 
 CAPABILITY: Final = b"security.capability"
-# every file system keeps times from 1970 till then, in nanoseconds, as they are given
+# every file system keeps times from 1970 until then, with nanoseconds
 KEPT_UNTIL: Final = (1 << 31) * 1_000_000_000
 # XATTR_LIST_MAX is 64 KiB of names; some room for what the system and aufsd set
 _LISTED_MAX: Final = 60 << 10
@@ -48,7 +48,7 @@ _ACL_TEXT: Final = re.compile(
 
 
 class Owners:
-    """Ids of one direction, looked up once each: then they are `known`."""
+    """Maps ids in one direction. Each is looked up once, and then `known`."""
 
     __slots__ = ("_settings", "_to", "known")
 

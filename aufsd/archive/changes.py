@@ -1,4 +1,4 @@
-"""The list of changes between two merged views, a page at a time."""
+"""Lists the changes between two merged views, one page at a time."""
 
 import base64
 import binascii
@@ -12,18 +12,17 @@ from aufsd.results import Change, Changes
 from aufsd.store.walk import Way
 from aufsd_client.errors import InvalidParams
 
-# bytes of paths: what the daemon takes apart and puts together again in its event loop
+# bytes of paths of one page, which the daemon decodes and encodes in its event loop
 _PAGE: Final = 4 << 20
 
 
 def changes(
     now: list[Place], then: list[Place], settings: Settings, *, after: str, limit: int
 ) -> Changes:
-    """One page: `limit` changes, or fewer that come to four megabytes of paths.
+    """One page: `limit` changes, or fewer with four megabytes of paths.
 
-    `after` is the `next` of the page before: its last path in base64.
-
-    Raises InvalidParams for an `after` that no page gave.
+    `after` is the `next` of the last page, which is its last path in base64. Raises InvalidParams
+    for any other `after`.
     """
     try:
         cursor = base64.b64decode(after, validate=True)
@@ -37,7 +36,7 @@ def changes(
         if isinstance(event, compare.Leave):
             page.leave()
         else:
-            # a directory on the way to the cursor was told on an earlier page, if at all
+            # a directory above the cursor was listed on an earlier page, if at all
             page.take(event.kind, event.way, below=event.below, told=event.passed)
         if page.is_decided():
             break

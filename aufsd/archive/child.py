@@ -1,6 +1,6 @@
-"""One archive job, in a process of its own: from the request on its socket to the result.
+"""The child process of one archive job: from the request on its socket to the result.
 
-The parent is the fork server. Descriptors come with the request; which, says requests.py.
+Its parent is the fork server. requests.py says which descriptors come with a request.
 """
 
 import array
@@ -64,14 +64,14 @@ def run(channel: socket.socket) -> NoReturn:
         _send(channel, *last, reply)
         status = 0
     except Exception:
-        # nobody is left to be told; the daemon's standard error is the log
+        # the socket is closed; the daemon's standard error is the log
         traceback.print_exc()
     finally:
         os._exit(status)
 
 
 def _introduce(channel: socket.socket) -> None:
-    """Give the daemon a pidfd, so that it can kill this process and no other."""
+    """Send the daemon a pidfd, by which it can kill this process and no other."""
     pidfd = os.pidfd_open(os.getpid())
     line = requests.encode(requests.Started()) + b"\n"
     channel.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [pidfd]))])
@@ -108,7 +108,7 @@ def _reply(
             long = "the chain is too long for the descriptors of a process"
             return requests.Failed(LimitExceeded(long).to_wire())
         answer = errnos.answer(error)
-        # only where there is an archive it can be a bad one
+        # BadArchive only for a job that reads an archive
         if answer is None or (
             isinstance(answer, BadArchive) and not isinstance(request.work, requests.Apply)
         ):

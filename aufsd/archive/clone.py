@@ -1,7 +1,7 @@
-"""A layer's content once more, in staging, for an archive to be merged into.
+"""Copies a layer's content into staging, for an archive to be merged into it.
 
-Regular files are hard links of the live layer's: whoever writes to the copy replaces files and
-never changes one. All else is made anew.
+Regular files become hard links of the layer's files. That is safe, because unpacking replaces files
+and never changes one. Everything else is copied.
 """
 
 import errno
@@ -22,8 +22,9 @@ _CHUNK: Final = 1 << 24
 def clone(source: str, staging: str, namespace: str) -> None:
     """Copy what the directory `source` holds into the empty `staging`; both are on one mount.
 
-    Owners, modes, times and xattrs too, the root's marks included. Aufs housekeeping is left out.
-    If a conversion of the source was cut off, the copy is brought back into its dialect.
+    With owners, modes, times and xattrs, also the marks of the root. aufs's own files are left out.
+    If a conversion of the source was interrupted, the copy is converted back to the source's
+    dialect.
     """
     from_fd = os.open(source, DIRECTORY)
     to_fd = os.open(staging, DIRECTORY)
@@ -57,7 +58,7 @@ def _copy_tree(original: Descent, copy: Descent) -> None:
 
 
 def _copy_here(original: Descent, target: int) -> None:
-    """Copy what a directory holds but the directories in it, which come later."""
+    """Copy the entries of a directory, except directories, which come later."""
     top = not original.depth
     os.fchdir(original.fd)
     with os.scandir(b".") as entries:
@@ -71,7 +72,7 @@ def _copy_here(original: Descent, target: int) -> None:
             try:
                 os.link(name, name, dst_dir_fd=target, follow_symlinks=False)
             except OSError as error:
-                # the file has as many links as it may have
+                # the file has the maximum number of links
                 if error.errno != errno.EMLINK:
                     raise
                 _copy_file(name, target)

@@ -1,7 +1,7 @@
-"""Rows in their order, and names that were met, for a million of them.
+"""Sorted rows, and sets of names, for a million of them.
 
-They are kept as bytes, one behind the other: each takes little more than its length, where a list
-or a set of them would take three to ten times as much.
+They are kept as bytes, one after the other. So each takes little more than its length. A list or a
+set would take three to ten times as much.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,8 @@
-"""What differs between the merged views of two chains, from the branches alone.
+"""Compares the merged views of two chains by reading the branches, without a mount.
 
-Only names that occur in a branch which one side has and the other has not can differ. So these are
-listed, and looked up in the rest: the cost follows the layers that differ, not what they stand on.
+A name can differ only if it occurs in a branch that only one of the two chains has. So the names of
+these branches are listed, and looked up in the other branches. The time depends on the size of the
+layers that differ, and not on that of their common parents.
 """
 
 import errno
@@ -34,7 +35,7 @@ Kind: TypeAlias = Literal["add", "modify", "delete", "same"]
 
 
 class Event(NamedTuple):
-    """A name that differs, or ("same") a directory in which something may.
+    """A name that differs, or ("same") a directory in which a name may differ.
 
     `now` is what the first chain has there; `fd` its topmost directory, if it is one. With `below`
     the events of what it holds follow, up to a `Leave`. `passed`: it leads to where the list is to
@@ -50,7 +51,7 @@ class Event(NamedTuple):
 
 
 class Leave(NamedTuple):
-    """The end of what a directory holds."""
+    """The end of the events of a directory."""
 
 
 class _Frame(NamedTuple):
@@ -186,7 +187,7 @@ def _ids(places: Sequence[Place]) -> list[str]:
     return [place.layer.id for place in places]
 
 
-# --- one name -----------------------------------------------------------------------------------
+# --- one name ---------------------------------------------------------------------------------
 
 
 def _kind(name: bytes, now: Found | None, then: Found | None, settings: Settings) -> Kind:
@@ -275,7 +276,7 @@ def _same_content(name: bytes, now: Found, then: Found) -> bool:
         os.close(other)
 
 
-# --- as a tar, as a size ------------------------------------------------------------------------
+# --- as a tar, as a size ----------------------------------------------------------------------
 
 
 def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings) -> None:

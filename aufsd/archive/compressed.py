@@ -1,9 +1,8 @@
-"""Compressed streams, taken apart a bounded piece at a time: gzip (RFC 1952) and zstd (RFC 8878).
+"""Decompresses gzip (RFC 1952) and zstd (RFC 8878), a bounded piece at a time.
 
-gzip goes through Intel's isa-l. Of zstd a few bytes may stand for 128 KiB, and zstandard's objects
-give back all that a piece of input stands for. So the input is cut where blocks end (section
-3.1.1), which also tells a stream that is cut short from one that is whole; zstandard reads either
-without a word.
+gzip is decompressed by Intel's isa-l. In zstd a few bytes may stand for 128 KiB, and zstandard
+returns all output of a piece of input at once. So the input is cut at the ends of blocks (section
+3.1.1). This also finds a stream that ends too early, which zstandard does not report.
 """
 
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from isal import isal_zlib
 
 GZIP: Final = b"\x1f\x8b"
 _STEP: Final = 128 << 10
-# zstd; frames to be skipped have one of sixteen other numbers
+# zstd; skippable frames have one of sixteen other magic numbers
 ZSTD: Final = b"\x28\xb5\x2f\xfd"
 _SKIPPABLE: Final = b"\x2a\x4d\x18"
 # a decoder holds a window of what it made last, as large as the frame's header says: 8 MiB for most
@@ -24,10 +23,10 @@ _CHECKSUM: Final = 4
 
 
 class Damaged(ValueError):
-    """Not such a stream, or one that is cut short."""
+    """The stream is damaged, or ends too early."""
 
 
-# --- gzip ---------------------------------------------------------------------------------------
+# --- gzip -------------------------------------------------------------------------------------
 
 
 class Gzip:
@@ -69,7 +68,7 @@ class Gzip:
         return True
 
 
-# --- zstd ---------------------------------------------------------------------------------------
+# --- zstd -------------------------------------------------------------------------------------
 
 
 class _Decompressor(Protocol):

@@ -1,7 +1,7 @@
-"""What a child that handles strangers' archives is left with: one directory, and no privileges.
+"""Confines a child that handles archives of strangers to one directory, without privileges.
 
-`prepare` does once, in the fork server, what every child inherits; `isolate`, `enter` and `drop`
-the rest, in a child.
+`prepare` runs once in the fork server, and every child inherits its effect. `isolate`, `enter` and
+`drop` run in each child.
 """
 
 import errno
@@ -31,8 +31,8 @@ TRUSTED_XATTRS: Final = frozenset({sc.CAP_SYS_ADMIN})
 LABELLING: Final = frozenset({sc.CAP_DAC_OVERRIDE, sc.CAP_FOWNER, sc.CAP_SYS_ADMIN})
 # of `enter` itself: chroot(2), mount_setattr(2)
 _ENTERING: Final = frozenset({sc.CAP_SYS_CHROOT, sc.CAP_SYS_ADMIN})
-# Every archive child makes these calls and no other: a child that writes overlayfs's marks keeps
-# CAP_SYS_ADMIN, with which it could mount something, and reach the host's disks from there
+# An archive child may make only these calls. A child that writes overlayfs's marks has
+# CAP_SYS_ADMIN, with which it could otherwise mount something, and reach the host's disks.
 _CALLS: Final = seccomp.compiled(seccomp.NUMBERS) if seccomp.is_known() else None
 _HELD: Final = WRITING | READING | TRUSTED_XATTRS
 

@@ -1,7 +1,7 @@
-"""Directories of the layer that is being written, and the ways between them.
+"""The directories of the layer that is being written, and how to get from one to another.
 
-They hang together by their names: no path is kept, and none has to be shorter than a system call
-takes. The layer is the root of the process, and nobody else moves what lies in it.
+Directories are kept as a tree of names. No path is kept, so a path may be longer than a system call
+takes. The layer is the root of the process, and nobody else moves anything in it.
 """
 
 import errno
@@ -143,7 +143,7 @@ def directory_of(path: bytes) -> Iterator[tuple[int | None, bytes]]:
         os.close(there)
 
 
-# --- removing one -------------------------------------------------------------------------------
+# --- removing one -----------------------------------------------------------------------------
 
 
 def erase(name: bytes) -> Iterator[int]:

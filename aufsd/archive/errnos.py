@@ -1,8 +1,8 @@
-"""What an errno of a system call on a layer's files means to whoever sent or asked for an archive.
+"""Translates the errno of a system call on a layer's files into an error of the API.
 
-One table for unpacking and for reading, so that no errno which a file system may give becomes an
-incident: the caller gets the API's error, and a sentence that names the entry. Left out are those
-that only a fault of this program gives (EBADF, EFAULT, ENOTTY, ...): they are incidents.
+One table is used for unpacking and for reading. It has every errno that a file system may give,
+with the API's error and a sentence that names the entry. It lacks those that only a fault of aufsd
+causes (EBADF, EFAULT, ENOTTY, ...): they become an InternalError.
 """
 
 import errno
@@ -34,7 +34,7 @@ _GONE: Final = "it went away meanwhile, and nothing but aufsd may change what it
 ANSWERS: Final[dict[int, Answer]] = {
     errno.ENOSPC: Answer(NoSpace, "no space is left on the file system"),
     errno.EDQUOT: Answer(NoSpace, "the quota is used up"),
-    # what a name or a value may not be
+    # a bad name or value
     errno.ENAMETOOLONG: Answer(BadArchive, "a name that is too long for the file system"),
     errno.EILSEQ: Answer(BadArchive, "a name that is not in the encoding of the file system"),
     errno.EINVAL: Answer(BadArchive, "a value that the file system does not take"),
@@ -47,7 +47,7 @@ ANSWERS: Final[dict[int, Answer]] = {
     errno.ENOSYS: Answer(BadArchive, "of a kind that this kernel cannot make"),
     errno.EMLINK: Answer(BadArchive, "more links than this file system gives one file"),
     errno.EXDEV: Answer(BadArchive, "a hard link across file systems or quota projects"),
-    # what stands in its way
+    # something is in the way
     errno.ENOTDIR: Answer(BadArchive, "a file stands where a directory has to be"),
     errno.EISDIR: Answer(BadArchive, "a directory stands where a file has to be"),
     errno.EEXIST: Answer(BadArchive, "something else stands in its place and does not go"),
@@ -62,7 +62,7 @@ ANSWERS: Final[dict[int, Answer]] = {
     errno.EROFS: Answer(
         PermissionDenied, "the file system is read-only; the kernel's log says why"
     ),
-    # what a process may have
+    # limits of the process
     errno.EMFILE: Answer(LimitExceeded, _DESCRIPTORS),
     errno.ENFILE: Answer(LimitExceeded, "the host has no room for another open file"),
     errno.ENOMEM: Answer(LimitExceeded, "the kernel has no memory for it"),
@@ -70,7 +70,7 @@ ANSWERS: Final[dict[int, Answer]] = {
     errno.ENOLCK: Answer(LimitExceeded, "the kernel has no memory for it"),
     errno.EAGAIN: Answer(LimitExceeded, "the kernel has no room for it at the moment; try again"),
     errno.EINTR: Answer(LimitExceeded, "it was interrupted; try again"),
-    # the disk below
+    # the disk
     errno.EIO: Answer(LayerDamaged, _DISK),
     errno.EUCLEAN: Answer(LayerDamaged, _DISK),
     errno.EBADMSG: Answer(LayerDamaged, _DISK),
@@ -85,7 +85,7 @@ ANSWERS: Final[dict[int, Answer]] = {
     errno.ENODATA: Answer(LayerDamaged, _GONE),
 }
 
-# what a file system says of an xattr that it does not take, or not on this type of file: the entry
+# a file system does not take an xattr, or not on this type of file: the entry
 # is taken, and a warning names the attribute
 ATTRIBUTE_REFUSED: Final = frozenset(
     {

@@ -1,10 +1,9 @@
-"""What a layer holds, in two short numbers: recorded when its archive was applied, compared later.
+"""Fingerprints of a layer: recorded when its archive is applied, compared by a deep check.
 
-One is of the names and all that a tar says of them, one of what stands in the files, so that a
-mismatch says which it is. Both are the same in both dialects. They tell damage and not forgery: who
-can write to a layer can write its record too. So what stands in a file counts by its CRC-32, as a
-file system's own checksums do; it is there when the file is written, for a twentieth of the time
-that a SHA-256 takes.
+A layer has two fingerprints: of the names and their attributes, and of the content of files. So a
+mismatch says which of them has changed. Both are the same in both dialects. They find damage and
+not forgery, because whoever can write to a layer can also write its record. So the content of a
+file counts by its CRC-32, which takes a twentieth of the time of a SHA-256.
 """
 
 import errno
@@ -29,7 +28,7 @@ from aufsd.results import Problem
 from aufsd.store.walk import Descent, Way
 
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-# what the numbers are made of; a record of another version says nothing
+# the version of the fingerprints; a record of another version is ignored
 _VERSION: Final = "1"
 # bytes; of a larger file those blocks count that hold more than zeros: holes cost nothing
 _BLOCK: Final = 64 << 10

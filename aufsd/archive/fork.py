@@ -1,4 +1,4 @@
-"""The daemon's end of the fork server: started when needed, started again if it is gone."""
+"""The daemon's side of the fork server: starts it when needed, and again if it has ended."""
 
 import os
 import socket
@@ -14,10 +14,11 @@ _STARTS = 2
 
 @dataclass(slots=True)
 class ForkServer:
-    """The process that children are forked from; started again if it is gone.
+    """The process that children are forked from. It is started again if it has ended.
 
-    `scratch` is any directory: the process mounts its own root there, where nobody else sees it.
-    It and every child inherit the descriptors `held`: locks that tell when the last one is gone.
+    `scratch` is any directory: the process mounts its own root there, in its own namespace. The
+    process and all children inherit the descriptors `held`, which are locks. When the last process
+    ends, the locks are free.
     """
 
     scratch: str

@@ -1,11 +1,11 @@
-"""The process that archive jobs are forked from: single-threaded, lean, its imports done.
+"""The process that archive jobs are forked from. It has one thread and all imports done.
 
     python -m aufsd.archive.forkserver FD SCRATCH
 
-FD is a Unix socket; each message on it carries one descriptor, the socket of a new job, and is
-answered by nothing: the child speaks on the job's socket. Children are forked before their jobs
-come, and take those from the socket themselves, which saves a job milliseconds. At the socket's end
-the server ends, and with it every child. It is never reached by what an archive holds.
+FD is a Unix socket. Each message on it carries one descriptor, the socket of a new job. It gets no
+answer, because the child answers on the job's socket. Children are forked before their jobs come,
+and take the jobs from the socket themselves, which saves milliseconds. When the socket is closed,
+the server ends, and all children with it. The server itself never reads an archive.
 """
 
 import contextlib
@@ -138,7 +138,7 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-# --- warming up ---------------------------------------------------------------------------------
+# --- warming up -------------------------------------------------------------------------------
 
 # as often as the interpreter wants to see code before it settles on a form of it
 _ROUNDS: Final = 12

@@ -1,7 +1,7 @@
-"""Pure: one tar header as bytes, both ways (pax(1), and what GNU tar adds to it).
+"""Reads and writes one tar header (pax(1), and the additions of GNU tar). Pure.
 
-Written is ustar, with a PAX header before it only where ustar cannot say it. Read is what tars in
-the wild hold: ustar, GNU, star's prefix, V7, base-256 numbers.
+It writes ustar, with a PAX header before it only if ustar cannot hold a value. It reads ustar, GNU,
+star's prefix, V7, and base-256 numbers.
 """
 
 import re
@@ -49,10 +49,10 @@ _SPACES: Final = b"        "
 
 
 class HeaderError(ValueError):
-    """These 512 bytes are no header; the text says what is wrong with them."""
+    """These 512 bytes are no header. The text says why."""
 
 
-# --- out ---------------------------------------------------------------------------------------
+# --- out --------------------------------------------------------------------------------------
 
 
 def encode(
@@ -185,7 +185,7 @@ def _is_utf8(name: bytes) -> bool:
     return True
 
 
-# --- in ----------------------------------------------------------------------------------------
+# --- in ---------------------------------------------------------------------------------------
 
 # name; mode, uid and gid; size; mtime; checksum; type; first of the link's name and of the prefix
 FIELDS: Final = struct.Struct("100s24s12s12s8scB187xB")

@@ -1,4 +1,4 @@
-"""Zeros of a large file made holes again: a tar holds every byte, a layer need not."""
+"""Turns zeros of a large file into holes. A tar has every byte; a layer need not."""
 
 import errno
 import os
@@ -14,10 +14,10 @@ _PUNCH: Final = syscalls.FALLOC_FL_PUNCH_HOLE | syscalls.FALLOC_FL_KEEP_SIZE
 
 
 def punch(fd: int, start: int, end: int) -> bool:
-    """Free what holds nothing but zeros between two offsets; False if this file cannot have holes.
+    """Free the blocks of zeros between two offsets. False if this file cannot have holes.
 
-    Called while the pages are still in memory, before anything of them was written out: a few bytes
-    of each piece tell most of them from a hole.
+    Call it while the pages are still in memory, before they are written to disk. Most pieces are
+    recognised as data by a few bytes.
     """
     hole = -1
     at = -(-start // PIECE) * PIECE

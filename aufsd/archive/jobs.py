@@ -1,7 +1,8 @@
-"""Archive jobs, as the daemon sees them: a child process each, forked by a server kept for that.
+"""Runs archive jobs for the daemon. Each is a child process, forked by the fork server.
 
-The daemon opens what a job may see as detached mounts (open_tree(2)) and sends descriptors; paths
-mean nothing to a child. A job's socket ending without a result means that its child was killed.
+The daemon opens the directories of a job as detached mounts (open_tree(2)) and sends descriptors,
+because a child sees no paths of the host. If a job's socket ends without a result, its child was
+killed.
 """
 
 import fcntl
@@ -36,9 +37,9 @@ log = structlog.get_logger(__name__)
 class Jobs:
     """Runs archive jobs. Every method may raise Overloaded, and InternalError if the child dies.
 
-    Cancelled while it waits, a job was not begun. Cancelled later, its child is killed, and the
-    call ends when that is gone, or waits for its stream where no signal reaches it; what it wrote
-    by then is where it wrote it.
+    Cancelled while it waits for its turn, a job was not begun. Cancelled later, its child is
+    killed. The call ends when the child has ended, or when it only waits in the kernel for its
+    stream. What the child has written stays where it is.
     """
 
     layout: Layout

@@ -1,6 +1,6 @@
-"""What a directory of a layer holds, in the order and by the names of the layer's tar.
+"""Lists a directory of a layer, in the order and with the names of the layer's tar.
 
-The same for both dialects, so that both give the same tar and the same fingerprint.
+The list is the same in both dialects, so both give the same tar and the same fingerprint.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""How large a layer's own content is."""
+"""Measures a layer's own content."""
 
 import os
 from typing import Final, NamedTuple

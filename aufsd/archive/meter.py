@@ -1,4 +1,4 @@
-"""What a job counts as it goes: progress for who watches, and warnings for the result."""
+"""Counts the progress of a job, and collects the warnings for its result."""
 
 import time
 from collections.abc import Callable
@@ -32,14 +32,14 @@ class Meter:
         self._next = clock() + _PAUSE
 
     def tick(self) -> None:
-        """Report, if the last time is long enough ago. Called about once a megabyte."""
+        """Report, if the last report is old enough. Called about once for each megabyte."""
         now = self._clock()
         if now >= self._next:
             self._next = now + _PAUSE
             self._report(self.bytes, self.entries)
 
     def warn(self, sentence: str) -> None:
-        """Put a sentence into the result; beyond a hundred they are only counted."""
+        """Add a warning to the result. After a hundred they are only counted."""
         if len(self.warned) < _MANY:
             self.warned.append(sentence)
         else:

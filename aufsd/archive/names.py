@@ -1,6 +1,6 @@
-"""Pure: what a name in a tar means to a layer, or why it means nothing that may be.
+"""Checks a name in a tar: where it is in the layer, or why it is refused. Pure.
 
-The names of a union's own metadata are never content, whoever asks for it (api.md section 3).
+The names of a union's own metadata are never content (api.md section 3).
 """
 
 from typing import Final
@@ -16,8 +16,8 @@ _ROUGH: Final = (b".", b"/")
 def inside(name: bytes) -> bytes:
     """The name relative to the layer's root, without `.` and `..`; ROOT for the root itself.
 
-    The root is "" too: some tools cut what they put in front off its name, and leave nothing.
-    Raises ArchiveEscape for one that leaves the root on its way, wherever it would end.
+    "" is the root too: some tools cut the prefix off its name, and leave nothing. Raises
+    ArchiveEscape for a name that leaves the root on its way, even if it comes back.
     """
     if not name:
         return ROOT
@@ -43,7 +43,7 @@ def inside(name: bytes) -> bytes:
 
 
 def is_housekeeping(path: bytes) -> bool:
-    """Whether this is what aufs keeps at the top of a branch, or lies in it."""
+    """Whether this is one of aufs's own files at the top of a branch, or inside one."""
     return path.split(b"/", 1)[0] in whiteouts.HOUSEKEEPING
 
 

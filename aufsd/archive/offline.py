@@ -1,9 +1,9 @@
-"""What reads a store that nobody serves: in this process, with no job, mount or daemon.
+"""Reads a store that no daemon serves: in this process, without a job or a mount.
 
-Nothing is written below the store's root, and being allowed to read it is enough. But for this:
-the marks of overlayfs are trusted.* xattrs, which show to CAP_SYS_ADMIN alone, and without them
-deleted files would be there again without a word. So without it only a store that aufsd never
-served is read, whose marks are all aufs's.
+Nothing is written below the store's root, and read permission is enough, with one exception. The
+marks of overlayfs are trusted.* xattrs, which only CAP_SYS_ADMIN can see; without them deleted
+files would appear again. So without CAP_SYS_ADMIN only a store that aufsd has never served is read,
+because its marks are all aufs's.
 """
 
 import fcntl

@@ -1,7 +1,7 @@
-"""A layer's own content as a tar.
+"""Writes a layer's own content as a tar.
 
-Works in the current directory of a process of its own and moves through the tree with fchdir(2), so
-that no path is ever longer than one name. Nothing follows a symlink.
+It runs in a process of its own and moves through the tree with fchdir(2), so every system call gets
+a single name and no path. No symlink is followed.
 """
 
 import errno
@@ -22,7 +22,7 @@ from aufsd.kernel.syscalls import AT_FDCWD
 from aufsd.store.walk import Descent, Way
 from aufsd_client.errors import LayerDamaged
 
-# not to wait for a writer, should a name have become a fifo since it was listed
+# does not wait for a writer, if the name has become a fifo since it was listed
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _END: Final = bytes(2 * headers.BLOCK)
 

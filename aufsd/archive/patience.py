@@ -1,7 +1,7 @@
-"""How long a job waits for whoever is at the other end of its stream.
+"""Ends a job whose peer moves no byte of its stream for too long.
 
-A peer that keeps its connection and never reads, or never writes, would hold a job's place for
-ever. What counts is that nothing moves: a slow peer is served, and so is a slow disk.
+A peer that never reads or writes would otherwise take the place of a job for ever. A slow peer that
+moves bytes is served, and so is a slow disk.
 """
 
 import signal

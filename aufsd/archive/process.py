@@ -1,4 +1,4 @@
-"""The process of one archive job, as the daemon sees it: its request, its replies, its end."""
+"""The daemon's side of one archive process: its request, its replies, its end."""
 
 import array
 import contextlib
@@ -27,7 +27,7 @@ _DYING: Final = 1.0  # seconds
 
 @dataclass(slots=True)
 class Running:
-    """A job that has its child, and how far it said it is."""
+    """A running job, and its last reported progress."""
 
     id: str
     kind: str

@@ -1,7 +1,7 @@
-"""The members of a tar, one after another: PAX, GNU's long names and sparse files put together.
+"""Reads the members of a tar, with PAX headers, GNU's long names and sparse files.
 
-Pure but for the Source it reads from. It judges the format only; what a name or a type may do to a
-layer is `unpack`'s.
+Pure, except for the Source that it reads from. It checks only the format; `unpack` checks what a
+name or a type may do to a layer.
 """
 
 import re
@@ -287,7 +287,7 @@ class Reader:
             self._check_extents(member, stored)
             member.kind = headers.REGULAR
 
-    # --- sparse files (GNU tar's manual, "Storing Sparse Files") -------------------------------
+    # --- sparse files (GNU tar's manual, "Storing Sparse Files") ------------------------------
 
     def _old_sparse(self, member: Member) -> None:
         """Four extents and the size stand in the header itself, more in blocks behind it."""
@@ -370,7 +370,7 @@ class Reader:
         what = f"a sparse file in more than {_EXTENTS_MAX} pieces"
         return self._bad(what, member.start, member.name)
 
-    # --- values of PAX records -----------------------------------------------------------------
+    # --- values of PAX records ----------------------------------------------------------------
 
     def _name(self, value: bytes, member: Member) -> bytes:
         if value.find(b"\0") >= 0:

@@ -1,10 +1,9 @@
-"""Where aufs reads a chain of branches otherwise than by the strict rule of `view`.
+"""Finds the names of a chain that aufs shows in another way than `view`, which is OCI's rule.
 
-aufs (fs/aufs/dentry.c, au_lkup_dentry(), Linux 6.1) does not stop at the first opaque directory: of
-several under one name the lowest one counts, so what was deleted with its directory shows again if
-that was deleted and made anew twice. A non-directory between two directories it skips. It heeds no
-opaque mark on a branch's root, and where a name stands beside a whiteout of its own, it sees the
-whiteout.
+aufs (fs/aufs/dentry.c, au_lkup_dentry(), Linux 6.1) differs in four ways. Of several opaque
+directories of one name the lowest counts, so files show again if their directory was deleted and
+made again twice. A file between two directories is ignored. An opaque mark on a branch's root is
+ignored. And a name beside its own whiteout in one branch is hidden.
 """
 
 import errno
@@ -25,7 +24,7 @@ from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Way
 
 PROBLEM: Final = "aufs-reads-differently"
-# how many names a problem tells
+# names in one problem
 _NAMED: Final = 5
 
 
@@ -106,7 +105,7 @@ def problem(id: str, found: Iterable[Way]) -> Problem | None:
     return Problem(id, PROBLEM, detail, False)
 
 
-# --- what a reading has under a name: None, a directory's places, or no place for all else ------
+# --- what a reading has under a name: None, a directory's places, or no place for all else ----
 
 
 def _by_strict(merged: Sequence[Place], name: bytes) -> list[Place] | None:

@@ -1,11 +1,11 @@
-"""An SELinux label on everything that a layer holds.
+"""Sets an SELinux label on every inode of a layer.
 
-What label.Relabel(path, label, shared=False) of opencontainers/selinux does, for file systems whose
-layers are no mounts of their own, so that `context=` cannot label them (the seed's change message).
-It works on the xattr, so also where the kernel has no SELinux.
+It does the same as label.Relabel(path, label, shared=False) of opencontainers/selinux. It is for
+layers that are not mounted, so that `context=` cannot label them. It writes the xattr, and so also
+works on a kernel without SELinux.
 
-Runs in a process of its own whose root is the layer. Nothing follows a symlink or opens a file:
-fsetxattr(2) does not take an O_PATH descriptor, so each name is set from its own directory.
+It runs in a process of its own whose root is the layer. It follows no symlink and opens no file.
+fsetxattr(2) takes no O_PATH descriptor, so each name is labelled from its own directory.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""What crosses between the daemon and the child that does an archive job, as lines of JSON."""
+"""The messages between the daemon and the child of an archive job, as lines of JSON."""
 
 from typing import Literal, TypeAlias
 
@@ -11,14 +11,14 @@ from aufsd.store.idmap import IdMap
 
 
 class Branch(Struct, frozen=True):
-    """One layer of a chain, and how its whiteouts are written."""
+    """One layer of a chain, and its dialect."""
 
     id: str
     dialect: Dialect
 
 
 class Limits(Struct, frozen=True):
-    """What an archive may make of a layer; 0 for no limit.
+    """Limits of a layer that an archive makes; 0 for no limit.
 
     `bytes` and `entries` count the layer's own content, `depth` the components of a name.
     `open_files` bounds the descriptors of a child; a hard limit of the host's may be lower.
@@ -31,7 +31,7 @@ class Limits(Struct, frozen=True):
 
 
 class Settings(Struct, frozen=True):
-    """What is the same for every job of a store."""
+    """Settings of all jobs of a store."""
 
     uid_maps: tuple[IdMap, ...] = ()
     gid_maps: tuple[IdMap, ...] = ()
@@ -45,7 +45,7 @@ class Settings(Struct, frozen=True):
     node_whiteouts: bool = False
 
 
-# --- requests; beside each, the descriptors that come with it ----------------------------------
+# --- requests; beside each, the descriptors that come with it ---------------------------------
 
 
 class Diff(Struct, frozen=True, tag=True):
@@ -155,7 +155,7 @@ class Request(Struct, frozen=True):
     settings: Settings
 
 
-# --- replies -----------------------------------------------------------------------------------
+# --- replies ----------------------------------------------------------------------------------
 
 
 class Started(Struct, frozen=True, tag=True):

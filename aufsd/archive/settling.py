@@ -1,9 +1,9 @@
-"""Which whiteouts a layer keeps: those in a directory that has something below it to hide.
+"""Decides which whiteouts a layer keeps: those in directories that have something below to hide.
 
-overlayfs merges a directory only where a lower branch has it too, and lists any other one as it
-lies on disk (ovl_iterate() in fs/overlayfs/readdir.c): a whiteout in a directory that is opaque, or
-that is new in its layer, shows as a name that no call finds, and `ls`, `find` and `tar` fail on it.
-There it hides nothing, so it is not kept. The layer's root is always merged.
+overlayfs merges a directory only if a lower branch has it too. It lists any other directory as it
+is on disk (ovl_iterate() in fs/overlayfs/readdir.c). So a whiteout in a directory that is opaque,
+or new in its layer, is listed as a name that cannot be opened, and `ls`, `find` and `tar` fail on
+it. Such a whiteout hides nothing, so it is not kept. The layer's root is always merged.
 """
 
 import os

@@ -1,6 +1,7 @@
-"""The stream on its way out: a buffer for headers and small files, the kernel's copy for the rest.
+"""Writes a tar to a descriptor: headers and small files from a buffer, the rest copied in the
+kernel.
 
-Whatever goes wrong with the descriptor is StreamBroken, a full disk behind it included.
+Every error of the descriptor is StreamBroken, even if a disk behind it is full.
 """
 
 import errno

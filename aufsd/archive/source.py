@@ -1,8 +1,7 @@
-"""The stream on its way in: decompressed, in a window that headers and small files are read from.
+"""Reads a tar from a descriptor, decompressed, in a window for headers and small files.
 
-Large bodies go from a pipe or a file into the target in the kernel, past the window, when nothing
-has to look at them. What goes wrong with the descriptor is StreamBroken; what the bytes are not,
-BadArchive.
+Large bodies that need not be looked at are copied from the pipe or file to the target in the
+kernel, past the window. An error of the descriptor is StreamBroken; wrong bytes are BadArchive.
 """
 
 import errno

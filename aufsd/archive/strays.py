@@ -1,7 +1,7 @@
-"""Marks in a layer's content that say nothing, or something else, in the layer's own dialect.
+"""Finds names in a layer that look like marks, and are none in the layer's own dialect.
 
-For `check` with `deep`. A walk over all that users made, so it runs in an archive child, or in the
-process that reads a store which nobody serves.
+This is a part of the deep `check`. It walks content that users made. So it runs in an archive
+child, or in the process that reads a store without a daemon.
 """
 
 import os
@@ -19,7 +19,7 @@ from aufsd.store import whiteouts
 from aufsd.store.dialect import Dialect
 from aufsd.store.walk import Descent, walk
 
-# of each kind so many are told by name, and of a path so many bytes at either end
+# names in one problem, and bytes that are shown of either end of a path
 _NAMED: Final = 20
 _SHOWN: Final = 2048
 

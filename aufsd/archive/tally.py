@@ -1,4 +1,4 @@
-"""What a layer holds while it is being written, held against the limits."""
+"""Counts the entries and bytes of a layer that is being written, against the limits."""
 
 import math
 import os
@@ -11,12 +11,12 @@ from aufsd_client.errors import LimitExceeded
 
 
 class Tally:
-    """Counts what is made. What was taken away in between is found out only where it matters."""
+    """Counts what is made. Deleted entries are subtracted only when a limit is reached."""
 
     def __init__(self, limits: Limits, tree: Tree) -> None:
         self._limits = limits
         self._tree = tree
-        # a layer that holds its parents' content too is measured by who knows those
+        # for a layer that also holds its parents' content, the caller measures
         self._measurable = tree.dialect is not Dialect.NONE
         self._bytes = self._entries = 0
         self._most_bytes = limits.bytes or math.inf
@@ -25,14 +25,14 @@ class Tally:
             self._recount(0)
 
     def add(self, entries: int, size: int = 0) -> None:
-        """Count what has just been made, and the `size` that it will have. Raises LimitExceeded."""
+        """Count a new entry that will have `size` bytes. Raises LimitExceeded."""
         self._entries += entries
         self._bytes += size
         if self._bytes > self._most_bytes or self._entries > self._most_entries:
             self._judge(size)
 
     def room(self) -> tuple[float, float]:
-        """How many entries and bytes are left up to the limits, by what is counted."""
+        """Entries and bytes that are left up to the limits."""
         return self._most_entries - self._entries, self._most_bytes - self._bytes
 
     def total(self) -> int:
@@ -53,7 +53,7 @@ class Tally:
                 raise LimitExceeded(f"the layer would hold more than {may} {what}", limit=may)
 
     def _recount(self, size: int) -> None:
-        """Look at what is there; the last file has no content yet, and will have `size`."""
+        """Count again what is on disk. The last file is still empty, and will have `size` bytes."""
         if not self._measurable:
             return
         here = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

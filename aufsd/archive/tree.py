@@ -1,9 +1,9 @@
-"""The layer that is being written: where in it we stand, and what its directories get in the end.
+"""The layer that is being written: the current directory, and attributes that are set at the end.
 
-The current directory of the process is the directory that entries are made in. The layer is the
-root of the process, so a symlink in the middle of a name leads somewhere inside, as it does for
-Docker and GNU tar, and `..` ends there. What is known of directories hangs together as they do, by
-names: no path is kept, and a step to the next directory costs the same at any depth.
+Entries are made in the current directory of the process. The layer is the root of the process. So a
+symlink in the middle of a name leads to a place inside the layer, as it does for Docker and GNU
+tar, and `..` ends at the root. Directories are kept as a tree of names, without paths, so a step to
+the next directory takes the same time at any depth.
 """
 
 import errno
@@ -23,8 +23,8 @@ from aufsd.store.walk import Way
 from aufsd_client.errors import BadArchive
 
 DEFAULT_ACL: Final = "system.posix_acl_default"
-# Directories that are known at a time, at some 300 bytes each. Beyond it they get what waits for
-# the end, and are looked at again if an entry comes for one.
+# Directories that are kept at a time, at some 300 bytes each. If there are more, some get their
+# final attributes, and are looked up again if another entry comes for them.
 _KNOWN_MAX: Final = 1 << 16
 
 

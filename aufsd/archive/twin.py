@@ -1,11 +1,12 @@
-"""What a layer still has in common with the parent that it was a snapshot of.
+"""Finds the inodes that differ between a layer and the parent that it was a snapshot of.
 
-btrfs keeps inode numbers in a snapshot, and stamps each inode with the transaction that changed it
-last. So everything that neither of the two touched since they parted is the same in both, and the
-tree search finds what was touched without looking at the rest (as `btrfs subvolume find-new` does).
-Times would not do: one tick of the kernel's clock is long enough for a snapshot and a change.
+A snapshot has the same inode numbers as its parent, and btrfs records in each inode the transaction
+that changed it last. So an inode that neither has changed since the snapshot is the same in both.
+The tree search finds the changed ones without reading the others, as `btrfs subvolume find-new`
+does. Times cannot be used: within one tick of the kernel's clock a snapshot and a change can be
+made.
 
-Needs CAP_SYS_ADMIN; without an answer from here, two layers are compared entry by entry.
+It needs CAP_SYS_ADMIN. Without it, two layers are compared entry by entry.
 """
 
 import os

@@ -1,8 +1,9 @@
-"""A tar becomes a layer's content, in the dialect that the layer is to have.
+"""Unpacks a tar into a layer, in the layer's dialect.
 
-Runs in a process of its own whose root is the layer (confine.py). What a name means is decided by
-names.py, before anything is touched; where it lies by tree.py. For each entry: owner, xattrs, mode,
-times, in that order (chown clears set-id bits and capabilities); directories get their times last.
+It runs in a process of its own whose root is the layer (confine.py). names.py checks each name
+before anything is touched, and tree.py finds its directory. An entry gets owner, xattrs, mode and
+times in this order, because chown(2) clears set-id bits and capabilities. Directories get their
+times at the end.
 """
 
 import errno
@@ -38,7 +39,7 @@ from aufsd.store.walk import Way
 from aufsd_client.errors import ArchiveEscape, BadArchive, LimitExceeded
 
 _CREATE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-# old tars say "contiguous", which means nothing here
+# "contiguous" in old tars; a regular file here
 _FILES: Final = (headers.REGULAR, b"7")
 # GNU tar's incremental archives have a list of names as the body of a directory
 _DIRECTORIES: Final = (headers.DIRECTORY, b"D")

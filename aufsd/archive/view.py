@@ -1,7 +1,7 @@
-"""Merged views of chains of branches, from the branches alone: no mount, no symlink followed.
+"""Merged views of chains of branches, without a mount. No symlink is followed.
 
-The strict rule: going down, the first whiteout, opaque directory or non-directory ends the merge
-(what overlayfs shows and OCI means; aufs itself differs in corners, aufs-facts.md section 0).
+The rule is that of overlayfs and OCI: from the top branch down, the first whiteout, opaque
+directory or non-directory ends the merge. readings.py has the cases in which aufs differs.
 """
 
 import errno
@@ -18,14 +18,14 @@ from aufsd.store.whiteouts import marks_of
 from aufsd.union import conversion
 
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# errors of a name that was listed a moment ago
+# errors if a name was deleted since it was listed
 GONE: Final = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)
 # directories that all branches of a walk have open together, as far as one of each leaves that room
 _OPEN: Final = 512
 
 
 class Layer:
-    """How one branch is read."""
+    """One branch and its dialect."""
 
     __slots__ = ("_namespace", "id", "marks", "twin", "whole")
 
