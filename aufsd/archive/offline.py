@@ -22,7 +22,7 @@ from aufsd.kernel import probe, syscalls
 from aufsd.results import Problem
 from aufsd.store import dialect as dialects
 from aufsd.store import records
-from aufsd.store.dialect import Dialect, UnknownDialect
+from aufsd.store.dialect import Dialect, UnknownMark
 from aufsd.store.identity import require_directory
 from aufsd.store.ids import LayerId, parse_id
 from aufsd.store.index import read_parents
@@ -66,7 +66,7 @@ class Offline:
         require_directory(path, id)
         try:
             return dialects.read_dialect(path, self.settings.namespace)
-        except UnknownDialect as error:
+        except UnknownMark as error:
             raise damaged(id, error.strerror) from error
 
     def write_view(self, id: str, out: int) -> list[str]:

@@ -83,13 +83,15 @@ def _look(top: int, dialect: Dialect, below: Cursor, namespace: str, found: _Fou
         for entry in _entries():
             name = entry.name
             directory = entry.is_dir(follow_symlinks=False)
+            if dialect is Dialect.AUFS and name == whiteouts.OPAQUE and not _is_file(entry):
+                found.add("opaque-no-file", here, name, _NO_FILE)
             if directory:
                 here.later(name)
             elif dialect is not Dialect.AUFS and whiteouts.deleted_name(name) is not None:
                 found.add("mixed-dialects", here, name, " is an aufs whiteout")
             elif dialect is not Dialect.NONE and _is_node(entry):
                 if dialect is Dialect.AUFS:
-                    found.add("mixed-dialects", here, name, " is an overlay whiteout")
+                    found.add("whiteout-device", here, name, _DEVICE)
                 elif here.depth and _alone(alone, here, below):
                     found.add("listed-whiteout", here, name, _LISTED)
             if dialect is Dialect.NONE:
@@ -115,6 +117,13 @@ _LISTED: Final = (
     " is a whiteout in a directory with nothing below it, and shows as a name that nothing opens; "
     "converting the layer to aufs and back takes it away"
 )
+_DEVICE: Final = (
+    " is a device 0:0: aufs shows it, overlayfs and fuse-overlayfs take it for a deleted name"
+)
+_NO_FILE: Final = (
+    " is no regular file: fuse-overlayfs hides with it what lies below, and aufs fails on it; "
+    "in a layer's root it stops every get"
+)
 _LONG: Final = ": aufs lists names of more than 242 bytes, and cannot open them"
 
 
@@ -129,6 +138,10 @@ def _alone(alone: list[bool | None], here: Descent, below: Cursor) -> bool:
     if known is None:
         known = alone[-1] = not below.find(here.way)
     return known
+
+
+def _is_file(entry: "os.DirEntry[bytes]") -> bool:
+    return entry.is_file(follow_symlinks=False)
 
 
 def _is_node(entry: "os.DirEntry[bytes]") -> bool:

@@ -10,10 +10,11 @@ from aufsd.active.table import Table
 from aufsd.archive.requests import Branch
 from aufsd.layers.background import Upkeep
 from aufsd.store import whiteouts
-from aufsd.store.dialect import Dialect
+from aufsd.store.dialect import Dialect, UnknownMark
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
-from aufsd.store.opened import converting_to
+from aufsd.store.opened import converting_to, damaged
+from aufsd.store.seals import is_frozen
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
 from aufsd_client.errors import ConversionNeeded
@@ -33,6 +34,8 @@ class Chains:
     policy: Literal["auto", "never"]
     # layer in the backend's dialect -> whether its root is opaque
     _roots: dict[LayerId, bool] = field(default_factory=dict)
+    # to be looked at again: a user of fuse-overlayfs's mount can make the mark of an opaque root
+    _written: set[LayerId] = field(default_factory=set)
 
     def forget(self, id: LayerId) -> None:
         """Forget a layer before its dialect changes, or it is removed."""
@@ -42,6 +45,7 @@ class Chains:
         """The content of a layer has moved to `below`, and the layer is empty."""
         if id in self._roots:
             self._roots[below] = self._roots[id]
+            self._written.add(below)
         self._roots[id] = False
 
     def moved_back(self, id: LayerId, below: LayerId) -> None:
@@ -66,11 +70,14 @@ class Chains:
         the branches with an opaque root. Raises ConversionNeeded, LayerDamaged. Raises LayerInUse
         if a mount of another backend, made before a restart, has the branch.
         """
-        unknown = tuple(id for id in chain if id not in self._roots)
+        unknown = tuple(id for id in chain if id not in self._roots or id in self._written)
         if unknown:
             for id, dialect in (await self.disk.run(self._unprepared, unknown)).items():
                 await self._convert(id, dialect, owned=id == chain[0])
             self._roots.update(await self.disk.run(self._opaque_roots, unknown))
+            self._written.difference_update(unknown)
+        if not is_frozen(self.store, chain[0]):
+            self._written.add(chain[0])
         return frozenset(id for id in chain if self._roots[id])
 
     async def _convert(self, id: LayerId, dialect: Dialect, *, owned: bool) -> None:
@@ -124,6 +131,11 @@ class Chains:
         }
 
     def _opaque_roots(self, ids: tuple[LayerId, ...]) -> dict[LayerId, bool]:
-        content, namespace = self.store.layout.content, self.store.xattr_namespace
-        wanted = self.backend.dialect
-        return {id: whiteouts.is_opaque_root(content(id), wanted, namespace) for id in ids}
+        return {id: self._is_opaque_root(id) for id in ids}
+
+    def _is_opaque_root(self, id: LayerId) -> bool:
+        content, namespace = self.store.layout.content(id), self.store.xattr_namespace
+        try:
+            return whiteouts.is_opaque_root(content, self.backend.dialect, namespace)
+        except UnknownMark as error:
+            raise damaged(id, error.strerror) from error

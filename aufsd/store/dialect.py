@@ -26,8 +26,8 @@ class Dialect(StrEnum):
     NONE = "none"
 
 
-class UnknownDialect(OSError):
-    """The xattr of a layer names an unknown dialect; `strerror` says which."""
+class UnknownMark(OSError):
+    """A mark on a layer's root has no meaning, such as an unknown dialect; see `strerror`."""
 
     strerror: str
 
@@ -52,7 +52,7 @@ def xattrs(dialect: Dialect, namespace: str) -> dict[str, bytes]:
 def read_dialect(where: Where, namespace: str) -> Dialect:
     """The dialect of a layer, by its content directory (path or descriptor).
 
-    During a conversion it is still the old one. Raises UnknownDialect, OSError.
+    During a conversion it is still the old one. Raises UnknownMark, OSError.
     """
     return _parse(read_xattr(where, f"{namespace}.aufsd.dialect")) or Dialect.AUFS
 
@@ -68,12 +68,12 @@ def write_dialect(where: Where, dialect: Dialect, namespace: str) -> None:
 def interrupted(where: Where, namespace: str) -> Dialect | None:
     """The target of a conversion that was interrupted; None if there is none.
 
-    Until it is finished, the content may have marks of both dialects. Raises UnknownDialect,
+    Until it is finished, the content may have marks of both dialects. Raises UnknownMark,
     OSError.
     """
     found = _parse(read_xattr(where, f"{namespace}.aufsd.converting"))
     if found is Dialect.NONE:
-        raise UnknownDialect(errno.EINVAL, "it says that it is converted to have no marks")
+        raise UnknownMark(errno.EINVAL, "it says that it is converted to have no marks")
     return found
 
 
@@ -120,4 +120,4 @@ def _parse(value: bytes | None) -> Dialect | None:
     try:
         return Dialect(value.decode("ascii", "replace"))
     except ValueError as error:
-        raise UnknownDialect(errno.EINVAL, f"its dialect {value[:40]!r} is unknown") from error
+        raise UnknownMark(errno.EINVAL, f"its dialect {value[:40]!r} is unknown") from error

@@ -14,7 +14,7 @@ from typing import Final
 
 from aufsd.kernel.beneath import open_beneath
 from aufsd.store import dialect as marks
-from aufsd.store.dialect import Dialect, UnknownDialect
+from aufsd.store.dialect import Dialect, UnknownMark
 from aufsd.store.identity import Identity, require_directory
 from aufsd.store.ids import LayerId
 from aufsd_client.errors import LayerDamaged
@@ -45,7 +45,7 @@ def dialect_of(identity: Identity, id: LayerId, namespace: str) -> Dialect:
             # who reads the content asks for both
             marks.interrupted(fd, namespace)
             return marks.read_dialect(fd, namespace)
-        except UnknownDialect as error:
+        except UnknownMark as error:
             raise damaged(id, error.strerror) from error
 
 
@@ -57,7 +57,7 @@ def converting_to(identity: Identity, id: LayerId, namespace: str) -> Dialect | 
     with content_of(identity, id) as fd:
         try:
             return marks.interrupted(fd, namespace)
-        except UnknownDialect as error:
+        except UnknownMark as error:
             raise damaged(id, error.strerror) from error
 
 

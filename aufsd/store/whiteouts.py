@@ -8,12 +8,13 @@ aufs has names that begin with `.wh.`: `.wh.NAME` deletes NAME, `.wh..wh..opq` m
 opaque. overlayfs has a character device 0:0 under the name, and an xattr of the directory.
 """
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
 from typing import Final
 
-from aufsd.store.dialect import Dialect, Where, interrupted, read_xattr
+from aufsd.store.dialect import Dialect, UnknownMark, Where, interrupted, read_xattr
 
 # include/uapi/linux/aufs_type.h: AUFS_WH_PFX, AUFS_WH_DIROPQ, AUFS_WH_BASE, _ORPHDIR, _PLINKDIR
 WHITEOUT: Final = b".wh."
@@ -93,10 +94,21 @@ def is_whiteout(entry: "os.DirEntry[bytes]", dialect: Dialect) -> bool:
 
 
 def is_opaque_root(path: str, dialect: Dialect, namespace: str) -> bool:
-    """Whether a layer's `/` is opaque: then what its parents hold does not show."""
+    """Whether a layer's `/` is opaque, and hides all of its parents. Raises UnknownMark.
+
+    In a mount of fuse-overlayfs a user can make a symlink of the mark's name, or a directory. To
+    fuse-overlayfs it is the mark, aufs fails with EIO (au_wh_test()), and for others it is a name.
+    """
     if dialect is Dialect.OVERLAY:
         return has_opaque_xattr(path, namespace)
-    return os.path.lexists(os.path.join(os.fsencode(path), OPAQUE))
+    try:
+        found = os.lstat(os.path.join(os.fsencode(path), OPAQUE))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    if not stat.S_ISREG(found.st_mode):
+        what = stat.filemode(found.st_mode)
+        raise UnknownMark(errno.EINVAL, f"{OPAQUE.decode()} in it is no regular file ({what})")
+    return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 
 from aufsd.kernel import mountinfo
 from aufsd_client import Client
-from aufsd_client.errors import ArchiveEscape
+from aufsd_client.errors import ArchiveEscape, LayerDamaged
 from tests.archive import tars
 from tests.archives import tar
 from tests.daemon import Daemon, daemon, eventually
@@ -178,3 +178,35 @@ def test_ordinary_work_in_a_mount_is_no_problem_to_a_deep_check(
     os.setxattr(stray, "trusted.overlay.opaque", b"y")
     (problem,) = client.check("top", deep=True).problems
     assert (problem.problem, "/stray" in problem.detail) == ("mixed-dialects", True)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "directory"])
+def test_what_users_can_name_as_the_mark_of_an_opaque_root_is_told_and_hides_nothing(
+    mounted: Path, served: Daemon, client: Client, kind: str
+) -> None:
+    """The helper lets a symlink of that name be made, and takes it for the mark when it starts."""
+    mark = served.root / "diff/top/.wh..wh..opq"
+    if kind == "symlink":
+        (mounted / mark.name).symlink_to(mark.name)
+    client.put("top")
+    assert client.put("top").mounted is False
+    if kind == "directory":
+        mark.mkdir()
+    with pytest.raises(LayerDamaged, match=r"\.wh\.\.wh\.\.opq in it is no regular file"):
+        client.get("top")
+    client.create("child", parent="top")
+    with pytest.raises(LayerDamaged, match="layer top is damaged"):
+        client.get("child")
+    assert "opaque-no-file" in {each.problem for each in client.check("top", deep=True).problems}
+    mark.unlink() if kind == "symlink" else mark.rmdir()
+    with client.mounted("top") as path:
+        assert "kept" in os.listdir(path)
+
+
+def test_a_device_that_is_a_whiteout_to_the_helper_is_told_as_such(
+    mounted: Path, served: Daemon, client: Client
+) -> None:
+    os.mknod(mounted / "made", 0o20644, os.makedev(0, 0))
+    (problem,) = client.check("top", deep=True).problems
+    assert problem.problem == "whiteout-device"
+    assert problem.detail.startswith("/made is a device 0:0")
