@@ -1,11 +1,11 @@
-"""Numbers in texts that others wrote: ASCII digits and nothing else, and not too many."""
+"""Parses numbers from other programs: ASCII digits only, and not too many."""
 
 
 def number(text: str | bytes, most: int) -> int | None:
-    """A number in decimal digits, at most `most`; None if it is none.
+    """A number from decimal digits; None if it is none, or above `most`.
 
-    `int` takes signs, underscores, spaces and the digits of every alphabet, and raises for
-    thousands of them; `isdigit` takes "²" too.
+    `int` also accepts signs, underscores, spaces and the digits of other scripts, and raises for
+    thousands of digits. `isdigit` also accepts "²".
     """
     if not (text.isascii() and text.isdigit() and len(text) <= len(str(most))):
         return None

@@ -1,7 +1,7 @@
-"""A root is opened for a daemon: locked, recovered, and a backend found. Before the event loop.
+"""Opens a root for a daemon, before the event loop: locks it, recovers it, chooses a backend.
 
-The state directory is locked first: a second daemon that was given no `state_dir` of its own is
-refused before it has made a store.
+The state directory is locked first. So a second daemon with the same `state_dir` is refused before
+it makes a store.
 """
 
 import os
@@ -25,14 +25,14 @@ from aufsd_client.errors import StoreLocked
 
 log = structlog.get_logger(__name__)
 
-# so long that starts which the unit repeats are too few for it to give up (StartLimitBurst=)
+# long enough that repeated starts do not reach the unit's StartLimitBurst=
 _LOCK_PATIENCE = 20.0  # seconds
 _LOCK_PAUSE = 0.25  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A store that is locked, recovered and has a backend, and the state directory for it.
+    """A locked and recovered store, its backend, and its state directory.
 
     `warnings` are for `health`, until the next start.
     """
@@ -45,7 +45,7 @@ class Opened:
 
     @property
     def owner(self) -> Owner:
-        """As the journal names the store."""
+        """The store, as the journal names it."""
         return Owner(self.store.format.id, self.store.layout.root)
 
     def close(self) -> None:
@@ -55,7 +55,7 @@ class Opened:
 
 
 def open_root(config: Config) -> Opened:
-    """Lock and recover the store, and find the backend for it. Synchronous.
+    """Lock and recover the store, and choose its backend. Synchronous.
 
     Raises StoreLocked, StoreNotAdopted, IncompatibleFilesystem, BackendUnsupported, OSError.
     """
@@ -105,10 +105,10 @@ def _recovered(config: Config, store: Store, state: StateDir) -> Opened:
 
 
 def open_patiently(config: Config, notifier: Notifier) -> Opened:
-    """As `open_root`; where a service manager started us, what is locked is waited for.
+    """As `open_root`, but waits for a lock if a service manager has started the daemon.
 
-    A daemon that was killed while it waited for the disk ends, and gives its lock back, only when
-    the disk has answered. By hand, a second daemon is a mistake that wants an answer now.
+    A daemon that was killed while it waited for the disk keeps its lock until the disk has
+    answered. Started by hand, a second daemon is a mistake, and is refused at once.
     """
     until = time.monotonic() + _LOCK_PATIENCE
     while True:

@@ -30,10 +30,10 @@ log = structlog.get_logger(__name__)
 
 
 class Unmounted(NamedTuple):
-    """What was unmounted: its entry, which stays in the table; and whether the union has ended.
+    """The entry of the unmounted layer, which stays in the table, and whether the union has ended.
 
-    No entry if it was not mounted, or no reference is left and it is gone for good. A union that
-    has not ended may live on in another mount namespace.
+    There is no entry if the layer was not mounted, or had no reference and is not to be mounted
+    again. A union that has not ended may be alive in another mount namespace.
     """
 
     entry: Entry | None
@@ -41,9 +41,9 @@ class Unmounted(NamedTuple):
 
 
 async def unmount(mounts: Mounts, id: LayerId) -> Unmounted:
-    """Unmount a layer whose transition the caller holds, for `mount` to mount again.
+    """Unmount a layer, for `mount` to mount it again. The caller has begun its transition.
 
-    Raises UnmountBusy, NoSpace: it is mounted as before.
+    Raises UnmountBusy, NoSpace; then it is mounted as before.
     """
     table = mounts.table
     entry = table.entries.get(id)
@@ -59,7 +59,7 @@ async def unmount(mounts: Mounts, id: LayerId) -> Unmounted:
     def once() -> bool:
         nonlocal ended
         was = performing.unmount(mounts.backend, target, entry, flush=True)
-        # at once: the next file system that is mounted may get the number of this one
+        # at once, because the next mounted file system may get the same device number
         with suppress(OSError):
             ended = not (helper.is_alive(work) or exclusive.may_live(work))
         if ended:
@@ -71,7 +71,7 @@ async def unmount(mounts: Mounts, id: LayerId) -> Unmounted:
             id, target, once, mounts.thread, mounts.scans, retrying=mounts.retrying
         )
     except BaseException as error:
-        # what comes after the system call may have failed, with the mount gone
+        # a step after the system call may have failed; then the mount is gone
         if not entry.references or entry.mount is None or observed.is_on_top(target, entry):
             table.enter(id, entry)
             table.record(id)
@@ -89,9 +89,9 @@ async def unmount(mounts: Mounts, id: LayerId) -> Unmounted:
 
 
 async def mount(mounts: Mounts, id: LayerId, opaque: frozenset[LayerId] | None) -> None:
-    """Mount again what `unmount` took away, over the chain as it is in the index now.
+    """Mount again what `unmount` unmounted, over the chain that the index has now.
 
-    `opaque` as in Table.union. Raises MountFailed, TooManyLayers, OSError: then nothing is mounted,
+    `opaque`: see Table.union. Raises MountFailed, TooManyLayers, OSError; then nothing is mounted,
     and the entry is as before.
     """
     table = mounts.table
@@ -114,9 +114,10 @@ async def restore(
     *,
     first: Callable[[], Awaitable[object]] | None = None,
 ) -> bool:
-    """Mount again what was mounted before; whether it is. If not, that is tried in the background.
+    """Mount a layer again as it was before. Whether it worked. If not, it is tried in the
+    background.
 
-    `why` is what went wrong until now, for the log. `first` has to be done before a mount can be.
+    `why` is what went wrong, for the log. `first` has to be done before the mount.
     """
     entry = mounts.table.entries.get(id)
     try:
@@ -137,7 +138,7 @@ def _owe(
     error: Exception,
     first: Callable[[], Awaitable[object]] | None = None,
 ) -> None:
-    """It cannot be mounted now: its references stand, and it is tried again until it is."""
+    """Give up mounting it now. Its references stay, and it is tried again until it is mounted."""
     table = mounts.table
     entry = table.entries.get(id)
     if entry is not None and entry.state is State.MOUNTING:
@@ -150,7 +151,7 @@ def _owe(
 async def make_up(
     mounts: Mounts, id: LayerId, first: Callable[[], Awaitable[object]] | None = None
 ) -> None:
-    """Mount, as soon as that can be done, a layer whose entry says `unmounted`."""
+    """Mount, as soon as possible, a layer whose entry says `unmounted`."""
     # it has just failed
     await trio.sleep(SOONEST)
     await mounts.remounts.until_done(partial(_made_up, mounts, id, first), id)
@@ -164,7 +165,7 @@ async def _made_up(
         with table.locked():
             entry = table.entries.get(id)
             if first is None and (entry is None or not entry.unmounted):
-                # it was put, or a `get` has mounted it
+                # it was put meanwhile, or a `get` has mounted it
                 return
             chain = mounts.store.chain(id)
             waiting = table.in_transition(*chain)
@@ -183,10 +184,10 @@ async def _made_up(
 
 
 async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
-    """Raise UnmountBusy if the union that was unmounted lives on, and may write its branch.
+    """Raise UnmountBusy if the union is still alive after its unmount, and may write its branch.
 
-    It has a copy, in another mount namespace most likely. From that it is mounted again, as
-    nothing else can be while it lives.
+    Then it has a copy, most likely in another mount namespace. The layer is mounted again from that
+    copy, because no other union can have the branch while this one lives.
     """
     union = mounts.table.union(id, entry)
     mount = await mounts.thread.run(_brought_back, mounts, union, entry)
@@ -207,7 +208,7 @@ async def refuse_if_alive(mounts: Mounts, id: LayerId, entry: Entry) -> None:
 
 
 def _brought_back(mounts: Mounts, union: Union, entry: Entry) -> Identity | bool | None:
-    """The mount that was made of a copy; False if none could be; None if no union lives on."""
+    """The mount made from a copy; False if that failed; None if no union is alive."""
     if not helper.is_alive(union.work):
         try:
             exclusive.refuse_if_written(union, mounts.store.layout.probes, mounts.backend.namespace)

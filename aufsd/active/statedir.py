@@ -1,13 +1,13 @@
-"""The state directory: one daemon's at a time, and the journal in it one store's.
+"""The state directory. It belongs to one daemon at a time, and its journal to one store.
 
-Every daemon of a host has the same default for it, and mounts outlive their daemon. So it is
-locked, and the journal's first line says of which store it is; that of another one is kept aside,
-under a name with that store's id, until that store is served here again.
+All daemons of a host have the same default directory, and mounts outlive their daemon. So the
+directory is locked, and the first line of the journal names its store. The journal of another store
+is renamed to a name with that store's id, until that store is served here again.
 
-The lock is flock(2) on a directory in it that only root can open. On the state directory itself any
-user could hold one, and so keep a daemon from starting; and by default that is the directory of the
-sockets too, which `aufsctl load` locks. A tmpfs without a byte left has room for a directory, and
-systemd-tmpfiles(8) cleans no directory that somebody has locked (tmpfiles.d(5)).
+The lock is flock(2) on a directory inside, which only root can open. Any user could lock the state
+directory itself, and so keep a daemon from starting. By default it is also the directory of the
+sockets, which `aufsctl load` locks. A directory can be made on a tmpfs without a free byte, and
+systemd-tmpfiles(8) does not delete a locked directory (tmpfiles.d(5)).
 """
 
 import errno
@@ -26,21 +26,21 @@ from aufsd_client.errors import StoreLocked
 JOURNAL: Final = "mounts.journal"
 LOCK: Final = "lock"
 FORMAT: Final = 1
-# of a read: something else stands under the name
+# errors of a read if the name is not a regular file
 NO_FILE: Final = (errno.EINVAL, errno.ELOOP, errno.ENXIO)
 _DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _FILE: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class Owner(NamedTuple):
-    """The store that a journal is of: its id, "" if it has none, and its root."""
+    """The store of a journal: its id, "" if it has none, and its root."""
 
     store: str
     root: str
 
 
 class Header(msgspec.Struct, tag="header", tag_field="t"):
-    """The first line of a journal. An older aufsd wrote no id of the store."""
+    """The first line of a journal. An older aufsd wrote no store id."""
 
     format: int
     boot: str
@@ -62,12 +62,12 @@ def boot_id() -> str:
 
 
 def header_for(owner: Owner) -> Header:
-    """The header of a journal that is written now."""
+    """The header for a new journal."""
     return Header(FORMAT, boot_id(), owner.root, owner.store)
 
 
 def header_of(journal: bytes) -> Header | None:
-    """A journal's header; None if that cannot be read."""
+    """The header of a journal; None if it cannot be parsed."""
     line, newline, _ = journal.partition(b"\n")
     with suppress(msgspec.DecodeError):
         return _decoder.decode(line) if newline else None
@@ -76,18 +76,18 @@ def header_of(journal: bytes) -> Header | None:
 
 @dataclass(slots=True)
 class StateDir:
-    """A locked state directory. Owns its descriptor and the lock's, until `close`."""
+    """A locked state directory. It owns its descriptor and that of the lock, until `close`."""
 
     path: str
     fd: int
     lock: int
 
     def file(self, name: str) -> str:
-        """A file's path, to be told to a person."""
+        """A file's path, for messages."""
         return f"{self.path}/{name}"
 
     def read(self, name: str) -> bytes:
-        """What a file holds. Raises OSError, FileNotFoundError among it."""
+        """The content of a file. Raises OSError."""
         try:
             fd = os.open(name, _FILE, dir_fd=self.fd)
         except OSError as error:
@@ -106,10 +106,11 @@ class StateDir:
         os.rename(old, new, src_dir_fd=self.fd, dst_dir_fd=self.fd)
 
     def give_to(self, owner: Owner) -> list[str]:
-        """Have the journal of this store, if there is one, under the journal's name.
+        """Give the journal of this store, if there is one, the journal's name.
 
-        That of another store in this boot is kept aside, and never replaced: its mounts stand, and
-        what counts them is nowhere else. Returns sentences for an operator. Raises OSError.
+        The journal of another store of this boot is renamed and never overwritten, because its
+        mounts are still there, and only it has their counts. Returns messages for an operator.
+        Raises OSError.
         """
         told = []
         header = self._header(JOURNAL)
@@ -131,10 +132,10 @@ class StateDir:
         return told
 
     def renew(self) -> bool:
-        """Make the directory again if it was deleted; whether that was done.
+        """Make the directory again if it was deleted, for example by a cleaner of /tmp. Whether it
+        did.
 
-        What cleans /tmp deletes directories too. Raises OSError, also if another daemon has made
-        and locked it meanwhile.
+        Raises OSError, also if another daemon has made and locked it meanwhile.
         """
         if os.fstat(self.fd).st_nlink:
             return False
@@ -175,7 +176,7 @@ class StateDir:
         taken = set(os.listdir(self.fd))
         name, number = f"mounts.{store}.journal", 1
         while name in taken:
-            # a copy of a store has its id
+            # a copy of a store has the same id
             number += 1
             name = f"mounts.{store}.{number}.journal"
         return name
@@ -198,7 +199,7 @@ def open_state_dir(path: str, root: str) -> StateDir:
 
 
 def _locked(directory: int) -> int:
-    """The descriptor that holds the lock. Raises BlockingIOError if another has it, and OSError."""
+    """The locked descriptor. Raises BlockingIOError if another one has the lock, and OSError."""
     name = LOCK
     try:
         os.mkdir(name, 0o700, dir_fd=directory)
@@ -207,7 +208,7 @@ def _locked(directory: int) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        # there is no inode to be had: the state directory itself is better than no lock
+        # no inode is left: lock the state directory itself, which is better than no lock
         name = "."
     lock = os.open(name, _DIRECTORY | os.O_NOFOLLOW, dir_fd=directory)
     try:

@@ -55,12 +55,12 @@ class Chains:
             self._roots[id] = self._roots.pop(below)
 
     def emptied(self, id: LayerId) -> bool:
-        """A prepared layer holds nothing now, in our dialect; whether its `/` was opaque."""
+        """A prepared layer was emptied. Whether its `/` was opaque."""
         opaque, self._roots[id] = self._roots[id], False
         return opaque
 
     def filled_again(self, id: LayerId, *, opaque: bool) -> None:
-        """It holds what it did before."""
+        """The layer has its old content again."""
         self._roots[id] = opaque
 
     async def prepare(self, chain: tuple[LayerId, ...]) -> frozenset[LayerId]:

@@ -1,9 +1,9 @@
-"""Checkpoint and roll back of layers that are mounted over their parents.
+"""Checkpoint and rollback of layers that are directories.
 
-What a layer holds of its own is renamed out of it (store/replacing.py) with the layer unmounted; a
-mount that has references is made again within the call. From the unmount on nothing is cancelled:
-it is done, or taken back, and the references stand either way. What needs a descriptor or room is
-made before the unmount, or held in reserve.
+The layer is unmounted, its content is renamed away (store/replacing.py), and if it has references
+it is mounted again, all within the call. After the unmount the call cannot be cancelled: it is done
+or undone, and the references stay in both cases. Everything that needs a descriptor or disk space
+is made, or reserved, before the unmount.
 """
 
 import os
@@ -40,12 +40,12 @@ from aufsd_client.errors import (
 
 log = structlog.get_logger(__name__)
 
-# what a mount opens besides its branches; a helper is a process that is started, too
+# descriptors that a mount opens besides those of its branches, with those of a helper process
 _MORE_DESCRIPTORS = 16
 
 
 def refuse_checkpoint(mounts: Mounts, id: LayerId, below: LayerId) -> None:
-    """Raise unless what `id` holds may become the layer `below`. From memory."""
+    """Raise if `id` may not be checkpointed as `below`. Reads memory only."""
     store, backend = mounts.store, mounts.backend
     if store.exists(below):
         raise LayerExists(f"layer {below} exists already", id=below)
@@ -61,7 +61,7 @@ def refuse_checkpoint(mounts: Mounts, id: LayerId, below: LayerId) -> None:
 
 
 def refuse_rollback(mounts: Mounts, id: LayerId, to: LayerId | None) -> None:
-    """Raise unless what `id` holds may go, and `id` may stand on `to`. From memory."""
+    """Raise if `id` may not be rolled back to `to`. Reads memory only."""
     store = mounts.store
     if to is not None:
         if not store.exists(to):
@@ -84,7 +84,7 @@ def _refuse(mounts: Mounts, id: LayerId, verb: str) -> None:
             id=id,
             children=children[:20],
         )
-    # a snapshot stays where it is
+    # a checkpoint of a snapshot does not move the layer
     if entry is None or backend.snapshots:
         return
     if not entry.mounted or entry.backend == BIND:
@@ -108,22 +108,22 @@ def _refuse(mounts: Mounts, id: LayerId, verb: str) -> None:
 
 
 def refused(error: OSError, id: LayerId) -> Exception:
-    """What a caller is told of an error of the store's file system; itself if it is a fault."""
+    """The API's error for an error of the store's file system; the same error if it is a fault."""
     return no_space(error, id) or errnos.answer(error, id=id) or error
 
 
 class Checkpoints(Protocol):
-    """What a store does with the own content of its layers, by the sort of content that it has."""
+    """Checkpoint and rollback, for each of the two kinds of layer content."""
 
     async def checkpoint(self, id: LayerId, below: LayerId) -> results.Checkpointed:
-        """What `id` holds becomes the sealed layer `below`, and `id` goes on with nothing on it.
+        """Move what `id` holds into a new, sealed layer `below`, and put `id`, now empty, on it.
 
         All or nothing. Raises LayerExists, LayerHasChildren, LayerInUse, LayerSealed, UnmountBusy,
         TooManyLayers, NoSpace.
         """
 
     async def rollback(self, id: LayerId, to: LayerId | None) -> results.RolledBack:
-        """Throw away what `id` holds of its own and, with `to`, put it on that layer instead.
+        """Throw away what `id` holds. With `to`, that layer becomes its parent.
 
         All or nothing. Raises ParentNotFound, LayerHasChildren, LayerInUse, LayerSealed,
         UnmountBusy, NoSpace, and InvalidParams if `to` stands on `id`.
@@ -132,10 +132,7 @@ class Checkpoints(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DirectoryCheckpoints:
-    """Of layers that are directories. Works on the rooms, owns none.
-
-    `deletion_due` is set when there is content to delete.
-    """
+    """For layers that are directories. It sets `deletion_due` when there is content to delete."""
 
     mounts: Mounts
     chains: Chains
@@ -193,7 +190,7 @@ class DirectoryCheckpoints:
     async def _rollback(
         self, id: LayerId, before: LayerId | None, parents: tuple[LayerId, ...]
     ) -> bool:
-        """Whether it held something."""
+        """Roll back. Whether the layer held anything."""
         store, dialect = self.mounts.store, self.mounts.backend.dialect
         opaque = held = False
 
@@ -225,10 +222,10 @@ class DirectoryCheckpoints:
         enter: Callable[[], None],
         leave: Callable[[], None],
     ) -> None:
-        """Prepare, unmount, commit, mount again; what fails on the way is taken back.
+        """Prepare, unmount, commit, mount again. If a step fails, those before it are undone.
 
-        `enter` says in the index what the commit did, `leave` that it is taken back. Raises what
-        the API has for it; OSError for a fault of this program.
+        `enter` changes the index after the commit, and `leave` undoes that. Raises errors of the
+        API, and OSError for a fault of aufsd.
         """
         try:
             ready, spare = await self.disk.run(self._prepare, id, prepare)
@@ -242,8 +239,8 @@ class DirectoryCheckpoints:
             raise refused(error, id) from error
 
     def _prepare(self, id: LayerId, prepare: Callable[[], Prepared]) -> tuple[Prepared, Spare]:
-        """All that can fail for want of room or descriptors, and the layer is still mounted."""
-        # one for each branch, where they are given by number
+        """Do everything that may lack space or descriptors, while the layer is still mounted."""
+        # one descriptor for each branch, if the mount is by number
         mounted = id in self.mounts.table.entries
         spare = Spare(len(self.mounts.store.chain(id)) + _MORE_DESCRIPTORS if mounted else 0)
         try:
@@ -286,7 +283,7 @@ class DirectoryCheckpoints:
                 if entered:
                     leave()
             else:
-                # then it is as it would be after a restart: done
+                # a restart would find the operation done, so it is
                 first = partial(self.disk.run, replacing.finish, self.mounts.store, ready.move)
                 if not entered:
                     enter()

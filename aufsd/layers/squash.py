@@ -1,4 +1,4 @@
-"""Several layers of a chain become the own content of the uppermost, which shows the same after."""
+"""Squash: merges several layers of a chain into the uppermost, which then shows the same."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ _AUFS = "aufs"
 
 @dataclass(frozen=True, slots=True)
 class Squashes:
-    """Works on the rooms, owns none. `deletion_due` is set when there is content to delete."""
+    """Squash. It sets `deletion_due` when there is content to delete."""
 
     mounts: Mounts
     chains: Chains
@@ -39,9 +39,10 @@ class Squashes:
     async def squash(self, id: LayerId, onto: LayerId | None) -> results.Squashed:
         """Merge the layers from `id` down to `onto`, which stays, into `id`. None: all of them.
 
-        Those in between go, unless others stand on them or they are in use. All or nothing;
-        cancelled before the commit: nothing was done, after it: done. Raises ParentNotFound (`onto`
-        is not below `id`), LayerHasChildren, LayerInUse, LayerSealed, NoSpace.
+        The layers in between are removed, unless they have other children or are in use. All or
+        nothing. Cancelled before the commit: nothing was done; after it: done. Raises
+        ParentNotFound (`onto` is not below `id`), LayerHasChildren, LayerInUse, LayerSealed,
+        NoSpace.
         """
         store, table = self.mounts.store, self.mounts.table
         async with table.replacing((id,), partial(self._refuse, id, onto)):
@@ -50,7 +51,7 @@ class Squashes:
             if not between:
                 return results.Squashed([], [])
             gone = self._removable(id, between)
-            # nobody waits between here and the claim of the layer itself
+            # there is no await between here and the claim of the layer itself
             for each in gone:
                 table.begin(each)
             try:
@@ -86,7 +87,7 @@ class Squashes:
             raise table.in_use(id)
 
     def _removable(self, id: LayerId, between: tuple[LayerId, ...]) -> list[LayerId]:
-        """Those that nothing but `id` needs, the nearest first. One that stays keeps all below."""
+        """The layers that only `id` needs, nearest first. One that stays keeps all below it."""
         store, table = self.mounts.store, self.mounts.table
         found, above = list[LayerId](), id
         for each in between:
@@ -105,7 +106,7 @@ class Squashes:
         parents: tuple[LayerId, ...],
         gone: list[LayerId],
     ) -> list[LayerId]:
-        """Do it; the layers that are removed."""
+        """Squash. The layers that were removed."""
         store, backend = self.mounts.store, self.mounts.backend
         if backend.snapshots:
             commit = partial(
@@ -130,7 +131,7 @@ class Squashes:
         *,
         kept: tuple[LayerId, ...],
     ) -> str:
-        """What the layers show together, in staging; its path."""
+        """Merge the layers in staging. The path."""
         store, backend = self.mounts.store, self.mounts.backend
         branches = await self.disk.run(self._branches, (id, *between, *parents))
         merged = 1 + len(between)
@@ -158,11 +159,11 @@ class Squashes:
         return tuple(Branch(each, store.dialect(each)) for each in ids)
 
     async def _remove(self, id: LayerId, gone: list[LayerId]) -> list[LayerId]:
-        """Remove the layers that are needed no more, until one cannot be; which were."""
+        """Remove the layers in between, until one cannot be removed. Those that were."""
         store, removed = self.mounts.store, list[LayerId]()
         for each in gone:
             self.chains.forget(each)
-            # what fails may do so once; a layer that stays is no harm
+            # try twice; a layer that stays does no harm
             if not (await self._removed(each) or await self._removed(each)):
                 break
             store.forget(each)

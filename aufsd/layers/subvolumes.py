@@ -1,7 +1,7 @@
-"""Checkpoint and roll back of layers that are snapshots (btrfs): nothing is unmounted.
+"""Checkpoint and rollback of layers that are snapshots (btrfs). Nothing is unmounted.
 
-A checkpoint is a snapshot, made under whoever uses the layer. A roll back puts another subvolume at
-the layer's path, so it is refused while somebody has the present one open.
+A checkpoint is a snapshot, and may be made while the layer is in use. A rollback puts another
+subvolume at the layer's path, so it is refused while a process has the present one open.
 """
 
 import os
@@ -30,7 +30,7 @@ from aufsd_client.errors import UnmountBusy
 
 @dataclass(frozen=True, slots=True)
 class SnapshotCheckpoints:
-    """See Checkpoints. Works on the rooms, owns none."""
+    """See Checkpoints."""
 
     mounts: Mounts
     jobs: Jobs
@@ -89,7 +89,7 @@ class SnapshotCheckpoints:
         return results.RolledBack(parent or "", len(entry.references) if entry else 0, held)
 
     async def _label(self, id: LayerId, staged: str, parent: LayerId | None) -> None:
-        """Give new content the label of the old, unless what it is made of has that already."""
+        """Label new content as the old one, unless the snapshot has that label already."""
         layout = self.mounts.store.layout
         own = await self.disk.run(label_of, layout.content(id))
         above = await self.disk.run(label_of, layout.content(parent)) if parent else None
@@ -97,7 +97,7 @@ class SnapshotCheckpoints:
             await self.jobs.relabel(id, staged, own.decode())
 
     async def _refuse_open(self, id: LayerId) -> None:
-        """Raise UnmountBusy if a process has something of the layer's open."""
+        """Raise UnmountBusy if a process has a file of the layer open."""
         device = os.lstat(self.mounts.store.layout.content(id)).st_dev
         found = await self.mounts.scans.run(users_of, device)
         if found:
@@ -127,7 +127,7 @@ class SnapshotCheckpoints:
         replacing.discard_old(store, id)
 
     def _has_changed(self, id: LayerId, parent: LayerId | None) -> bool:
-        """Whether a layer differs from its parent; True where that cannot be told at once."""
+        """Whether a layer differs from its parent; true if that is not known at once."""
         layout = self.mounts.store.layout
         own = os.open(layout.content(id), DIRECTORY)
         try:
@@ -139,7 +139,7 @@ class SnapshotCheckpoints:
                 if common is None:
                     return True
                 now, then = os.fstat(own), os.fstat(above)
-                # marks of ours are on the tops
+                # the top directories differ by aufsd's own xattrs
                 return bool(common.touched - {now.st_ino}) or any(
                     getattr(now, name) != getattr(then, name)
                     for name in ("st_mode", "st_uid", "st_gid", "st_mtime_ns")

@@ -12,7 +12,7 @@ TRIAL_LEFT: Final = "left:"
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The paths under one store's root (design: section 3). `root` is absolute and resolved."""
+    """The paths under one store's root. `root` is absolute and resolved."""
 
     root: str
 

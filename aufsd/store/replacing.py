@@ -1,20 +1,20 @@
-"""What a layer holds of its own is taken out of it, and it goes on with nothing.
+"""Takes a layer's own content out of it, and leaves it empty.
 
-At a checkpoint that becomes the content of a new layer, which the layer stands on from then on; at
-a roll back it goes, and the layer may come to stand on another one. Nothing is copied: directories
-and parents files are renamed, in this order, and a marker says that it is being done. The marker is
-the parents file that the layer will have.
+At a checkpoint the content becomes that of a new layer, which becomes the layer's parent. At a
+rollback the content is thrown away, and the layer may get another parent. Nothing is copied.
+Directories and parents files are renamed in the order below, and a marker shows that it is going
+on. The marker is the new parents file of the layer.
 
     prepared   marker and fresh content in staging, while the layer may still be mounted
     commit     diff/ID is renamed out
     after      fresh content becomes diff/ID; layers/ID is renamed out; the marker becomes layers/ID
 
-What needs room on the disk, or a descriptor, is made by the first step, so that little can fail
-once the layer is unmounted.
+The first step makes everything that needs disk space or a descriptor, so that little can fail once
+the layer is unmounted.
 
-While the marker is there, the content that is out says on which side of the commit a crash was.
-Taking it back goes the same steps backwards, so a crash in that finds nothing new. A start does
-this before it reads the index. Synchronous; the caller holds the transitions of all ids.
+While the marker is there, the place of the old content shows whether a crash was before or after
+the commit. To undo, the same steps go backwards, so a crash then leaves no other state. A start
+recovers before it reads the index. Synchronous. The caller has begun the transitions of all ids.
 """
 
 import os
@@ -39,7 +39,7 @@ from aufsd_client.errors import LayerExists
 
 Kind = Literal["checkpoint", "rollback", "squash"]
 _KINDS: Final[tuple[Kind, ...]] = ("checkpoint", "rollback", "squash")
-# in staging, before the id; no id holds a colon
+# begins a name in staging, before the id; no id has a colon
 _FRESH: Final = "fresh:"
 _CONTENT: Final = "old-content:"
 _RECORD: Final = "old-record:"
@@ -59,24 +59,24 @@ class Move:
 
     @property
     def marker(self) -> str:
-        """The parents file to come."""
+        """The new parents file."""
         return f"{self.layout.staging}/{self.kind}:{self.id}"
 
     @property
     def fresh(self) -> str:
-        """The content to come."""
+        """The new content."""
         return f"{self.layout.staging}/{_FRESH}{self.id}"
 
     @property
     def content(self) -> str:
-        """Where the old content goes."""
+        """The new place of the old content."""
         if self.below is not None:
             return self.layout.content(self.below)
         return f"{self.layout.staging}/{_CONTENT}{self.id}"
 
     @property
     def record(self) -> str:
-        """Where the old parents file goes."""
+        """The new place of the old parents file."""
         if self.below is not None:
             return self.layout.parents_file(self.below)
         return f"{self.layout.staging}/{_RECORD}{self.id}"
@@ -99,7 +99,7 @@ class Prepared:
     layers_fd: int
 
     def close(self) -> None:
-        """Let its descriptors go."""
+        """Close its descriptors."""
         for fd in (self.fresh_fd, self.diff_fd, self.layers_fd):
             os.close(fd)
 
@@ -168,7 +168,7 @@ def take_back(ready: Prepared) -> None:
 
 
 def is_between(move: Move) -> bool:
-    """Whether a replacement was begun and is not done: `finish` does the rest of it."""
+    """Whether a replacement was begun and not finished. Then call `finish`."""
     return os.path.lexists(move.marker) and os.path.lexists(move.content)
 
 
@@ -184,14 +184,14 @@ def finish(store: Store, move: Move) -> None:
 
 
 def discard_old(store: Store, id: LayerId) -> None:
-    """Let go of what a roll back or a squash took out, to be deleted later."""
+    """Discard the content that a rollback or a squash has taken out."""
     move = Move(store.layout, "rollback", id)
     for path in (move.content, move.record):
         removal.discard_staged(store, path)
 
 
 def checkpoint_in_index(store: Store, id: LayerId, below: LayerId) -> None:
-    """What `checkpoint_on_disk` did, in the index. Not in a thread, as all that changes that."""
+    """Enter a checkpoint in the index. Not in a thread, as every change of the index."""
     store.sealed.add(below)
     if id in store.unrecorded:
         store.unrecorded.add(below)
@@ -199,14 +199,14 @@ def checkpoint_in_index(store: Store, id: LayerId, below: LayerId) -> None:
 
 
 def checkpoint_out_of_index(store: Store, id: LayerId, below: LayerId) -> None:
-    """The same backwards; `below` stays registered."""
+    """Undo that; `below` stays in the index."""
     restand(store, id, store.parent[below])
     if below not in store.unrecorded:
         store.unrecorded.discard(id)
 
 
 def restand(store: Store, id: LayerId, parent: LayerId | None) -> None:
-    """Put a layer, which holds nothing now, on another parent in the index."""
+    """Give a layer, which is empty now, another parent in the index."""
     above = store.parent[id]
     if above is not None:
         store.children[above].discard(id)
@@ -342,7 +342,7 @@ class Resumed(NamedTuple):
 
 
 def resume(layout: Layout) -> Iterator[Resumed]:
-    """Finish or undo what a crash cut off, before the index is read. Safe to be cut off itself."""
+    """Finish or undo what a crash has interrupted, before the index is read."""
     told: set[str] = set()
     names = sorted(os.listdir(layout.staging))
     for name in names:
