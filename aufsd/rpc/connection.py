@@ -106,7 +106,10 @@ class Connection:
 
     def on_ready(self, events: int) -> None:
         """Read once, send more, or note that the peer is gone, as the socket is ready for it."""
-        if events & GONE:
+        if events & GONE and self.monitor:
+            # no call of the monitor socket changes anything, and nobody takes the answers
+            self._abort()
+        elif events & GONE:
             # the calls that it has sent are carried out all the same
             self._runner.close_outbox()
             self._update()

@@ -119,7 +119,7 @@ def salvaged(line: bytes) -> object:
     Such a line is refused, but the id is there to be read, and some clients wait for it for ever: a
     byte order mark, bytes that are no UTF-8, half of a surrogate pair, a number that is too large.
     """
-    if len(line) > _SALVAGED or b"{" not in line:
+    if len(line) > _SALVAGED or b'"id"' not in line:
         return None
     text = line.removeprefix(_BOM).decode("utf-8", "replace")
     try:

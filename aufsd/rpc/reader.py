@@ -128,10 +128,12 @@ class Reader:
         while True:
             if not self._ready:
                 await self.poller.wait()
-            began = time.perf_counter()
+            # of the processor, or other work on a busy machine would lengthen the sleep many times
+            began = time.thread_time()
+            end = time.perf_counter() + _SLICE
             self._receive()
-            self._run_tick(until=began + _SLICE)
-            await trio.sleep((time.perf_counter() - began) * self._sleep_factor)
+            self._run_tick(until=end)
+            await trio.sleep((time.thread_time() - began) * self._sleep_factor)
 
     def _receive(self) -> None:
         for connection, events in self.poller.ready(

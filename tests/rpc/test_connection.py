@@ -255,6 +255,21 @@ async def test_what_a_peer_sent_before_it_went_away_is_carried_out(
     os.close(r)
 
 
+async def test_what_is_left_of_a_peer_of_the_monitor_socket_that_went_away_is_dropped(
+    served: Served, connect: Connect
+) -> None:
+    """Or who comes and goes would leave behind more work than the share that the socket has."""
+    peer, other = connect(served.monitor), connect(served.monitor)
+    peer.sock.send(line("ping") * 300)
+    peer.sock.close()
+    await other.send(line("version"))
+    assert "result" in await other.receive()
+    with trio.fail_after(PATIENCE):
+        while served.server.statistics().connections > 1:
+            await trio.testing.wait_all_tasks_blocked()
+    assert served.observed == [("version", "ok")]
+
+
 async def test_a_peer_that_does_not_read_is_dropped_and_holds_up_nobody(
     nursery: trio.Nursery, tmp_path: Path, connect: Connect
 ) -> None:

@@ -280,6 +280,8 @@ def test_a_thousand_connections_the_worst_of_peers_and_one_that_is_served(
 def crowd(stack: ExitStack, served: Daemon) -> None:
     """1,300 peers: idle, slow, half open, sending rubbish. The daemon has done with a fifth."""
     document, pings = line("rpc.discover") * 16, line("ping") * 20
+    # they take no answers, for which they are dropped after a while; so they come last
+    deaf_peers, rubbish_peers = [], []
     for number in range(130):
         peers = [
             stack.enter_context(connected(served.monitor_socket if odd else served.socket))
@@ -289,11 +291,10 @@ def crowd(stack: ExitStack, served: Daemon) -> None:
         idle.sendall(b"{")
         half.sendall(line("ping")[:20])
         half.shutdown(socket.SHUT_WR)
-        deaf.sendall(document)
+        deaf_peers.append(deaf)
         cut.sendall(pings)
         cut.shutdown(socket.SHUT_RD)
-        with suppress(OSError):
-            rubbish.sendall(b"{]\n" * 300)
+        rubbish_peers.append(rubbish)
         if number < 20:
             with suppress(OSError):
                 overlong.sendall(b"x" * (1100 << 10))
@@ -303,6 +304,10 @@ def crowd(stack: ExitStack, served: Daemon) -> None:
         with polite.makefile("rb") as replies:
             assert all(b'"result"' in replies.readline() for _ in range(20))
         quiet.sendall(pings)
+    for deaf, rubbish in zip(deaf_peers, rubbish_peers, strict=True):
+        deaf.sendall(document)
+        with suppress(OSError):
+            rubbish.sendall(b"{]\n" * 100)
 
 
 def metric(client: Client, name: str) -> float:
