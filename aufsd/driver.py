@@ -36,6 +36,7 @@ from aufsd.store.check import readable
 from aufsd.store.dialect import Dialect
 from aufsd.store.ids import LayerId
 from aufsd.store.layers import Store
+from aufsd.store.space import no_space
 from aufsd.tasks import AutoResetEvent
 from aufsd.threads import Disk
 from aufsd.union.backend import Backend
@@ -178,6 +179,9 @@ class Driver:
         except LayerNotFound:
             # another call has removed it while this one waited
             return results.Removed(False, "not-found")
+        except OSError as error:
+            # a layer whose parents file is gone needs a name to be marked by
+            raise no_space(error, id) or error from error
         for failure in left:
             log.warning("content of a removed layer is still in its place", error=str(failure))
         self.deletion_due.set()

@@ -147,3 +147,16 @@ async def test_such_a_symlink_may_become_a_file(shelf: Shelf, dialect: Dialect) 
     await shelf.apply(stream, "a")
     assert (at / "real" / "deep" / "below").stat().st_mtime == 6
     assert (at / "h").read_bytes() == b"a file"
+
+
+async def test_a_root_that_is_opaque_stays_so_with_a_second_archive(
+    shelf: Shelf, dialect: Dialect
+) -> None:
+    shelf.add("base")
+    await shelf.apply(tar(entry("x", b"1")), "base")
+    shelf.add("top", dialect)
+    await shelf.apply(tar(entry(".wh..wh..opq"), entry("new")), "top", "base")
+    await shelf.apply(tar(entry("more")), "top", "base")
+    assert sorted(await changed(shelf, "top", "base")) == [
+        *(("add", "/more"), ("add", "/new"), ("delete", "/x")),
+    ]

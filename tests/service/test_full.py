@@ -56,6 +56,18 @@ def test_a_call_that_has_to_write_is_refused_or_done_and_no_incident(
     assert client.check(deep=True).problems == []
 
 
+def test_a_remove_that_has_no_room_for_its_mark_is_refused_and_done_later(
+    served: Daemon, client: Client
+) -> None:
+    """Of a layer whose parents file somebody has deleted."""
+    client.create("layer")
+    (served.root / "layers/layer").unlink()
+    with full(served.root), pytest.raises(errors.NoSpace):
+        client.remove("layer")
+    assert client.remove("layer").removed
+    assert client.check().problems == []
+
+
 @pytest.mark.ext4
 @pytest.mark.parametrize("lacks", ["blocks", "inodes"])
 @pytest.mark.parametrize("backend", ["overlay", pytest.param("aufs", marks=pytest.mark.aufs)])
