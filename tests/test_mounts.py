@@ -688,7 +688,7 @@ async def test_a_process_that_ended_while_nobody_served_is_put_at_start(tmp_path
         assert not is_mounted(second, TOP)
 
 
-async def test_calls_of_one_turn_ask_the_kernel_once_and_later_ones_ask_again(
+async def test_calls_of_one_tick_ask_the_kernel_once_and_later_ones_ask_again(
     mounts: Mounts,
 ) -> None:
     table = mounts.table
