@@ -13,6 +13,9 @@ _END: Final = b"/"
 # bytes that are sorted at a time, and that are taken apart at a time
 _RUN: Final = 1 << 18
 _PIECE: Final = 1 << 11
+# rows that a list holds at a time, and that may wait in one for long
+AT_A_TIME: Final = 1 << 12
+_SOME: Final = 64
 # names in a set, before they are spread over so many strings
 _FEW: Final = 1 << 12
 _STRINGS: Final = 1 << 12
@@ -35,6 +38,14 @@ class Ordered:
         if len(tail) > _RUN:
             self._sort()
 
+    def add_all(self, rows: list[bytes]) -> None:
+        """Several more; the list is empty then."""
+        self._tail += _END.join(rows)
+        self._tail += _END
+        rows.clear()
+        if len(self._tail) > _RUN:
+            self._sort()
+
     def _sort(self) -> None:
         rows = bytes(self._tail).split(_END)
         # behind the last one is nothing
@@ -42,6 +53,10 @@ class Ordered:
         rows.sort()
         self._runs.append(_END.join(rows))
         self._tail.clear()
+
+    def is_empty(self) -> bool:
+        """Whether there is no row."""
+        return not self._tail and not self._runs
 
     def __iter__(self) -> Iterator[bytes]:
         if self._tail:
@@ -58,6 +73,16 @@ def _rows(run: bytes) -> Iterator[bytes]:
             end = len(run)
         yield from run[at:end].split(_END)
         at = end + 1
+
+
+def in_order(found: Ordered, rows: list[bytes]) -> Iterator[bytes]:
+    """Go through the rows of both; a list of a few is left as it is, which is faster."""
+    if found.is_empty() and len(rows) <= _SOME:
+        rows.sort()
+        return iter(rows)
+    if rows:
+        found.add_all(rows)
+    return iter(found)
 
 
 def once(rows: Iterable[bytes]) -> Iterator[bytes]:

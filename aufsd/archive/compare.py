@@ -13,7 +13,7 @@ from typing import Final, Literal, NamedTuple, TypeAlias
 
 from aufsd.archive import view
 from aufsd.archive.attributes import carried
-from aufsd.archive.compact import Ordered, Seen, once
+from aufsd.archive.compact import AT_A_TIME, Ordered, Seen, in_order, once
 from aufsd.archive.measure import UNIT, Used, is_first
 from aufsd.archive.meter import shown
 from aufsd.archive.pack import (
@@ -161,12 +161,16 @@ def _frame(way: Way, now: list[Place], then: list[Place], cursor: bytes) -> _Fra
         if mine.layer.id != other.layer.id:
             break
         shared += 1
-    names = Ordered()
-    for place in (*now[: len(now) - shared], *then[: len(then) - shared]):
+    own = (*now[: len(now) - shared], *then[: len(then) - shared])
+    found = Ordered()
+    some: list[bytes] = []
+    for place in own:
         for name in _mentioned(place):
             if name >= cursor:
-                names.add(name)
-    return _Frame(way, now, then, once(names), cursor)
+                some.append(name)
+                if len(some) >= AT_A_TIME:
+                    found.add_all(some)
+    return _Frame(way, now, then, once(in_order(found, some)), cursor)
 
 
 def _mentioned(place: Place) -> Iterator[bytes]:
@@ -284,6 +288,8 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
     packer.directory(b".", packer.inspect(now[0].fd, now[0].layer))
     # directories that are not written yet: they are once something in them is
     unwritten: list[tuple[Way, Inspected]] = []
+    # the directory of the last entry, and its path
+    above, prefix = None, b""
     # how deep we are below a name that no archive can hold
     unsaid = 0
 
@@ -312,17 +318,21 @@ def pack(packer: Packer, now: list[Place], then: list[Place], settings: Settings
         for way, inspected in unwritten:
             packer.directory(way.path(), inspected)
         unwritten.clear()
-        _write(packer, event)
+        if event.way.above is not above:
+            above = event.way.above
+            assert above is not None
+            prefix = above.path() + b"/" if above.size else b""
+        _write(packer, event, prefix)
     packer.finish()
 
 
-def _write(packer: Packer, event: Event) -> None:
+def _write(packer: Packer, event: Event, prefix: bytes) -> None:
     name, above = event.way.name, event.way.above
     assert above is not None
     if event.now is None:
-        packer.whiteout(Way(above, whiteouts.WHITEOUT + name).path())
+        packer.whiteout(prefix + whiteouts.WHITEOUT + name)
         return
-    path = event.way.path()
+    path = prefix + name
     mode, at = event.now.stat.st_mode, event.now.place.fd
     if stat.S_ISDIR(mode):
         packer.directory(path, packer.inspect(event.fd, event.now.place.layer))

@@ -79,9 +79,10 @@ class Memory:
             self.forget()
             self._room = 0
 
-    def take(self, directory: int) -> Iterator[bytes]:
-        """What is known of a directory, by its inode, sorted; it is told once."""
-        return iter(self._by_directory.pop(directory, ()))
+    def take(self, directory: int) -> "_Known | None":
+        """What is known of a directory, by its inode; it is told once."""
+        rows = self._by_directory.pop(directory, None)
+        return _Known(iter(rows)) if rows is not None else None
 
     def note(
         self,
@@ -215,7 +216,7 @@ class _Known:
 
 class _Level(NamedTuple):
     listing: Listing
-    known: _Known
+    known: _Known | None
 
 
 class _Reading:
@@ -266,7 +267,7 @@ class _Reading:
         below = b""
         for row in listing.rows:
             name, kind = row[:-2], row[-1]
-            if kind == FILE:
+            if known and kind == FILE:
                 # most of a new layer: nothing has to be asked
                 fields = known.of(name)
                 if fields:
@@ -280,7 +281,7 @@ class _Reading:
                 # fields that are empty are nothing else's
                 rows.append(b"%b\0\0" % name)
             else:
-                rows.append(self._entry(Way(here.way, name), os.lstat(name), numbers))
+                rows.append(self._entry(here.way, name, os.lstat(name), numbers))
             if len(rows) >= _ROWS:
                 self._add(rows, numbers)
         else:
@@ -304,16 +305,16 @@ class _Reading:
         self._meter.entries += 1
         linked = self._memory.linked
         listing = listed(self._meter, layer, here.way, opaque=opaque, cut=None, linked=linked)
-        return _Level(listing, _Known(self._memory.take(found.st_ino)))
+        return _Level(listing, self._memory.take(found.st_ino))
 
-    def _entry(self, way: Way, found: os.stat_result, numbers: list[int]) -> bytes:
+    def _entry(self, above: Way, name: bytes, found: os.stat_result, numbers: list[int]) -> bytes:
         """What a directory says of an entry that is none; of a file its number too."""
         self._meter.entries += 1
-        name, mode = way.name, found.st_mode
-        assert way.above is not None
-        first = self._links.first(way.above, name, found)
-        if first:
-            return b"%b\0=%b\0" % (name, first)
+        mode = found.st_mode
+        if found.st_nlink > 1:
+            first = self._links.first(above, name, found)
+            if first:
+                return b"%b\0=%b\0" % (name, first)
         size, target = 0, b""
         if stat.S_ISREG(mode):
             size = found.st_size

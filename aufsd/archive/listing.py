@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Iterator
 from typing import Final, NamedTuple
 
-from aufsd.archive.compact import Ordered, once
+from aufsd.archive.compact import AT_A_TIME, Ordered, in_order, once
 from aufsd.archive.meter import Meter, shown
 from aufsd.archive.view import GONE, Layer
 from aufsd.store import whiteouts
@@ -53,10 +53,13 @@ def listed(
     `linked` are inodes of files that are told apart.
     """
     found = Ordered()
-    add, aufs, overlay = found.add, layer.marks.aufs, layer.marks.overlay
+    some: list[bytes] = []
+    add, aufs, overlay = some.append, layer.marks.aufs, layer.marks.overlay
     beside = marked = False
     with os.scandir(b".") as entries:
         for entry in entries:
+            if len(some) >= AT_A_TIME:
+                found.add_all(some)
             name = entry.name
             if name.startswith(whiteouts.WHITEOUT):
                 if aufs and name == whiteouts.OPAQUE:
@@ -81,7 +84,9 @@ def listed(
     if opaque or marked:
         add(whiteouts.OPAQUE + b"\0q")
     # a conversion that is half done may have a whiteout in both dialects
-    rows = once(found) if aufs and overlay else iter(found)
+    rows = in_order(found, some)
+    if aufs and overlay:
+        rows = once(rows)
     if cut is not None:
         cut = cut or opaque or marked
         if cut and way.above is not None:

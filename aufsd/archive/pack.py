@@ -45,12 +45,10 @@ class Links:
         self._first: dict[tuple[int, int], tuple[Way, int]] = {}
 
     def first(self, above: Way, name: bytes, found: os.stat_result) -> bytes:
-        """The path that the file was met under before; empty the first time.
+        """The path that a file of several names was met under before; empty the first time.
 
         It is `name` in the directory `above` now.
         """
-        if found.st_nlink == 1:
-            return b""
         inode = found.st_dev, found.st_ino
         first, left = self._first.pop(inode, (None, found.st_nlink))
         if left > 1:
@@ -263,7 +261,8 @@ def pack_file(
     try:
         found = os.fstat(fd)
         if stat.S_ISREG(found.st_mode):
-            packer.file(path, fd, found, packer.links.first(above, name, found))
+            link = packer.links.first(above, name, found) if found.st_nlink > 1 else b""
+            packer.file(path, fd, found, link)
         else:
             packer.vanished(path, replaced())
     finally:
@@ -280,7 +279,8 @@ def pack_other(
     except OSError as error:
         packer.vanished(path, error)
     else:
-        packer.other(path, found, target, packer.links.first(above, name, found))
+        link = packer.links.first(above, name, found) if found.st_nlink > 1 else b""
+        packer.other(path, found, target, link)
 
 
 def read_link(name: bytes, directory: int | None = None) -> bytes:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from aufsd.archive import headers
@@ -104,6 +104,7 @@ STAMPS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(STAMPS, STAMPS, STAMPS, st.sampled_from([0, 0, 0, 1, -1]), st.integers(0, 2))
 @example(b"1795529725.749534660", b"1795529725.7", b"1795529725.749534660", 0, 0)
 @example(b"1795529725.749534660", b"1795529725.7", b"1795529725.749534660", 1, 1)
