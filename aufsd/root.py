@@ -12,7 +12,7 @@ import structlog
 
 from aufsd.active.statedir import Owner, StateDir, open_state_dir
 from aufsd.config import Config
-from aufsd.kernel import probe
+from aufsd.kernel import probe, sight
 from aufsd.service.notify import Notifier
 from aufsd.store import recovery
 from aufsd.store.idmap import to_host
@@ -24,6 +24,11 @@ from aufsd.union.choice import choose
 from aufsd_client.errors import StoreLocked
 
 log = structlog.get_logger(__name__)
+
+_HIDDEN = (
+    "the daemon is not in the mount namespace of process 1, and its mounts do not appear there: a "
+    "get from outside is refused; under systemd PrivateMounts= and its like have to be off"
+)
 
 # long enough that repeated starts do not reach the unit's StartLimitBurst=
 _LOCK_PATIENCE = 20.0  # seconds
@@ -99,6 +104,8 @@ def _recovered(config: Config, store: Store, state: StateDir) -> Opened:
         log.info("backend", chosen=choice.backend.name, why=choice.why)
     store.set_backend(choice.backend.name)
     opened = Opened(store, state, choice.backend, recovered, [*warnings, *choice.warnings])
+    if not choice.backend.snapshots and sight.hidden_from_host(store.layout.mnt):
+        log.warning("mount namespace", note=_HIDDEN)
     for sentence in state.give_to(opened.owner):
         log.warning("state directory", note=sentence)
     return opened

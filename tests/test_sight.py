@@ -10,7 +10,7 @@ import pytest
 
 from aufsd.kernel import mountinfo
 from aufsd.kernel.peer import identify, process
-from aufsd.kernel.sight import Place, in_our_namespace, place_of, sees
+from aufsd.kernel.sight import Place, in_our_namespace, place_of, propagates, sees
 
 UNION = os.makedev(0, 40)
 DISK = os.makedev(8, 1)
@@ -85,3 +85,24 @@ def test_a_peer_is_known_by_its_start_time_only_while_it_lives(tmp_path: Path, a
                 found = identify(sock, peer.pid, 0, 0)
             peer.communicate()
     assert (found.pid, found.start) == (peer.pid, expected if alive else 0)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "seen"),
+    [
+        (b"20 1 8:1 / / rw shared:7 - ext4 /dev/sda1 rw\n", True),
+        (b"20 1 8:1 / / rw shared:9 master:7 - ext4 /dev/sda1 rw\n", True),
+        (b"20 1 8:1 / / rw shared:77 - ext4 /dev/sda1 rw\n", False),
+        (b"20 1 8:1 / / rw - ext4 /dev/sda1 rw\n", False),
+    ],
+)
+def test_mounts_appear_where_a_peer_or_a_slave_of_the_mount_above_is(
+    theirs: bytes, seen: bool
+) -> None:
+    ours = b"""\
+20 1 8:1 / / rw shared:1 - ext4 /dev/sda1 rw
+21 20 8:2 / /srv rw shared:7 - ext4 /dev/sdb1 rw
+"""
+    tables = list(mountinfo.parse(ours)), list(mountinfo.parse(theirs))
+    assert propagates(*tables, "/srv/store/mnt") is seen
+    assert propagates(*tables, "/var/store/mnt") is False

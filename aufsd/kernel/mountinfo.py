@@ -8,7 +8,7 @@ import os
 import re
 import select
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from aufsd.kernel import syscalls
@@ -31,6 +31,8 @@ class Mount:
     fstype: str
     source: str
     super_options: str
+    # shared:N, master:N and their like (mount_namespaces(7))
+    tags: tuple[str, ...] = field(default=(), compare=False)
 
 
 def parse(text: bytes) -> Iterator[Mount]:
@@ -54,6 +56,7 @@ def parse(text: bytes) -> Iterator[Mount]:
             fstype=unescape(rest[0]),
             source=unescape(rest[1]),
             super_options=unescape(rest[2]),
+            tags=tuple(tag.decode("ascii", "replace") for tag in fields[6:]),
         )
 
 

@@ -68,3 +68,24 @@ def sees(pid: int, path: str) -> bool | None:
     except OSError:
         return None
     return None if theirs is None or ours is None else theirs == ours
+
+
+def propagates(ours: Sequence[Mount], theirs: Sequence[Mount], path: str) -> bool:
+    """Whether what we mount below `path` appears in the other mount table too."""
+    above = [row for row in ours if _is_on_way(row, path)]
+    if not above:
+        return False
+    lowest = max(above, key=lambda row: len(row.mount_point))
+    groups = [tag.removeprefix("shared:") for tag in lowest.tags if tag.startswith("shared:")]
+    wanted = {f"{kind}:{group}" for group in groups for kind in ("shared", "master")}
+    return any(wanted & set(row.tags) for row in theirs)
+
+
+def hidden_from_host(path: str) -> bool:
+    """Whether what we mount below `path` is not seen by process 1. False if it cannot be told."""
+    if in_our_namespace(1) is not False:
+        return False
+    try:
+        return not propagates(mountinfo.read(), mountinfo.read(1), path)
+    except OSError:
+        return False

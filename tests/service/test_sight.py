@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from aufsd.kernel import syscalls
+from aufsd.kernel.sight import hidden_from_host
 from aufsd_client import Client
 from tests.archives import tar
 from tests.daemon import Daemon, daemon
@@ -137,3 +138,10 @@ def test_a_stale_copy_of_a_union_is_not_the_layer(served: Daemon, client: Client
         client.get("top")
         assert caller.ask("get", "top") == f"401 {served.root / 'mnt' / 'top'}"
         assert counts(client) == {"top": 1}
+
+
+def test_a_daemon_whose_mounts_the_host_does_not_see_says_so_at_the_start(tmp_path: Path) -> None:
+    """As with PrivateMounts= in its unit. The tests have a mount namespace of their own."""
+    with daemon(tmp_path) as served:
+        hidden = hidden_from_host(str(tmp_path))
+        assert ("its mounts do not appear there" in served.log) == hidden
