@@ -76,21 +76,37 @@ class Closing:
 
     def __init__(self) -> None:
         self._threads: list[threading.Thread] = []
+        # those that the host gave no thread for
+        self._waiting: list[int] = []
 
     def close(self, fd: int) -> bool:
-        """Close it; False if that still goes on after a moment, in which nobody is served."""
-        thread = threading.Thread(target=_close, args=(fd,), daemon=True)
-        thread.start()
-        thread.join(_MOMENT)
-        if thread.is_alive():
-            self._threads.append(thread)
-        return not thread.is_alive()
+        """Close it; False if that still goes on after a moment, in which nobody is served.
+
+        Where the host gives no thread it is closed with the next one, or when this is asked how
+        many there are.
+        """
+        self._waiting.append(fd)
+        return self._begin() and not self._threads[-1].is_alive()
 
     @property
     def going_on(self) -> int:
         """How many files are not closed yet."""
+        self._begin()
         self._threads = [thread for thread in self._threads if thread.is_alive()]
-        return len(self._threads)
+        return len(self._threads) + len(self._waiting)
+
+    def _begin(self) -> bool:
+        """Begin to close all that wait; False if the host gives no thread now."""
+        while self._waiting:
+            thread = threading.Thread(target=_close, args=(self._waiting[-1],), daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                return False
+            self._waiting.pop()
+            self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+            thread.join(_MOMENT)
+        return True
 
 
 def _close(fd: int) -> None:

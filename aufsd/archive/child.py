@@ -79,7 +79,11 @@ def _introduce(channel: socket.socket) -> None:
 
 
 def _receive(channel: socket.socket) -> tuple[requests.Request, list[int]]:
-    data, fds, _, _ = socket.recv_fds(channel, 1 << 16, _FDS_MAX)
+    try:
+        data, fds, _, _ = socket.recv_fds(channel, 1 << 16, _FDS_MAX)
+    except ConnectionResetError:
+        # given up by the daemon before there was a request
+        os._exit(1)
     while not data.endswith(b"\n"):
         more = channel.recv(1 << 16)
         if not more:

@@ -8,6 +8,7 @@ import fcntl
 import os
 import stat
 from collections import deque
+from contextlib import suppress
 
 import structlog
 
@@ -86,11 +87,19 @@ def _close(fds: deque[int]) -> None:
 
 
 def close(fd: int) -> None:
-    """Close a descriptor that a peer sent. Waits for no file's server longer than a moment."""
-    if not _may_have_server(syscalls.fstatx(fd)):
-        os.close(fd)
+    """Close a descriptor that a peer sent. Waits for no file's server longer than a moment.
+
+    Raises nothing: what cannot be asked of the file, or of the host, is no reason to keep it.
+    """
+    name, served = "", True
+    with suppress(OSError):
+        served = _may_have_server(syscalls.fstatx(fd))
+    if not served:
+        with suppress(OSError):
+            os.close(fd)
         return
-    name = os.readlink(f"/proc/self/fd/{fd}")
+    with suppress(OSError):
+        name = os.readlink(f"/proc/self/fd/{fd}")
     if not _closing.close(fd):
         log.warning("the server of a file does not answer its close", file=name[:200])
 

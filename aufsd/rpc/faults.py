@@ -7,9 +7,11 @@ from collections.abc import Iterator
 import structlog
 import trio
 
-from aufsd_client.errors import AufsdError, InternalError, NoSpace
+from aufsd_client.errors import AufsdError, InternalError, NoSpace, Overloaded
 
 log = structlog.get_logger(__name__)
+
+_SHORT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS)
 
 
 def translate(raised: BaseException) -> AufsdError:
@@ -39,14 +41,32 @@ def translate(raised: BaseException) -> AufsdError:
 def _answer(leaf: BaseException) -> AufsdError | None:
     """What the peer is told; None for a fault of aufsd, which an InternalError is too.
 
-    A full disk is not a fault of aufsd, wherever it is met.
+    A full disk is not a fault of aufsd, wherever it is met, nor is a host that has no descriptor,
+    memory or process left.
     """
+    short = shortage(leaf)
+    if short is not None:
+        return short
     if isinstance(leaf, OSError) and leaf.errno in (errno.ENOSPC, errno.EDQUOT):
         name = errno.errorcode[leaf.errno]
         return NoSpace(f"the store takes no more: {leaf.strerror}; free space first", errno=name)
     if isinstance(leaf, AufsdError) and not isinstance(leaf, InternalError):
         return leaf
     return None
+
+
+def shortage(raised: BaseException) -> Overloaded | None:
+    """The error of a call, or a connection, that the host has too little for; None for another."""
+    if isinstance(raised, RuntimeError) and "can't start new thread" in str(raised):
+        # pthread_create(3) failed with EAGAIN, which Python does not say
+        lacks, name = "it can start no thread", "EAGAIN"
+    elif isinstance(raised, OSError) and raised.errno in _SHORT:
+        lacks, name = str(raised.strerror), errno.errorcode[raised.errno]
+    elif isinstance(raised, MemoryError):
+        lacks, name = "it has no memory left", "ENOMEM"
+    else:
+        return None
+    return Overloaded(f"the host has too little for this now: {lacks}; try again", errno=name)
 
 
 def is_cancellation(raised: BaseException) -> bool:

@@ -98,6 +98,11 @@ class Server:
         except Overloaded as error:
             _turn_away(sock, error)
             sock.close()
+        except OSError as error:
+            # of the host: no memory, no descriptor, no room in epoll (max_user_watches, epoll(7))
+            log.warning("connection refused", reason=error.strerror)
+            _turn_away(sock, Overloaded(f"no connection can be had now: {error.strerror}"))
+            sock.close()
         except Exception as error:
             log.error("connection failed", exc_info=error)
             sock.close()

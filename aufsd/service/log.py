@@ -72,9 +72,16 @@ class Writer:
         """Bytes that are not written yet."""
         return len(self._unwritten)
 
+    def _takes_more(self) -> bool:
+        try:
+            return bool(self._poll.poll(0))
+        except OSError:
+            # no memory (poll(2)): a line that waits ends no daemon
+            return False
+
     def flush(self) -> None:
         """Write what is not written yet, as far as that needs no waiting."""
-        while self._unwritten and self._poll.poll(0):
+        while self._unwritten and self._takes_more():
             try:
                 del self._unwritten[: os.write(self.fd, self._unwritten[:_WRITE])]
             except BlockingIOError:

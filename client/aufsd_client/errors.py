@@ -75,7 +75,10 @@ class ShuttingDown(AufsdError):
 
 
 class Overloaded(AufsdError):
-    """A configured limit of connections, calls or jobs is reached."""
+    """A configured limit of connections, calls or jobs is reached, or the host has too little.
+
+    Of what it has too little `errno` says: file descriptors, memory, threads.
+    """
 
     code = -32001
 

@@ -12,6 +12,7 @@ from aufsd.union import exclusive, runner
 from aufsd.union.branches import DATA_MAX, MountCall, longest
 from aufsd.union.overlay import Overlay
 from aufsd.union.runner import Vanished
+from aufsd.union.scratch import scratch_dirs
 from aufsd_client.errors import MountFailed
 from tests.conformance.layers import Layers, open_layers, tree
 from tests.small import full, small
@@ -106,6 +107,19 @@ def test_a_branch_in_use_is_found_on_a_full_disk_too(tmp_path: Path) -> None:
             assert exclusive.is_upper_in_use(union.top, scratch, namespace)
             layers.unmount(union)
             assert not exclusive.is_upper_in_use(union.top, scratch, namespace)
+
+
+def test_a_trial_mount_that_could_not_be_unmounted_goes_with_its_directories(
+    layers: Layers,
+) -> None:
+    with scratch_dirs(layers.layout.probes, "merged") as at:
+        syscalls.mount("none", f"{at}/merged", "tmpfs", 0, "size=64k")
+        held = os.open(f"{at}/merged", os.O_RDONLY)
+    try:
+        assert mountinfo.mounted_under(at) == []
+        assert os.listdir(layers.layout.probes) == []
+    finally:
+        os.close(held)
 
 
 def test_a_union_that_others_unmount_at_once_is_told_from_one_that_is_of_no_use(

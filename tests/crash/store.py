@@ -143,7 +143,7 @@ def settle(subject: Subject, client: Client) -> list[str]:
 
     def settled() -> bool:
         client.ping()
-        left[:] = _unsettled(subject.root)
+        left[:] = unsettled(subject.root)
         return not left
 
     with suppress(AssertionError):
@@ -151,7 +151,8 @@ def settle(subject: Subject, client: Client) -> list[str]:
     return left
 
 
-def _unsettled(root: Path) -> list[str]:
+def unsettled(root: Path) -> list[str]:
+    """What the daemon has to put right or delete still."""
     found = [str(path) for name in _EMPTIED for path in (root / ".aufsd" / name).iterdir()]
     for path in (root / "diff").iterdir():
         if "trusted.aufsd.converting" in os.listxattr(path):

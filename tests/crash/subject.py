@@ -106,6 +106,12 @@ class Subject:
             if b"READY=1" in self._ready.recv(4096):
                 return True
 
+    def read_notices(self) -> None:
+        """Take what it has told the service manager since it was ready."""
+        assert self._ready is not None
+        while select.select([self._ready], [], [], 0)[0]:
+            self._ready.recv(4096)
+
     def died(self, within: float = WITHIN) -> bool:
         """Whether it has ended, or does so within these seconds."""
         return bool(select.select([self.pidfd], [], [], within)[0])

@@ -8,7 +8,7 @@ import trio
 from structlog.testing import capture_logs
 
 from aufsd.rpc.faults import is_cancellation, translate
-from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound, NoSpace
+from aufsd_client.errors import InternalError, LayerInUse, LayerNotFound, NoSpace, Overloaded
 
 KNOWN = LayerNotFound("there is no layer a", id="a")
 FROM_A_JOB = InternalError("the archive job failed: /secret/path", traceback="/secret/code.py")
@@ -47,6 +47,15 @@ def test_a_full_disk_is_no_incident_wherever_it_is_met(number: int) -> None:
     assert isinstance(error, NoSpace)
     assert error.data == {"errno": errno.errorcode[number]}
     assert "/secret" not in error.message
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS])
+def test_what_the_host_has_too_little_of_is_no_incident(number: int) -> None:
+    error = translate(OSError(number, os.strerror(number), "/secret/path"))
+    assert isinstance(error, Overloaded)
+    assert error.data == {"errno": errno.errorcode[number]}
+    assert "/secret" not in error.message
+    assert isinstance(translate(RuntimeError("can't start new thread")), Overloaded)
 
 
 def test_what_is_not_ours_to_handle_is_raised_again() -> None:
