@@ -11,6 +11,7 @@ import fcntl
 import os
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Final
 
 from aufsd.kernel import mountinfo, syscalls
@@ -265,18 +266,18 @@ def branches(target: str) -> tuple[str, ...]:
     root = os.open(target, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # au_brinfo() in fs/aufs/sysfs.c is not told how long the buffer is, and somebody may add
-        # one meanwhile
+        # one meanwhile; it returns how many there are where it is given no buffer, and else 0
         room = fcntl.ioctl(root, _AUFS_CTL_BRINFO, 0) + _BRINFO_SPARE
         info = bytearray(room * _BRINFO_SIZE)
-        count = fcntl.ioctl(root, _AUFS_CTL_BRINFO, info)
+        fcntl.ioctl(root, _AUFS_CTL_BRINFO, info)
     finally:
         os.close(root)
-    paths = [info[at + _BRINFO_PATH : at + _BRINFO_SIZE] for at in _starts(count)]
-    return tuple(mountinfo.unescape(bytes(path.partition(b"\0")[0])) for path in paths)
-
-
-def _starts(count: int) -> range:
-    return range(0, count * _BRINFO_SIZE, _BRINFO_SIZE)
+    paths = (
+        bytes(info[at + _BRINFO_PATH : at + _BRINFO_SIZE].partition(b"\0")[0])
+        for at in range(0, len(info), _BRINFO_SIZE)
+    )
+    # what lies behind the last one is as it was made: without a path
+    return tuple(mountinfo.unescape(path) for path in takewhile(bool, paths))
 
 
 def _unions() -> set[tuple[str, int]]:
