@@ -381,7 +381,8 @@ def hold_and_die(worker: Worker, ids: list[str], replies: int) -> None:
             process.kill()
     for call in waiting.values():
         worker.record.note(call, UNKNOWN, began, worker.number)
-    for id in set(ids):
+    # what is counted for it after its end goes as well, each by itself
+    for id in ids:
         worker.record.events.append(Event(Call("death", id, hold=hold), DONE, died, inf))
 
 
