@@ -1,4 +1,4 @@
-"""The result objects of the API, typed (api.md section 3): the driver returns them.
+"""The result objects of the API, typed (docs/api.md): the driver returns them.
 
 A field may be added; none may be renamed or dropped without a new `api` number. Times are seconds
 since the epoch. `UNSET` fields do not appear on the wire.

@@ -1,6 +1,6 @@
 """Checks a name in a tar: where it is in the layer, or why it is refused. Pure.
 
-The names of a union's own metadata are never content (api.md section 3).
+The names of a union's own metadata are never content.
 """
 
 from typing import Final

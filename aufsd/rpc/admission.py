@@ -44,7 +44,7 @@ class ServerSettings:
 
     # for each of the two sockets
     max_connections: int = 2000
-    # of one connection; beyond it, the connection is not read (api.md section 1)
+    # of one connection; beyond it, the connection is not read (docs/api.md, "Transport")
     max_in_flight: int = 64
     # per user, over all its connections; beyond: -32001
     max_connections_per_user: int = 0

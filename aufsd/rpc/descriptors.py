@@ -25,7 +25,7 @@ DESCRIPTORS = (
     "file, open for writing for diff and for reading for apply_diff. The daemon closes its copy "
     "when the call has ended."
 )
-# more than this many unclaimed ones, and the connection is dropped (api.md section 1)
+# more than this many unclaimed ones, and the connection is dropped (docs/api.md, "Transport")
 MAX_UNCLAIMED = 4
 # The kernel may split a longer sendmsg(2) into segments; the descriptors come with the first one
 # (net/unix/af_unix.c, unix_stream_sendmsg: 48 KiB a segment with the usual SO_SNDBUF).

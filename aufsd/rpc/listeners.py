@@ -13,7 +13,7 @@ from aufsd_client.address import reachable
 
 log = structlog.get_logger(__name__)
 
-# "aufsd", api.md section 1
+# "aufsd", docs/api.md, "Transport"
 GROUP = "aufsd"
 _BACKLOG = 1024
 

@@ -1,4 +1,4 @@
-"""The method table of api.md section 3: each function checks values and calls the driver.
+"""The method table of docs/api.md: each function checks values and calls the driver.
 
 The first paragraph of a docstring goes into the document of `rpc.discover`.
 """
@@ -248,7 +248,7 @@ async def check(
 
 
 async def checkpoint(call: Call, /, *, id: Id, as_: Id) -> results.Checkpointed:
-    """Freeze what a layer holds as the layer `as`, below it; the layer goes on with nothing."""
+    """Keep what a layer holds as the sealed layer `as` below it; the layer goes on."""
     return await call.driver.checkpoint(parse_id(id), below=parse_id(as_))
 
 
@@ -258,7 +258,7 @@ async def rollback(call: Call, /, *, id: Id, to: OptionalId = "") -> results.Rol
 
 
 async def squash(call: Call, /, *, id: Id, onto: OptionalId) -> results.Squashed:
-    """Make the layers from `id` down to `onto`, which stays, the own content of `id`; "": all."""
+    """Merge the layers from `id` down to `onto` into `id`; `onto` stays. With "": all of them."""
     return await call.driver.squash(parse_id(id), onto=_parse_optional(onto))
 
 

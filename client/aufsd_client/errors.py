@@ -51,7 +51,7 @@ class InvalidParams(AufsdError):
 
 
 class InvalidLayerId(InvalidParams):
-    """Not a layer id (api.md section 2)."""
+    """Not a layer id: a letter or digit, then letters, digits, "_", "." or "-"; 200 at most."""
 
 
 class InvalidLabel(InvalidParams):

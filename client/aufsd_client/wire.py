@@ -1,7 +1,7 @@
 """Frames and messages: bytes in, lines out; no socket is touched here. Standard library only.
 
-One JSON value a line, UTF-8, ended by a newline (api.md section 1). The daemon takes the splitter
-from here; the encoding and decoding is the client's.
+One JSON value a line, UTF-8, ended by a newline (docs/api.md, "Transport"). The daemon takes the
+splitter from here; the encoding and decoding is the client's.
 """
 
 import json

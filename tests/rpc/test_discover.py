@@ -15,7 +15,7 @@ from aufsd_client.errors import BY_NAME
 from tests.rpc.raw_peer import name
 from tests.rpc.serving import Connect, Served
 
-# api.md section 3: parameters in their order, those without a default first
+# docs/api.md: parameters in their order, those without a default first
 CONTRACT: dict[str, str] = {
     "version": "",
     "ping": "",
@@ -46,7 +46,7 @@ CONTRACT: dict[str, str] = {
     "rpc.discover": "",
 }
 MONITOR = {"version", "ping", "status", "health", "metrics", "rpc.discover"}
-# api.md section 4
+# docs/api.md, "Errors"
 ERRORS: dict[str, int] = {
     "ParseError": -32700,
     "InvalidRequest": -32600,

@@ -7,7 +7,7 @@ from aufsd_client.wire import BadReply
 
 
 class Exit(IntEnum):
-    """api.md section 5."""
+    """The exit statuses of aufsctl, as its man page lists them."""
 
     DONE = 0
     REFUSED = 1
