@@ -131,7 +131,7 @@ async def remove(call: Call, /, *, id: Id, force: bool = False) -> results.Remov
 
 
 async def get_metadata(call: Call, /, *, id: Id) -> results.Metadata:
-    """Where everything of a layer is, as strings."""
+    """Where a layer's content, its parents' and its mount are, as strings."""
     return await call.driver.get_metadata(parse_id(id))
 
 
@@ -157,7 +157,7 @@ def get(
 ) -> results.Got | Coroutine[Any, Any, results.Got]:
     """Count one reference to a layer, and mount it on the first. `hold="process"` ends with you.
 
-    Under a `name` a reference counts once, and is there until it is put under it.
+    A reference with a `name` counts once, and stays until it is put by that name.
     """
     return call.driver.get(
         parse_id(id),
@@ -221,7 +221,7 @@ async def usage(call: Call, /, *, id: Id) -> results.Usage:
 
 
 async def seal(call: Call, /, *, id: Id) -> results.Usage:
-    """Have a layer's content on the disk, and never changed again; what it takes up."""
+    """Write a layer's content to the disk, and let nobody change it again. Answers its size."""
     return await call.driver.seal(parse_id(id))
 
 
@@ -240,7 +240,7 @@ async def changes(
 async def check(
     call: Call, /, *, id: OptionalId = "", deep: bool = False, repair: bool = False
 ) -> results.Check:
-    """Hold what is on disk, in the table and in the kernel against each other."""
+    """Compare what is on disk, in the table of mounts and in the kernel."""
     layer = _parse_optional(id)
     if repair:
         call.permit("change")

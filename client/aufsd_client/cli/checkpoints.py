@@ -17,9 +17,10 @@ from aufsd_client.cli.session import Session, warn
 @click.argument("name", metavar="[AS]", default="")
 @click.pass_obj
 def checkpoint(session: Session, id: str, name: str) -> None:
-    """Keep what a layer holds as the sealed layer AS below it; the layer goes on, in use or not.
+    """Keep what a layer holds as the sealed layer AS below it; the layer goes on.
 
-    Without AS it is called ID.1, ID.2, and so on.
+    Without AS it is called ID.1, ID.2, and so on. References and path of the layer stay. Except on
+    btrfs, nobody may have a file of it open, or work in it (cd) meanwhile.
     """
     if name:
         found = session.ask(calls.checkpoint(id, name))

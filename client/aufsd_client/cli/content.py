@@ -56,7 +56,7 @@ def tar_out(path: str | None) -> AbstractContextManager[int]:
 @_digest
 @click.pass_obj
 def apply_diff(session: Session, id: str, source: str | None, parent: str, digest: bool) -> None:
-    """Unpack a tar into a layer: `aufsctl apply ID < layer.tar`. Also called `apply`."""
+    """Unpack a tar into a layer: `aufsctl apply-diff ID < layer.tar`. `apply` is the same."""
     request = calls.apply_diff(id, parent=parent, digest=digest)
     with _input(source) as fd, progress.of_tar(session, "apply_diff", id, fd, reads=True):
         found = session.ask(request, fd=fd)

@@ -100,7 +100,7 @@ def cleanup(session: Session) -> Exit:
 @click.option("--repair", is_flag=True, help="Put right what can be.")
 @click.pass_obj
 def check(session: Session, id: str, deep: bool, repair: bool) -> None:
-    """Hold the store, the table and the kernel against each other."""
+    """Compare the store, the daemon's table of mounts and the kernel's mounts."""
     with progress.of_work(session, f"check {id or 'every layer'}"):
         found = session.ask(calls.check(id, deep=deep, repair=repair))
     if session.human:

@@ -115,9 +115,12 @@ def _seconds(_: click.Context, parameter: click.Parameter, value: str | None) ->
 
 @click.command()
 @click.option(
-    "--older-than", callback=_seconds, metavar="AGE", help="Made so long ago: 30m, 24h, 7d."
+    "--older-than",
+    callback=_seconds,
+    metavar="AGE",
+    help="Only those at least so old: 30m, 24h, 7d.",
 )
-@click.option("--prefix", default="", metavar="TEXT", help="Whose ids begin so.")
+@click.option("--prefix", default="", metavar="TEXT", help="Only those whose ids begin so.")
 @click.option("--sealed", is_flag=True, help="Sealed ones too: images and checkpoints.")
 @click.option("--parents", is_flag=True, help="Then also those on which nothing stands any more.")
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would go, and remove nothing.")

@@ -80,7 +80,7 @@ def _remove(session: Session, id: str, *, force: bool) -> Exit:
 @_ids
 @click.option("--mount-label", default="", metavar="LABEL", help="An SELinux context.")
 @click.option("--name", default="", help="Count once under this name, until it is put by name.")
-@click.option("--read-only", is_flag=True, help="Not to be written to, by nobody.")
+@click.option("--read-only", is_flag=True, help="Mount it so that nobody can write to it.")
 @click.pass_obj
 def get(
     session: Session, ids: tuple[str, ...], mount_label: str, name: str, read_only: bool
@@ -131,7 +131,7 @@ def _put(session: Session, id: str, *, name: str) -> None:
 @_ids
 @click.pass_obj
 def seal(session: Session, ids: tuple[str, ...]) -> Exit:
-    """Have a layer's content on the disk, and never changed again."""
+    """Write a layer's content to the disk, and let nobody change it again."""
     return session.each(ids, _seal)
 
 
@@ -160,7 +160,7 @@ def _usage(session: Session, id: str) -> None:
 @_ids
 @click.pass_obj
 def get_metadata(session: Session, ids: tuple[str, ...]) -> Exit:
-    """Where everything of a layer is. Also called `inspect`."""
+    """Show where a layer's content and its mount are. `inspect` is the same."""
     return session.each(ids, _get_metadata)
 
 
