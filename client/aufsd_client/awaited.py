@@ -178,9 +178,9 @@ class Client(Methods):
     async def attempt(self, id: str, as_: str = "") -> AsyncIterator[str]:
         """Checkpoint a layer before the block, and roll it back unless the block ends well.
 
-        The name of the checkpoint in the block. What the layer is changed by meanwhile stays, or
-        goes with an exception or a cancellation. Raises UnmountBusy, also at the roll back, if it
-        is in use.
+        Gives the block the name of the checkpoint. What the block changes in the layer stays, or is
+        thrown away if the block raises or is cancelled. Raises UnmountBusy, also at the roll back,
+        if the layer is in use.
         """
         name = (await self.checkpoint_next(id, as_)).parent
         try:

@@ -151,8 +151,8 @@ class Client(Methods):
     def attempt(self, id: str, as_: str = "") -> Iterator[str]:
         """Checkpoint a layer before the block, and roll it back unless the block ends well.
 
-        The name of the checkpoint in the block. What the layer is changed by meanwhile stays, or
-        goes with an exception. Raises UnmountBusy, also at the roll back, if it is in use.
+        Gives the block the name of the checkpoint. What the block changes in the layer stays, or is
+        thrown away if the block raises. Raises UnmountBusy, also at the roll back, if it is in use.
         """
         name = self.checkpoint_next(id, as_).parent
         try:
