@@ -131,7 +131,7 @@ async def remove(call: Call, /, *, id: Id, force: bool = False) -> results.Remov
 
 
 async def get_metadata(call: Call, /, *, id: Id) -> results.Metadata:
-    """Where a layer's content, its parents' and its mount are, as strings."""
+    """A layer's parents and state, and where its content and mount are, as strings."""
     return await call.driver.get_metadata(parse_id(id))
 
 

@@ -160,7 +160,7 @@ def _usage(session: Session, id: str) -> None:
 @_ids
 @click.pass_obj
 def get_metadata(session: Session, ids: tuple[str, ...]) -> Exit:
-    """Show where a layer's content and its mount are. `inspect` is the same."""
+    """A layer's parents and state, and where its content is. `inspect` is the same."""
     return session.each(ids, _get_metadata)
 
 
