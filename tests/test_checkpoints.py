@@ -56,6 +56,7 @@ async def test_without_descriptors_it_is_done_or_nothing_has_happened(tmp_path: 
         path = Path((await get(driver, TOP)).path)
         (path / "new").write_text("new")
         refused: list[AufsdError] = []
+        short = 0
         for spare in range(200):
             try:
                 with descriptors(spare):
@@ -63,12 +64,17 @@ async def test_without_descriptors_it_is_done_or_nothing_has_happened(tmp_path: 
                 break
             except AufsdError as error:
                 refused.append(error)
+            except OSError as error:
+                # met before anything is done; a caller is told Overloaded (rpc/faults.py)
+                if error.errno != errno.EMFILE:
+                    raise
+                short += 1
             assert (os.path.ismount(path), *row(driver)) == (True, True, 1)
             assert not driver.exists(NEW).exists
             assert (path / "new").read_text() == "new"
         else:
             raise AssertionError("it was never done")
-        assert len(refused) > 5
+        assert len(refused) + short > 5
         assert [one for one in refused if not isinstance(one, LimitExceeded | MountFailed)] == []
         assert (os.path.ismount(path), *row(driver)) == (True, True, 1)
         assert (path / "new").read_text() == "new"

@@ -44,7 +44,7 @@ def test_layers_hold_what_the_model_says(seed: int, each_backend: Daemon) -> Non
 
 
 @pytest.mark.skipif(not MORE, reason="make test-all runs this")
-def test_a_thousand_checkpoints_with_squashes_between(served: Daemon, backend: str) -> None:
+def test_a_thousand_checkpoints_with_squashes_between(served: Daemon) -> None:
     with served.client() as client:
         client.create("base")
         client.create("top", parent="base")
